@@ -1,0 +1,197 @@
+"""Hydra composition outside ``tools/train.py``, and the answers to misspelt overrides.
+
+Imports Hydra only (no torch), so that ``--list`` and ``--help`` answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from core.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def compose(overrides: Iterable[str], config_dir: str | Path | None = None) -> DictConfig:
+    """The config of ``tools/train.py`` with these overrides, e.g. ``["experiment=stvit/digits", "seed=1"]``.
+
+    Args:
+        overrides: Hydra overrides.
+        config_dir: a folder searched besides ``configs/`` (as ``--config-dir`` does).
+
+    Raises:
+        ConfigError: an unknown experiment, group, option or key; names the nearest existing ones.
+    """
+    overrides = [str(o) for o in overrides]
+    cfg = _compose(overrides, config_dir, explain=True)
+    with open_dict(cfg):
+        cfg.overrides = overrides
+    return cfg
+
+
+def _compose(overrides: list[str], config_dir: str | Path | None, *, explain: bool) -> DictConfig:
+    extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    outer = GlobalHydra.instance().hydra if GlobalHydra.instance().is_initialized() else None
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return hydra_compose("train", overrides=[*extra, *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        hint = explain_overrides(overrides, config_dir) if explain else None
+        raise ConfigError(hint or str(error).strip()) from None
+    finally:
+        GlobalHydra.instance().clear()
+        if outer is not None:
+            GlobalHydra.instance().initialize(outer)
+
+
+def experiments(config_dir: str | Path | None = None) -> dict[str, str]:
+    """Every experiment's name and its purpose: the first comment line of its file."""
+    found: dict[str, str] = {}
+    for root in filter(None, (CONFIGS, config_dir)):
+        folder = Path(root) / "experiment"
+        for path in sorted(folder.rglob("*.yaml")):
+            found[path.relative_to(folder).with_suffix("").as_posix()] = _purpose(path)
+    return found
+
+
+def _purpose(path: Path) -> str:
+    for line in path.read_text().splitlines():
+        text = line.lstrip("# ").strip()
+        if line.startswith("#") and text and not text.startswith("@"):
+            return text
+        if line.strip() and not line.startswith("#"):
+            break
+    return ""
+
+
+def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = None) -> str | None:
+    """What is wrong with the first override that cannot be meant, with the nearest existing names; None if nothing is."""
+    parser = OverridesParser.create()
+    groups, keys = [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            return f"override '{text}' cannot be read: {str(error).splitlines()[0]}"
+        if override.key_or_group.startswith("hydra"):
+            continue
+        if override.key_or_group in _groups(config_dir):
+            groups.append((text, override))
+        else:
+            keys.append((text, override))
+    for text, override in groups:
+        options = _options(override.key_or_group, config_dir)
+        value = override.value()
+        if isinstance(value, str) and value not in options:
+            return f"{text}: no such {override.key_or_group}; {_closest(value, options)}"
+    try:
+        base = _compose([t for t, o in groups if not o.is_sweep_override()], config_dir, explain=False)
+    except ConfigError:
+        return None
+    known = list(_keys(base))
+    for text, override in keys:
+        if override.is_add() or override.is_force_add():
+            continue
+        if override.key_or_group not in known:
+            if override.is_delete() and not OmegaConf.is_missing(base, override.key_or_group):
+                continue
+            return f"{text}: the config has no key '{override.key_or_group}'; {_closest(override.key_or_group, known)}"
+    return None
+
+
+def _groups(config_dir: str | Path | None) -> set[str]:
+    roots = [Path(r) for r in (CONFIGS, config_dir) if r]
+    return {p.name for root in roots for p in root.iterdir() if p.is_dir()}
+
+
+def _options(group: str, config_dir: str | Path | None) -> list[str]:
+    options: list[str] = []
+    for root in filter(None, (CONFIGS, config_dir)):
+        folder = Path(root) / group
+        options += [p.relative_to(folder).with_suffix("").as_posix() for p in sorted(folder.rglob("*.yaml"))]
+    return options
+
+
+def _closest(name: str, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+    if not close:
+        leaf = name.rsplit(".", 1)[-1]
+        leaves = {c.rsplit(".", 1)[-1]: c for c in choices}
+        close = [leaves[c] for c in difflib.get_close_matches(leaf, leaves, n=3, cutoff=0.6)]
+    return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(choices[:12])}"
+
+
+def _keys(node: Any, path: str = "") -> Iterator[str]:
+    """Dotted names of all keys, the inner ones too."""
+    if OmegaConf.is_dict(node):
+        for key in node:
+            name = f"{path}.{key}" if path else str(key)
+            yield name
+            if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+                yield from _keys(node._get_node(key), name)
+    elif OmegaConf.is_list(node) and not node._is_none():
+        for index in range(len(node)):
+            yield f"{path}.{index}"
+            yield from _keys(node._get_node(index), f"{path}.{index}")
+
+
+def to_dict(cfg: DictConfig | dict) -> dict[str, Any]:
+    """The resolved config as plain containers.
+
+    Raises:
+        ConfigError: an interpolation or a mandatory value (``???``) is left open.
+    """
+    if not isinstance(cfg, DictConfig):
+        return cfg
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config key '{error.full_key}': {str(error).splitlines()[0]}") from None
+
+
+def get(cfg: Any, key: str, default: Any = ...) -> Any:
+    """The value under a dotted key of plain containers (``"model.network.depth"``, ``"stages.0.name"``).
+
+    Raises:
+        ConfigError: the key does not exist and no default is given.
+    """
+    node = cfg
+    for part in key.split("."):
+        try:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            if default is not ...:
+                return default
+            raise ConfigError(f"the config has no key '{key}' ('{part}' is missing)") from None
+    return node
+
+
+def merge(base: Any, change: Any) -> Any:
+    """`base` with `change` laid over it: mappings merge, everything else is replaced, null removes nothing but sets null.
+
+    A mapping whose ``type`` differs from the base's replaces it whole: arguments of one class mean nothing to another.
+    """
+    if not isinstance(base, dict) or not isinstance(change, dict):
+        return change
+    if "type" in base and "type" in change and base["type"] != change["type"]:
+        return change
+    return {**base, **{key: merge(base.get(key), value) for key, value in change.items()}}
+
+
+def slug(text: str) -> str:
+    """`text` as a file name."""
+    return re.sub(r"[^A-Za-z0-9._=-]+", "_", text).strip("_")

@@ -1,0 +1,1 @@
+"""mmengine hooks of the engine, one idea per module."""

@@ -1,0 +1,228 @@
+"""Names in configs -> Python objects.
+
+Every registry is a child (scope ``vitrine``) of mmengine's registry of the same kind, so objects registered here are
+visible to OpenMMLab code and the other way round. Most configs need no registration at all: a dotted
+``type: stvit.SemanticTokenViT`` is an import path. Its root package is imported on demand, so that an ImportError
+inside that package is shown as what it is, and a misspelt name is answered with the nearest existing ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import mmengine.registry as root
+from mmengine.registry import Registry
+
+from core.errors import ConfigError
+
+SCOPE = "vitrine"
+
+
+def _child(parent: Registry) -> Registry:
+    return Registry(parent.name, parent=parent, scope=SCOPE, build_func=parent.build_func)
+
+
+MODELS = _child(root.MODELS)
+DATASETS = _child(root.DATASETS)
+DATA_SAMPLERS = _child(root.DATA_SAMPLERS)
+TRANSFORMS = _child(root.TRANSFORMS)
+METRICS = _child(root.METRICS)
+HOOKS = _child(root.HOOKS)
+LOOPS = _child(root.LOOPS)
+OPTIMIZERS = _child(root.OPTIMIZERS)
+OPTIM_WRAPPERS = _child(root.OPTIM_WRAPPERS)
+OPTIM_WRAPPER_CONSTRUCTORS = _child(root.OPTIM_WRAPPER_CONSTRUCTORS)
+PARAM_SCHEDULERS = _child(root.PARAM_SCHEDULERS)
+VISBACKENDS = _child(root.VISBACKENDS)
+
+_ALL = (
+    MODELS,
+    DATASETS,
+    DATA_SAMPLERS,
+    TRANSFORMS,
+    METRICS,
+    HOOKS,
+    LOOPS,
+    OPTIMIZERS,
+    OPTIM_WRAPPERS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    PARAM_SCHEDULERS,
+    VISBACKENDS,
+)
+
+# OpenMMLab classes build their own children from nested configs; every other constructor takes built objects.
+_BUILD_THEIR_OWN = ("mmengine", "mmdet", "mmcv")
+
+# Keys that the code around a class reads from its config before the constructor sees it.
+_READ_AROUND: dict[str, frozenset[str]] = {
+    "Hook": frozenset({"priority"}),
+    "OptimWrapper": frozenset({"paramwise", "paramwise_cfg", "constructor", "params"}),
+    "_ParamScheduler": frozenset({"convert_to_iter_based"}),
+    "Visualizer": frozenset({"name", "save_dir"}),
+}
+
+
+def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
+    """`": did you mean 'a' or 'b'?"`, or the empty string when nothing comes close."""
+    close = difflib.get_close_matches(name, list(choices), n=count, cutoff=0.5)
+    return f": did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def resolve(name: str, registry: Registry | None = None) -> Any:
+    """The class or function that a config's ``type`` names.
+
+    Args:
+        name: a dotted import path (``stvit.SemanticTokenViT``), ``vitrine.X`` / ``mmdet.X`` for a registered name, or a
+            bare name registered with mmengine.
+        registry: where a registered name is looked up; all registries when None.
+
+    Raises:
+        ConfigError: nothing has that name; the message gives the nearest existing ones.
+        ImportError: the package exists but fails while it is imported.
+    """
+    if not isinstance(name, str):
+        return name
+    package, _, attribute = name.partition(".")
+    if attribute and package not in (SCOPE, "mmdet", "mmengine"):
+        return _resolve_path(name)
+    if package == "mmdet":
+        _import_mmdet()
+    found = _lookup(name, registry)
+    if found is not None:
+        return found
+    if attribute and package != SCOPE:
+        return _resolve_path(name)
+    known = sorted({n for r in _registries(registry) for n in r.module_dict} | _parents_names(registry))
+    raise ConfigError(f"type '{name}' is registered nowhere{nearest(attribute or name, known)}")
+
+
+def _registries(registry: Registry | None) -> tuple[Registry, ...]:
+    return _ALL if registry is None else (registry,)
+
+
+def _parents_names(registry: Registry | None) -> set[str]:
+    return {n for r in _registries(registry) if r.parent is not None for n in r.parent.module_dict}
+
+
+def _lookup(name: str, registry: Registry | None) -> Any | None:
+    scope, _, bare = name.partition(".")
+    for candidate in _registries(registry):
+        if scope == SCOPE and bare:
+            found = candidate.module_dict.get(bare)
+        elif "." in name:
+            found = candidate.root.get(name)
+        else:
+            found = candidate.module_dict.get(name) or (candidate.parent or candidate).get(name)
+        if found is not None:
+            return found
+    return None
+
+
+def _import_mmdet() -> None:
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+
+
+def _resolve_path(name: str) -> Any:
+    package, *parts = name.split(".")
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"type '{name}': there is no package '{package}'{nearest(package, _packages())}")
+    target: Any = importlib.import_module(package)
+    for depth, part in enumerate(parts):
+        try:
+            target = getattr(target, part)
+        except AttributeError:
+            path = ".".join([package, *parts[: depth + 1]])
+            if isinstance(target, ModuleType) and importlib.util.find_spec(path) is not None:
+                target = importlib.import_module(path)
+                continue
+            owner = ".".join([package, *parts[:depth]])
+            raise ConfigError(f"type '{name}': '{owner}' has no '{part}'{nearest(part, _public(target))}") from None
+    return target
+
+
+def _packages() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules()]
+
+
+def _public(owner: Any) -> list[str]:
+    names = getattr(owner, "__all__", None) or dir(owner)
+    return [n for n in names if not n.startswith("_")]
+
+
+def build(cfg: Any, registry: Registry | None = None, **defaults: Any) -> Any:
+    """Builds what a config describes; anything that is not a config (no ``type``) is returned as it is.
+
+    Nested configs are built first and passed as objects, except to OpenMMLab classes, which build their own parts.
+
+    Args:
+        cfg: ``{"type": ..., **arguments}``, or a list of such, or an object.
+        registry: where bare and scoped names are looked up.
+        defaults: arguments used where the config is silent.
+
+    Raises:
+        ConfigError: unknown type or argument, with the nearest existing names.
+    """
+    if isinstance(cfg, list | tuple):
+        return type(cfg)(build(item, registry) for item in cfg)
+    if not isinstance(cfg, Mapping):
+        return cfg
+    if "type" not in cfg:
+        return {key: build(value) for key, value in cfg.items()}
+    target = resolve(cfg["type"], registry)
+    arguments = {**defaults, **{k: v for k, v in cfg.items() if k != "type"}}
+    check_arguments(target, arguments, where=str(cfg["type"]))
+    if not _builds_its_own(target):
+        arguments = {key: build(value) for key, value in arguments.items()}
+    return target(**arguments)
+
+
+def _builds_its_own(target: Any) -> bool:
+    return getattr(target, "builds_its_own", False) or target.__module__.split(".")[0] in _BUILD_THEIR_OWN
+
+
+def check_arguments(target: Any, arguments: Iterable[str], *, where: str) -> None:
+    """Raises ConfigError when `target` takes no argument of a given name; the nearest existing names are in the message."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    read_around = set().union(*(_READ_AROUND.get(base.__name__, ()) for base in getattr(target, "__mro__", ())))
+    for name in arguments:
+        if name not in parameters and name not in read_around:
+            raise ConfigError(f"{where} takes no argument '{name}'{nearest(name, parameters)}")
+
+
+def check(cfg: Any, path: str = "") -> None:
+    """Resolves every ``type`` below `cfg` and holds the given arguments against its signature; builds nothing.
+
+    Raises:
+        ConfigError: the first unknown type or argument, with its place in the config and the nearest existing names.
+    """
+    for place, node in _typed_nodes(cfg, path):
+        try:
+            target = resolve(node["type"])
+            check_arguments(target, [k for k in node if k != "type"], where=str(node["type"]))
+        except ConfigError as error:
+            raise ConfigError(f"config key '{place}': {error}") from None
+
+
+def _typed_nodes(cfg: Any, path: str) -> Iterator[tuple[str, Mapping]]:
+    if isinstance(cfg, Mapping):
+        if isinstance(cfg.get("type"), str):
+            yield path, cfg
+        for key, value in cfg.items():
+            yield from _typed_nodes(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(cfg, list | tuple):
+        for index, value in enumerate(cfg):
+            yield from _typed_nodes(value, f"{path}[{index}]")
