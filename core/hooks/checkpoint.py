@@ -1,0 +1,75 @@
+"""When the run's state is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.hooks import Hook
+
+from core.errors import ConfigError
+from core.registry import HOOKS
+
+
+@HOOKS.register_module()
+class CheckpointHook(Hook):
+    """Saves the whole state every `every_steps` steps, or at every end of an epoch, and always at the end.
+
+    With a `metric`, every evaluated state is saved too, since it may be the best.
+
+    Args:
+        every_steps: None: at ends of epochs.
+        keep_last: how many of the newest checkpoints stay.
+        keep_best: how many of the best stay.
+        metric: name of the evaluation metric that "best" means; None: no best.
+        direction: "higher" or "lower" is better.
+    """
+
+    priority = "LOWEST"
+
+    def __init__(
+        self,
+        every_steps: int | None = None,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        metric: str | None = None,
+        direction: str = "higher",
+    ) -> None:
+        self.every_steps = every_steps
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.metric, self.direction = metric, direction
+        self._saved_at = self._evaluated_at = -1
+        self._metrics: dict[str, float] = {}
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Notes the figures that the state of this step is judged by.
+
+        Raises:
+            ConfigError: `metric` is not among them.
+        """
+        self._metrics = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
+        if self.metric is not None:
+            if self.metric not in self._metrics:
+                raise ConfigError(f"checkpoint.metric '{self.metric}' is none of {sorted(self._metrics)}")
+            self._evaluated_at = runner.iter
+
+    def after_step(self, runner: Any) -> None:
+        """The engine's own hook point: everything else of the step is done."""
+        if (self.every_steps and runner.iter % self.every_steps == 0) or self._evaluated_at == runner.iter:
+            self._save(runner)
+
+    def after_epoch_state(self, runner: Any) -> None:
+        """The engine's own hook point: the epoch is counted and evaluated."""
+        if self.every_steps is None or self._evaluated_at == runner.iter:
+            self._save(runner)
+
+    def after_train(self, runner: Any) -> None:
+        """The last state is always kept, and not being able to write it is an error."""
+        self._save(runner, must=True)
+
+    def _save(self, runner: Any, must: bool = False) -> None:
+        judged = self._evaluated_at == runner.iter
+        if self._saved_at == runner.iter and not (judged and self._metrics):
+            return
+        runner.save_state(metrics=self._metrics if judged else None, must=must)
+        self._saved_at = runner.iter
+        self._metrics = {}

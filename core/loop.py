@@ -1,0 +1,273 @@
+"""Training and evaluation loops with an exact position: step, epoch, and batches taken of the epoch.
+
+They keep mmengine's hook points and counters, so its hooks work in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.runner import BaseLoop
+
+from core.data.prefetch import DevicePrefetcher
+from core.errors import ConfigError
+from core.hooks.finite import FiniteCheck
+from core.randomness import fixed_randomness
+from core.registry import LOOPS
+from core.signals import Interrupted, StopRequest
+
+EVALUATION_SEED = 20230308  # any constant: evaluation that samples repeats from run to run
+
+
+@LOOPS.register_module()
+class TrainLoop(BaseLoop):
+    """Trains for `max_epochs` or `max_steps` and can go on from any step.
+
+    Args:
+        runner: the mmengine Runner.
+        dataloader: config or DataLoader of ``core.data.build_loader``.
+        max_epochs: length in passes over the data.
+        max_steps: length in steps (micro-steps under gradient accumulation); needed for an endless sampler.
+        val_every: ``{"epochs": n}`` or ``{"steps": n}``; None: only at the end. The last step is always evaluated.
+        val_begin: no evaluation before this epoch or step.
+
+    Raises:
+        ConfigError: neither or both lengths are given, or the loader is empty.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        dataloader: Any,
+        max_epochs: int | None = None,
+        max_steps: int | None = None,
+        val_every: dict[str, int] | None = None,
+        val_begin: int = 1,
+    ) -> None:
+        super().__init__(runner, dataloader)
+        if (max_epochs is None) == (max_steps is None):
+            raise ConfigError("train_cfg: give exactly one of max_epochs and max_steps")
+        if val_every is not None and (len(val_every) != 1 or next(iter(val_every)) not in ("epochs", "steps")):
+            raise ConfigError(f"train_cfg.val_every: {{epochs: n}} or {{steps: n}}, not {val_every}")
+        self.steps_per_epoch = self._steps_per_epoch()
+        if max_epochs is not None:
+            if self.steps_per_epoch is None:
+                raise ConfigError("train_cfg: an endless sampler needs max_steps")
+            max_steps = max_epochs * self.steps_per_epoch
+        elif self.steps_per_epoch is not None:
+            max_epochs = -(-max_steps // self.steps_per_epoch)
+        self._max_steps, self._max_epochs = max_steps, max_epochs or 1
+        self.val_every, self.val_begin = val_every, val_begin
+        self.val_interval = next(iter(val_every.values())) if val_every else self._max_steps
+        self._iter = self._epoch = self.batches_taken = 0
+        self.skipped_samples = 0
+        self._evaluated_at = -1
+        self.stop_training = False
+
+    def _steps_per_epoch(self) -> int | None:
+        try:
+            steps = len(self.dataloader)
+        except TypeError:
+            return None
+        if steps == 0:
+            raise ConfigError("train_dataloader gives no batch: fewer samples than batch_size and drop_last is on?")
+        return steps
+
+    @property
+    def max_epochs(self) -> int:
+        """Length in epochs (rounded up)."""
+        return self._max_epochs
+
+    @property
+    def max_iters(self) -> int:
+        """Length in steps."""
+        return self._max_steps
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self._epoch
+
+    @property
+    def iter(self) -> int:
+        """Finished steps."""
+        return self._iter
+
+    def state_dict(self) -> dict[str, int]:
+        """The position."""
+        return {
+            "iter": self._iter,
+            "epoch": self._epoch,
+            "batches_taken": self.batches_taken,
+            "skipped_samples": self.skipped_samples,
+            "evaluated_at": self._evaluated_at,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a position."""
+        self._iter, self._epoch = state["iter"], state["epoch"]
+        self.batches_taken, self.skipped_samples = state["batches_taken"], state["skipped_samples"]
+        self._evaluated_at = state["evaluated_at"]
+
+    def run(self) -> torch.nn.Module:
+        """Trains to the end.
+
+        Raises:
+            Interrupted: a signal asked to stop; the state is saved.
+        """
+        self.runner.call_hook("before_train")
+        self._finite = FiniteCheck(self.runner)
+        with StopRequest() as self._stop:
+            while self._iter < self._max_steps and not self.stop_training:
+                self._run_epoch()
+            self._finite.flush()
+        self._evaluate(due=True)
+        self.runner.call_hook("after_train")
+        return self.runner.model
+
+    def _run_epoch(self) -> None:
+        runner = self.runner
+        batches = self._batches()
+        # The iterator exists before the generators are put back: whatever making it draws, resume draws too.
+        runner.restore_random_state()
+        runner.call_hook("before_train_epoch")
+        runner.model.train()
+        exhausted = True
+        for batch in batches:
+            self._run_step(batch)
+            if self._iter >= self._max_steps or self.stop_training:
+                exhausted = self.steps_per_epoch == self.batches_taken
+                break
+        if exhausted or self.steps_per_epoch is None:
+            runner.call_hook("after_train_epoch")
+            self._epoch += 1
+            self.batches_taken = 0
+            if self.val_every and "epochs" in self.val_every:
+                every = self.val_every["epochs"]
+                self._evaluate(due=self._epoch >= self.val_begin and self._epoch % every == 0)
+            runner.call_hook("after_epoch_state")
+
+    def _batches(self) -> Iterator[Any]:
+        loader = self.dataloader
+        loader.set_epoch(self._epoch)
+        loader.skip_batches(self.batches_taken)
+        return iter(DevicePrefetcher(loader, self.runner.device, enabled=self.runner.prefetch))
+
+    def _run_step(self, fetched: Any) -> None:
+        runner, index = self.runner, self.batches_taken
+        batch = self.runner.place(fetched.data)
+        self._report(fetched.errors)
+        runner.message_hub.update_info("iter", self._iter)
+        runner.message_hub.update_info("epoch", self._epoch)
+        runner.call_hook("before_train_iter", batch_idx=index, data_batch=batch)
+        outputs = runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)
+        self._finite.check(self._iter, outputs, batch)
+        runner.call_hook("after_train_iter", batch_idx=index, data_batch=batch, outputs=outputs)
+        self._iter += 1
+        self.batches_taken += 1
+        if self.val_every and "steps" in self.val_every:
+            self._evaluate(due=self._iter >= self.val_begin and self._iter % self.val_every["steps"] == 0)
+        runner.call_hook("after_step")
+        if self._stop.requested(self._iter):
+            self._finite.flush()
+            path = runner.save_state()
+            raise Interrupted(f"stopped at step {self._iter}; saved {path}; go on with resume=auto")
+
+    def _report(self, errors: Sequence[Any]) -> None:
+        for error in errors:
+            self.skipped_samples += 1
+            self.runner.logger.warning(f"sample left out ({self.skipped_samples} so far): {error}")
+
+    def _evaluate(self, due: bool) -> None:
+        if due and self.runner.val_loop is not None and self._evaluated_at != self._iter:
+            self._evaluated_at = self._iter
+            self.runner.val_loop.run()
+            self.runner.model.train()
+
+
+@LOOPS.register_module()
+class EvalLoop(BaseLoop):
+    """Evaluates every sample of a loader exactly once and leaves random states and training mode as they were.
+
+    Args:
+        runner: the mmengine Runner.
+        dataloader: config or DataLoader.
+        evaluator: the Runner's evaluator config (a metric, or a list of metrics).
+        split: "val" or "test": which hook points are called.
+    """
+
+    def __init__(self, runner: Any, dataloader: Any, evaluator: Any, split: str = "val") -> None:
+        super().__init__(runner, dataloader)
+        self.evaluator = runner.build_evaluator(evaluator)
+        self.split = split
+        self.metrics: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """The metrics, by name."""
+        runner, split = self.runner, self.split
+        was_training = runner.model.training
+        runner.call_hook(f"before_{split}")
+        runner.call_hook(f"before_{split}_epoch")
+        runner.model.eval()
+        with fixed_randomness(EVALUATION_SEED):
+            skipped = self._run_batches()
+            self.metrics = self._compute()
+        if skipped:
+            self.metrics["skipped_samples"] = skipped
+        runner.call_hook(f"after_{split}_epoch", metrics=self.metrics)
+        runner.call_hook(f"after_{split}")
+        runner.model.train(was_training)
+        return self.metrics
+
+    def _run_batches(self) -> int:
+        runner, split = self.runner, self.split
+        skipped, batch = 0, None
+        own = 0
+        for own, fetched in enumerate(self._batches(), start=1):
+            for error in fetched.errors:
+                skipped += 1
+                runner.logger.warning(f"sample left out of the evaluation ({skipped} so far): {error}")
+            if fetched.data is None:
+                continue
+            batch = runner.place(fetched.data)
+            runner.call_hook(f"before_{split}_iter", batch_idx=own - 1, data_batch=batch)
+            outputs = runner.model.val_step(batch)
+            self._process(batch, outputs)
+            runner.call_hook(f"after_{split}_iter", batch_idx=own - 1, data_batch=batch, outputs=outputs)
+        self._keep_company(own, batch)
+        return skipped
+
+    def _batches(self) -> Iterable[Any]:
+        self.dataloader.set_epoch(0)
+        return DevicePrefetcher(self.dataloader, self.runner.device, enabled=self.runner.prefetch)
+
+    def _process(self, batch: Any, outputs: Any) -> None:
+        if isinstance(outputs, dict):
+            for metric in self.evaluator.metrics:
+                metric.process(batch, outputs)
+        else:
+            self.evaluator.process(data_samples=outputs, data_batch=batch)
+
+    def _keep_company(self, own: int, batch: Any) -> None:
+        """Sharded networks gather parameters in every forward pass, so all processes must run equally many."""
+        if not self.runner.sharded:
+            return
+        most = torch.tensor([own], device=self.runner.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        for _ in range(int(most.item()) - own):
+            if batch is None:
+                raise ConfigError("a process got no sample to evaluate: use fewer processes or a larger split")
+            self.runner.model.val_step(batch)
+
+    def _compute(self) -> dict[str, Any]:
+        size = len(self.dataloader.dataset)
+        metrics: dict[str, Any] = {}
+        for metric in self.evaluator.metrics:
+            metrics.update(metric.evaluate(size))
+        return metrics
+
+

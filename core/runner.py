@@ -1,0 +1,401 @@
+"""mmengine's Runner with exact state: what is saved, how it is put back, and how a trainer is placed on devices."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import VISUALIZERS
+from mmengine.runner import Runner as MMRunner
+from torch import nn
+
+from core.checkpoint import CheckpointStore, CheckpointWriteError, load, load_state, save_atomic
+from core.data.loader import build_loader
+from core.errors import ConfigError
+from core.hooks.checkpoint import CheckpointHook
+from core.parallel import full_model_state, full_optimizer_state, load_full_optimizer_state, shard
+from core.randomness import random_state, set_random_state
+from core.registry import LOOPS, build
+from core.trainer import DataParallelTrainer, Trainer, unwrap
+
+FORMAT = 1
+
+
+class Runner(MMRunner):
+    """Builds everything from the resolved config and owns the run's state.
+
+    Args:
+        cfg: the resolved config as plain containers (see configs/train.yaml); `run_dir` is set.
+    """
+
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        runtime = cfg["runtime"]
+        self.device = pick_device(runtime["device"])
+        self.prefetch = bool(runtime["prefetch"])
+        self.sharded = False
+        self.runtime = runtime
+        self.settings = cfg
+        self._random_state: dict[str, Any] | None = None
+        self._resumed_from: Path | None = None
+        checkpoint = CheckpointHook(**cfg["checkpoint"])
+        self.store = CheckpointStore(
+            Path(cfg["run_dir"]) / "checkpoints",
+            keep_last=checkpoint.keep_last,
+            keep_best=checkpoint.keep_best,
+            metric=checkpoint.metric,
+            direction=checkpoint.direction,
+        )
+        hooks: list[Any] = list(cfg["custom_hooks"] or [])
+        if cfg["ema"] is not None:
+            hooks.append({"type": "core.EMAHook", **cfg["ema"]})
+        super().__init__(
+            model=cfg["model"],
+            work_dir=str(cfg["run_dir"]),
+            train_dataloader=cfg["train_dataloader"],
+            val_dataloader=cfg["val_dataloader"],
+            test_dataloader=cfg["test_dataloader"],
+            train_cfg=cfg["train_cfg"],
+            val_cfg=_loop(cfg, "val"),
+            test_cfg=_loop(cfg, "test"),
+            optim_wrapper=cfg["optim_wrapper"],
+            param_scheduler=cfg["param_scheduler"],
+            val_evaluator=cfg["val_evaluator"],
+            test_evaluator=cfg["test_evaluator"] or (cfg["val_evaluator"] if cfg["test_dataloader"] else None),
+            default_hooks={
+                "runtime_info": None,
+                "timer": None,
+                "sampler_seed": None,
+                "logger": {"type": "core.LoggingHook", "interval": cfg["log_every"]},
+                "param_scheduler": {"type": "ParamSchedulerHook"},
+                "checkpoint": checkpoint,
+            },
+            custom_hooks=[build(hook) for hook in hooks],
+            launcher="pytorch" if dist.is_initialized() else "none",
+            env_cfg={"cudnn_benchmark": runtime["cudnn_benchmark"]},
+            visualizer=cfg["visualizer"],
+            randomness={"seed": cfg["seed"], "deterministic": runtime["deterministic"]},
+            experiment_name=f"{cfg['name']}_{Path(cfg['run_dir']).name}",
+            cfg={"compile": False, "experiment": cfg},
+        )
+
+    # ------------------------------------------------------------------ building
+    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        """Plain log file ``run.log`` in the run's folder, besides the console."""
+        self._remove_empty(self._log_dir)
+        self._log_dir = self._work_dir
+        return super().build_logger(log_level, log_file or os.path.join(self._work_dir, "run.log"), **kwargs)
+
+    @staticmethod
+    def _remove_empty(folder: str) -> None:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            pass
+
+    def build_visualizer(self, visualizer: Any = None) -> Any:
+        """The config's visualizer; only the first process writes."""
+        cfg = dict(visualizer or {"type": "Visualizer"})
+        if self.rank != 0:
+            cfg["vis_backends"] = None
+        else:
+            cfg["vis_backends"] = [dict(b) for b in cfg.get("vis_backends") or []] or None
+        cfg.setdefault("name", self._experiment_name)
+        cfg.setdefault("save_dir", self._work_dir)
+        return VISUALIZERS.build(cfg)
+
+    def build_model(self, model: Any) -> nn.Module:
+        """The trainer, with frozen parts frozen."""
+        built = model if isinstance(model, nn.Module) else build(model)
+        if isinstance(built, Trainer):
+            built.freeze()
+            built.precision = self.runtime["precision"]
+        return built
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Places the trainer: device, memory format, compilation, DDP or FSDP2.
+
+        Raises:
+            ConfigError: FSDP is asked for without several processes, or for a model that is no Trainer.
+        """
+        runtime = self.runtime
+        self._load_initial_weights(model)
+        if runtime["channels_last"]:
+            model = model.to(memory_format=torch.channels_last)
+        if runtime["fsdp"] is not None:
+            if not dist.is_initialized():
+                raise ConfigError("runtime.fsdp needs several processes: torchrun --nproc-per-node N tools/train.py ...")
+            if not isinstance(model, Trainer):
+                raise ConfigError("runtime.fsdp works with trainers derived from core.Trainer")
+            model = model.to(self.device)
+            shard(model, self.device, **runtime["fsdp"])
+            self.sharded = True
+        else:
+            model = model.to(self.device)
+        if runtime["compile"]:
+            options = runtime["compile"] if isinstance(runtime["compile"], dict) else {}
+            for network in model.networks().values() if isinstance(model, Trainer) else (model,):
+                network.compile(**options)
+        if self.sharded or not dist.is_initialized():
+            return model if dist.is_initialized() else revert_sync_batchnorm(model)
+        return self._data_parallel(model, model_wrapper_cfg)
+
+    def _data_parallel(self, model: nn.Module, model_wrapper_cfg: dict | None) -> nn.Module:
+        runtime = self.runtime
+        if runtime["sync_batchnorm"] and self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if not isinstance(model, Trainer):
+            self.cfg["find_unused_parameters"] = bool(runtime["find_unused_parameters"])
+            return super().wrap_model(model_wrapper_cfg, model)
+        unused = runtime["find_unused_parameters"]
+        if unused is None:  # a phase of an adversarial step leaves the other networks' parameters without gradients
+            unused = "optimizer" not in (self.settings["optim_wrapper"] or {"optimizer": None})
+        return DataParallelTrainer(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=unused,
+        )
+
+    def build_dataloader(self, dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:
+        """See `core.data.loader.build_loader`; training loaders are those of the config's `train_dataloader`."""
+        if not isinstance(dataloader, dict):
+            return dataloader
+        training = dataloader is self._train_dataloader
+        cfg = dict(dataloader)
+        if self.runtime["debug"]:
+            cfg["num_workers"] = 0
+        return build_loader(cfg, seed=self.seed, training=training)
+
+    def build_train_loop(self, loop: Any) -> Any:
+        """`core.TrainLoop` unless the config names another."""
+        cfg = dict(loop)
+        cfg.setdefault("type", "vitrine.TrainLoop")
+        return LOOPS.build(cfg, default_args={"runner": self, "dataloader": self._train_dataloader})
+
+    def build_val_loop(self, loop: Any) -> Any:
+        """`core.EvalLoop` unless the config names another."""
+        return self._build_eval_loop(loop, "val", self._val_dataloader, self._val_evaluator)
+
+    def build_test_loop(self, loop: Any) -> Any:
+        """`core.EvalLoop` unless the config names another."""
+        return self._build_eval_loop(loop, "test", self._test_dataloader, self._test_evaluator)
+
+    def _build_eval_loop(self, loop: Any, split: str, dataloader: Any, evaluator: Any) -> Any:
+        cfg = {"type": "vitrine.EvalLoop", **dict(loop)}
+        if cfg["type"] == "vitrine.EvalLoop":
+            cfg["split"] = split
+        return LOOPS.build(cfg, default_args={"runner": self, "dataloader": dataloader, "evaluator": evaluator})
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """Through `core.OptimConstructor`, in the run's precision, unless the config names another constructor."""
+        cfg = dict(optim_wrapper)
+        cfg.setdefault("constructor", "core.OptimConstructor")
+        if cfg["constructor"] != "core.OptimConstructor":
+            return super().build_optim_wrapper(cfg)
+        from core.param_groups import OptimConstructor
+
+        cfg.pop("constructor")
+        return OptimConstructor(cfg, precision=self.runtime["precision"])(self.model)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """As mmengine; schedules that ask for the run's length are told."""
+        built = super().build_param_scheduler(scheduler)
+        groups = built.values() if isinstance(built, dict) else [built]
+        for schedule in (s for group in groups for s in group):
+            if hasattr(schedule, "resolve"):
+                schedule.resolve(self.train_loop.max_iters, self.train_loop.steps_per_epoch)
+        return built
+
+    def place(self, batch: Any) -> Any:
+        """A batch that the prefetcher has brought to the device, in the run's memory format."""
+        if not self.runtime["channels_last"] or not isinstance(batch, dict):
+            return batch
+        return {
+            key: value.contiguous(memory_format=torch.channels_last)
+            if isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point()
+            else value
+            for key, value in batch.items()
+        }
+
+    # ------------------------------------------------------------------ state
+    def state(self) -> dict[str, Any] | None:
+        """Everything that an exact continuation needs, as plain tensors and numbers; None except on the first process.
+
+        Collective: every process has to call it.
+        """
+        model = unwrap(self.model)
+        model_state = full_model_state(model) if self.sharded else model.state_dict()
+        optim_state = full_optimizer_state(model, self.optim_wrapper) if self.sharded else self.optim_wrapper.state_dict()
+        states: list[Any] = [None] * self.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(states, random_state())
+        else:
+            states[0] = random_state()
+        if self.rank != 0:
+            return None
+        return {
+            "format": FORMAT,
+            "step": self.iter,
+            "position": self.train_loop.state_dict(),
+            "model": model_state,
+            "optim": optim_state,
+            "sharded": self.sharded,
+            "schedulers": self._scheduler_states(),
+            "hooks": {type(h).__name__: h.state_dict() for h in self.hooks if hasattr(h, "state_dict")},
+            "random": states,
+            "name": self.settings["name"],
+            "seed": self.seed,
+            "versions": versions(),
+        }
+
+    def save_state(self, metrics: dict[str, float] | None = None, must: bool = False) -> Path | None:
+        """Writes a checkpoint; a full disk leaves the earlier ones intact and is reported.
+
+        Args:
+            metrics: figures of exactly these weights.
+            must: not being able to write is an error instead of a warning.
+
+        Returns:
+            The file, or None where nothing was written (other processes, failed write).
+
+        Raises:
+            CheckpointWriteError: with `must`.
+        """
+        state = self.state()
+        if state is None:
+            return None
+        try:
+            return self.store.save(state, step=self.iter, metrics=metrics)
+        except CheckpointWriteError as error:
+            if must:
+                raise
+            newest = self.store.newest()
+            self.logger.error(f"checkpoint of step {self.iter} not written: {error}; the newest whole one is {newest}")
+            return None
+
+    def save_debug_state(self, step: int, terms: dict[str, float], batch: Any) -> Path:
+        """What there is to look at after a non-finite loss: weights, optimizer, batch and terms of `step`."""
+        path = Path(self.work_dir) / "debug" / f"nonfinite_step_{step:08d}_rank{self.rank}.pt"
+        plain = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} if isinstance(batch, dict) else {}
+        plain = {k: v for k, v in plain.items() if isinstance(v, torch.Tensor | list | str | int | float)}
+        save_atomic({"step": step, "terms": terms, "batch": plain, "model": unwrap(self.model).state_dict()}, path)
+        return path
+
+    def _scheduler_states(self) -> Any:
+        schedulers = self.param_schedulers
+        if isinstance(schedulers, dict):
+            return {name: [s.state_dict() for s in group] for name, group in schedulers.items()}
+        return [s.state_dict() for s in schedulers or []]
+
+    def load_or_resume(self) -> None:
+        """Goes on from `settings.resume_from` when the launcher found a checkpoint to resume."""
+        path = self.settings.get("resume_from")
+        if path and not self._has_loaded:
+            self._restore(Path(path))
+        self._has_loaded = True
+
+    def _restore(self, path: Path) -> None:
+        state = load(path)
+        if state.get("format") != FORMAT:
+            raise ConfigError(f"{path} is no checkpoint of a run (weights alone go into load_from)")
+        if len(state["random"]) != self.world_size:
+            self.logger.warning(
+                f"{path} was written by {len(state['random'])} processes, this run has {self.world_size}: "
+                "it goes on, but random draws differ from an uninterrupted run"
+            )
+        model = unwrap(self.model)
+        if self.sharded:
+            from core.parallel import load_full_model_state
+
+            load_full_model_state(model, state["model"])
+        else:
+            load_state(model, state["model"])
+        if self.sharded or state["sharded"]:
+            load_full_optimizer_state(model, self.optim_wrapper, state["optim"], from_sharded=state["sharded"])
+        else:
+            self.optim_wrapper.load_state_dict(state["optim"])
+        self._restore_schedulers(state["schedulers"])
+        for hook in self.hooks:
+            if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:
+                hook.load_state_dict(state["hooks"][type(hook).__name__])
+        self.train_loop.load_state_dict(state["position"])
+        self._random_state = state["random"][self.rank % len(state["random"])]
+        self._resumed_from = path
+        self.logger.info(f"resumed from {path} at step {self.iter}")
+
+    def _restore_schedulers(self, states: Any) -> None:
+        schedulers = self.param_schedulers
+        pairs = (
+            [(s, t) for name, group in schedulers.items() for s, t in zip(group, states[name], strict=True)]
+            if isinstance(schedulers, dict)
+            else list(zip(schedulers or [], states, strict=True))
+        )
+        for scheduler, saved in pairs:
+            scheduler.load_state_dict(saved)
+
+    def restore_random_state(self) -> None:
+        """Puts the random generators where the resumed run had them; once, when the data iterator exists."""
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
+
+    def _load_initial_weights(self, model: nn.Module) -> None:
+        from core.weights import load_weights
+
+        source = self.settings["load_from"]
+        if source is not None and not self.settings.get("resume_from"):
+            options = {"path": source} if isinstance(source, str) else dict(source)
+            self.logger.info(load_weights(model, **options))
+
+    # ------------------------------------------------------------------ quiet
+    def _log_env(self, env_cfg: dict) -> None:
+        self.logger.info(f"{self.settings['name']}: seed {self.seed}, {self.device}, {versions()}")
+
+    def get_hooks_info(self) -> str:
+        """The hooks in order, on one line."""
+        return " ".join(type(h).__name__ for h in self._hooks)
+
+    def dump_config(self) -> None:
+        """Nothing: the launcher writes config.yaml before anything is built."""
+
+    def _maybe_compile(self, target: str) -> None:
+        """Nothing: networks are compiled in place when they are placed."""
+
+
+def _loop(cfg: dict[str, Any], split: str) -> dict[str, Any] | None:
+    if cfg[f"{split}_dataloader"] is None:
+        return None
+    return cfg[f"{split}_cfg"] or {}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process: "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: "cuda" without one.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("runtime.device=cuda, but PyTorch sees no CUDA device (runtime=cpu runs on the CPU)")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
+
+
+def versions() -> dict[str, str]:
+    """Python's and the main libraries' versions."""
+    import importlib.metadata as metadata
+
+    names = ("torch", "torchvision", "timm", "onedl-mmengine")
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+logging.getLogger("mmengine").setLevel(logging.WARNING)
