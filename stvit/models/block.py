@@ -1,0 +1,122 @@
+"""The transformer layer that every stage of STViT is made of: `Block(x, y=x)` (section 3.1 of the STViT paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from timm.layers import DropPath, LayerScale, Mlp
+from torch import Tensor, nn
+
+from stvit.models.attention import Attention
+from stvit.models.windows import merge_windows, split_windows
+
+
+class Block(nn.Module):
+    """Pre-norm layer whose keys may be other tokens than its queries.
+
+    `x <- x + DropPath(ls1 * Attention(LN1 x, LN1 y))`, then `x <- x + DropPath(ls2 * MLP(LN2 x))`. One LN1 serves
+    queries and keys, so that a layer can be used for self-attention (y = x), generation and recovery alike.
+
+    Args:
+        dim: channels C.
+        num_heads: attention heads.
+        mlp_ratio: width of the MLP's hidden layer in units of C; its activation is the exact GELU.
+        qkv_bias: bias in the query and key/value projections.
+        layer_scale: initial value of the per-channel scales `ls1`, `ls2`; None leaves them out.
+        drop_path: probability of dropping each residual branch, per sample, while training.
+        attn_drop: dropout on attention weights.
+        proj_drop: dropout after the attention projection and inside the MLP.
+        norm_eps: epsilon of both layer norms (1e-6 in DeiT variants, 1e-5 in Swin variants).
+        window: side of the square windows that self-attention is confined to; None attends globally.
+        relative_window: side of the grid whose relative positions are learned, see `Attention`.
+        shortcut: False drops the residual (and the stochastic depth) of the attention half, as the released
+            classification models do in their first generation layer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_eps: float = 1e-6,
+        window: int | None = None,
+        relative_window: int | tuple[int, int] | None = None,
+        shortcut: bool = True,
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.shortcut = shortcut
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(
+            dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            relative_window=relative_window,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+        )
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop)
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | Sequence[Tensor] | None = None,
+        *,
+        grid: tuple[int, int] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Update tokens `x` `(B, N, C)`.
+
+        Args:
+            x: queries and residual.
+            y: tokens that are attended, `(B, M, C)` or several such tensors that count as one sequence; None: `x`.
+            grid: `(height, width)` of the raster that `x` lies on; needed by windowed layers only.
+            mask: as in `Attention.forward`; for windowed layers broadcastable to `(B*windows, heads, n, n)`.
+
+        Raises:
+            ValueError: a windowed layer got no grid, a grid that windows do not tile, or other keys than `x`.
+        """
+        update = self.ls1(self._attention(x, y, grid, mask))
+        x = x + self.drop_path(update) if self.shortcut else update
+        return self._feed_forward(x)
+
+    def attention_weights(self, x: Tensor, y: Tensor | Sequence[Tensor]) -> Tensor:
+        """Attention probabilities `(B, heads, N, M)` of a global layer, float32; `y` as in `forward`."""
+        q, k, _ = self._project(x, y)
+        return self.attn.weights(q, k)
+
+    def _attention(
+        self, x: Tensor, y: Tensor | Sequence[Tensor] | None, grid: tuple[int, int] | None, mask: Tensor | None
+    ) -> Tensor:
+        if self.window is None:
+            return self.attn.attend(*self._project(x, y), mask=mask)
+        if y is not None or grid is None:
+            raise ValueError("a windowed Block does self-attention only: pass grid=(height, width) and no y")
+        windows = split_windows(self.norm1(x), grid, self.window)
+        return merge_windows(self.attn(windows, mask=mask), grid, self.window)
+
+    def _project(self, x: Tensor, y: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        normed = self.norm1(x)
+        if y is None:
+            sources = [normed]
+        else:
+            sources = [self.norm1(source) for source in ([y] if isinstance(y, Tensor) else y)]
+        return self.attn.queries(normed), *self.attn.keys_values(*sources)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+def block_stack(dim: int, num_heads: int, drop_path: Sequence[float], **options: object) -> nn.ModuleList:
+    """One `Block` for every stochastic-depth rate in `drop_path`; `options` go to each."""
+    return nn.ModuleList(Block(dim, num_heads, drop_path=rate, **options) for rate in drop_path)
