@@ -208,6 +208,7 @@ def benchmark(
     warmup: int = 3,
     min_time: float = 0.02,
     threads: int | None = None,
+    budget: float | None = None,
 ) -> Benchmark:
     """Times callables in turn: every round runs each of them once, in an order that reverses from round to round.
 
@@ -221,6 +222,7 @@ def benchmark(
         warmup: calls of each before the first round.
         min_time: shortest measured stretch in seconds.
         threads: CPU threads during the measurement; None leaves them.
+        budget: seconds after which no further round begins; three rounds are taken at least.
 
     Raises:
         ValueError: no callable, or fewer than one round.
@@ -240,8 +242,11 @@ def benchmark(
         collecting = gc.isenabled()
         gc.collect()
         gc.disable()
+        started = time.perf_counter()
         try:
-            for _ in range(repeats):
+            for done in range(repeats):
+                if budget is not None and done >= 3 and time.perf_counter() - started > budget:
+                    break
                 for name in order:
                     seconds[name].append(_stretch(candidates[name], calls[name], device) / calls[name])
                 order.reverse()

@@ -1,0 +1,207 @@
+"""Finished runs as evidence: which `result.json` below a folder belongs to which resolved config.
+
+Two configs mean the same run when they agree on everything that can change the numbers: `fingerprint` leaves out where
+things are stored, how the run is watched, and how fast the machine is fed. A run copied from a cluster therefore counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError
+
+Compose = Callable[[list[str]], Any]
+Runner = Callable[[Any], dict[str, Any]]
+
+# Top-level keys that say where a run is kept and how it is watched.
+_BOOKKEEPING = (
+    "runs_dir",
+    "run_dir",
+    "resume",
+    "resume_from",
+    "stage_of",
+    "overrides",
+    "components",
+    "paper",
+    "log_every",
+    "visualizer",
+    "hydra",
+)
+# Keys of `runtime` that change numbers; the others choose a device, a compiler, a wrapper.
+_RUNTIME = ("precision", "debug")
+# Keys of `checkpoint` that only say when and how many are kept.
+_CHECKPOINT = ("every_steps", "keep_last", "keep_best")
+# Keys, at any depth, that belong to the machine.
+_MACHINE = frozenset(
+    {"root", "data_root", "cache_dir", "num_workers", "pin_memory", "prefetch_factor", "persistent_workers"}
+)
+
+
+def relevant(cfg: Any) -> dict[str, Any]:
+    """The part of a resolved config that can change a run's numbers, as plain containers."""
+    from core.config import to_dict
+
+    plain = to_dict(cfg)
+    kept = {key: _without_machine(value) for key, value in plain.items() if key not in _BOOKKEEPING}
+    if isinstance(kept.get("runtime"), Mapping):
+        kept["runtime"] = {key: kept["runtime"][key] for key in _RUNTIME if key in kept["runtime"]}
+    if isinstance(kept.get("checkpoint"), Mapping):
+        kept["checkpoint"] = {key: value for key, value in kept["checkpoint"].items() if key not in _CHECKPOINT}
+    return kept
+
+
+def _without_machine(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {str(key): _without_machine(value) for key, value in node.items() if key not in _MACHINE}
+    if isinstance(node, list | tuple):
+        return [_without_machine(value) for value in node]
+    return node
+
+
+def fingerprint(cfg: Any) -> str:
+    """Sixteen hexadecimal digits that two configs share exactly when `relevant` gives the same for both."""
+    return digest(relevant(cfg))
+
+
+def digest(data: Any) -> str:
+    """Sixteen hexadecimal digits of JSON-ready data; the order of keys does not matter."""
+    text = json.dumps(data, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def first_difference(left: Any, right: Any, path: str = "") -> str | None:
+    """Where two plain containers first differ, e.g. ``model.network.depth: 6 there, 5 here``; None when they agree."""
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        for key in [*left, *(k for k in right if k not in left)]:
+            inner = f"{path}.{key}" if path else str(key)
+            if key not in left or key not in right:
+                return f"{inner} is only {'there' if key in left else 'here'}"
+            found = first_difference(left[key], right[key], inner)
+            if found:
+                return found
+        return None
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        for index, (one, other) in enumerate(zip(left, right, strict=True)):
+            found = first_difference(one, other, f"{path}.{index}")
+            if found:
+                return found
+        return None
+    return None if left == right else f"{path}: {left!r} there, {right!r} here"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run: the content of its `result.json` and where that lies."""
+
+    path: Path
+    data: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Experiment id, e.g. ``stvit/digits``."""
+        return str(self.data.get("name", ""))
+
+    @property
+    def seed(self) -> int | None:
+        """The run's seed."""
+        return self.data.get("seed")
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Metric name -> value."""
+        return self.data.get("metrics", {})
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The resolved config stored beside the result, or None where only the result was copied."""
+        path = self.path.with_name("config.yaml")
+        if not path.is_file():
+            return None
+        import yaml
+
+        return yaml.safe_load(path.read_text())
+
+
+class Results:
+    """The finished runs below a folder, asked by resolved config.
+
+    Args:
+        runs_dir: searched at any depth; it need not exist.
+        compose: overrides -> config, for results whose `config.yaml` was not copied along.
+    """
+
+    def __init__(self, runs_dir: str | Path, compose: Compose) -> None:
+        self.runs_dir = Path(runs_dir)
+        self._compose = compose
+        self._by_name: dict[str, list[Result]] = {}
+        self._prints: dict[Path, str | None] = {}
+        for result in _read_all(self.runs_dir):
+            self._by_name.setdefault(result.name, []).append(result)
+
+    def match(self, cfg: Any) -> Result | None:
+        """The newest finished run of this config, seed included."""
+        wanted = fingerprint(cfg)
+        for result in self._candidates(cfg):
+            if self._fingerprint(result) == wanted:
+                return result
+        return None
+
+    def seeds(self, name: str) -> list[int]:
+        """Seeds with which an experiment was run, whatever the rest of the config."""
+        return sorted({r.seed for r in self._by_name.get(name, ()) if r.seed is not None})
+
+    def outdated(self, cfg: Any) -> str | None:
+        """Why a run with these very overrides does not count: what its config had otherwise. None where there is none."""
+        for result in self._candidates(cfg):
+            stored = result.config
+            if stored is None:
+                continue
+            recomposed = self._recompose(result)
+            if recomposed is not None and fingerprint(recomposed) == fingerprint(cfg):
+                difference = first_difference(relevant(stored), relevant(cfg))
+                if difference:
+                    return difference
+        return None
+
+    def _candidates(self, cfg: Any) -> Iterable[Result]:
+        return [r for r in self._by_name.get(str(cfg["name"]), ()) if r.seed == cfg["seed"]]
+
+    def _fingerprint(self, result: Result) -> str | None:
+        if result.path not in self._prints:
+            config = result.config
+            if config is None:
+                config = self._recompose(result)
+            self._prints[result.path] = None if config is None else fingerprint(config)
+        return self._prints[result.path]
+
+    def _recompose(self, result: Result) -> Any | None:
+        overrides = [str(o) for o in result.data.get("overrides") or []]
+        if not any(o.startswith("experiment=") for o in overrides):
+            overrides.insert(0, f"experiment={result.name}")
+        overrides = [o for o in overrides if not o.startswith("seed=")]
+        try:
+            return self._compose([*overrides, f"seed={result.seed}"])
+        except ConfigError:
+            return None
+
+
+def _read_all(runs_dir: Path) -> list[Result]:
+    """Finished results, newest first; unreadable files are named on standard error and left out."""
+    found = []
+    for path in runs_dir.rglob("result.json"):
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            print(f"warning: {path} cannot be read and does not count: {error}", file=sys.stderr)
+            continue
+        stage = path.parent.name.startswith("stage_")  # a stage is a part of a run, not a run
+        if isinstance(data, dict) and data.get("status") == "finished" and not stage:
+            found.append(Result(path, data))
+    # Run folders are named by their start; modification times decide between copies only.
+    return sorted(found, key=lambda r: (r.path.parent.name, r.path.stat().st_mtime), reverse=True)
