@@ -1,0 +1,347 @@
+"""Checkpoint files: written whole or not at all, and read without executing anything."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from core.errors import VitrineError
+
+# What `torch.load(weights_only=True)` gives back, so that nothing is written that could not be read again.
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.device, torch.dtype)
+_CONTAINERS = (list, tuple, set)
+_MAPPINGS = (dict, OrderedDict)
+_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+# Fragments of the messages by which torch's zip writer reports that the stream under it failed.
+_WRITER_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error", "write_record")
+
+
+class CheckpointWriteError(VitrineError, OSError):
+    """A file could not be written; what was there before is untouched."""
+
+
+class CheckpointReadError(VitrineError, ValueError):
+    """A file is missing, damaged, or not what its name says."""
+
+
+class UnsafeCheckpointError(CheckpointReadError, pickle.UnpicklingError):
+    """A file asks for more than data; nothing of it was executed."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What was written: enough to recognise the file as whole later.
+
+    Attributes:
+        size: bytes.
+        sha256: hexadecimal digest of the content.
+    """
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileRecord:
+        """Reads the file and computes its record."""
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return cls(os.fstat(file.fileno()).st_size, digest)
+
+
+class _HashingWriter:
+    """A binary file that hashes what passes through it and remembers why a write failed (torch's message does not say)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        size = memoryview(data).nbytes
+        self.size += size
+        return size
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_atomic(state: Mapping[str, Any], path: str | os.PathLike[str]) -> FileRecord:
+    """Writes a checkpoint so that `path` holds either the whole new file or what it held before.
+
+    The bytes go to a temporary name in the same folder, reach the disk (fsync), and only then take the name.
+    ``.safetensors`` writes a flat dictionary of tensors in that format, every other suffix a torch file that
+    `load` reads back.
+
+    Args:
+        state: nested dictionaries, lists, tuples and sets of tensors, numbers, strings; numpy scalars become numbers.
+        path: the file; its folder is made when missing.
+
+    Raises:
+        TypeError: `state` holds something that could not be read back with ``weights_only=True`` (the place is named);
+            or, for ``.safetensors``, something that is no tensor.
+        CheckpointWriteError: the disk is full, a quota or size limit is reached, the folder cannot be written.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _replace(path, lambda writer: _write_safetensors(state, writer), needed=_tensor_bytes(state))
+    readable = _readable(state, "state")
+    return _replace(path, lambda writer: torch.save(readable, writer), needed=_tensor_bytes(state))
+
+
+def write_text_atomic(text: str, path: str | os.PathLike[str]) -> FileRecord:
+    """Replaces a text file in one step (temporary name, fsync, rename).
+
+    Raises:
+        CheckpointWriteError: as `save_atomic`.
+    """
+    data = text.encode()
+    return _replace(Path(path), lambda writer: writer.write(data), needed=len(data))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file name is one that an interrupted write leaves behind."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _replace(path: Path, write: Callable[[_HashingWriter], Any], needed: int) -> FileRecord:
+    temporary: str | None = None
+    writer: _HashingWriter | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(descriptor, "wb", buffering=1 << 20) as file:
+            writer = _HashingWriter(file)
+            write(writer)
+            file.flush()
+            os.fsync(file.fileno())
+        _keep_mode(temporary, path)
+        os.replace(temporary, path)
+        temporary = None
+        _sync_folder(path.parent)
+        return FileRecord(writer.size, writer.digest.hexdigest())
+    except OSError as error:
+        raise _write_error(path, error, needed) from error
+    except RuntimeError as error:
+        cause = writer.error if writer is not None else None
+        if cause is None and not any(sign in str(error) for sign in _WRITER_FAILED):
+            raise
+        raise _write_error(path, cause or error, needed) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _keep_mode(temporary: str, path: Path) -> None:
+    """mkstemp makes private files; the checkpoint gets the rights of the file it replaces, else the usual ones."""
+    try:
+        mode = path.stat().st_mode & 0o7777
+    except FileNotFoundError:
+        umask = os.umask(0)
+        os.umask(umask)
+        mode = 0o666 & ~umask
+    os.chmod(temporary, mode)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable; file systems that cannot sync a folder do not need it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_error(path: Path, error: BaseException, needed: int) -> CheckpointWriteError:
+    number = getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error).split("\n", 1)[0]
+    if number == errno.EFBIG:
+        reason += " (a file-size limit, see `ulimit -f`)"
+    parent = next((p for p in [path.parent, *path.parent.parents] if p.is_dir()), None)
+    free = _megabytes(shutil.disk_usage(parent).free) if parent else "unknown"
+    kept = "; the previous file is untouched" if path.exists() else ""
+    return CheckpointWriteError(
+        f"could not write '{path}': {reason}. It needs about {_megabytes(needed)}, {free} are free there{kept}. "
+        "Free some space or choose another folder."
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _tensor_bytes(state: Any) -> int:
+    """Bytes of all tensor storages in `state`, shared ones counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(state) if t.numel()}
+    return sum(storages.values())
+
+
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        if state.layout is torch.strided and type(state) in _TENSORS:
+            yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, _CONTAINERS):
+        for value in state:
+            yield from _tensors(value)
+
+
+def _readable(state: Any, place: str) -> Any:
+    """`state` itself when `load` can read it back; numpy scalars as numbers; TypeError with the place otherwise."""
+    kind = type(state)
+    if kind in _PLAIN or isinstance(state, torch.Tensor):
+        return state
+    if isinstance(state, np.generic):
+        return state.item()
+    if kind in _MAPPINGS:
+        values = {k: _readable(v, f"{place}[{k!r}]") for k, v in state.items()}
+        keys = {k: _readable(k, f"the key {k!r} of {place}") for k in state}
+        if all(values[k] is state[k] and keys[k] is k for k in state):
+            return state
+        return kind((keys[k], v) for k, v in values.items())
+    if kind in _CONTAINERS:
+        return kind(_readable(v, f"{place}[{i}]") for i, v in enumerate(state))
+    raise TypeError(
+        f"{place} is a {kind.__module__}.{kind.__qualname__}, which a safe load (weights_only) cannot read back: "
+        "store it as tensors, numbers, strings, lists and plain dictionaries"
+    )
+
+
+def _write_safetensors(state: Mapping[str, Any], writer: _HashingWriter) -> None:
+    from safetensors.torch import save
+
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"safetensors holds a flat dictionary of tensors, but '{key}' is a {type(value).__name__}")
+    seen: dict[int, str] = {}
+    ready = {}
+    for key, value in state.items():
+        shared = value.numel() > 0 and seen.setdefault(value.untyped_storage().data_ptr(), key) != key
+        ready[key] = value.detach().clone() if shared else value.detach().contiguous()
+    writer.write(save(ready, metadata={"format": "pt"}))
+
+
+def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint that holds nothing but data: torch files (``weights_only=True``), ``.safetensors``, ``.npz``.
+
+    Args:
+        path: the file.
+        map_location: where the tensors go.
+
+    Returns:
+        The dictionary in the file; ``.npz`` arrays as tensors.
+
+    Raises:
+        UnsafeCheckpointError: the file asks for more than data; the message names what.
+        CheckpointReadError: missing, damaged, or not a dictionary.
+    """
+    path = existing(path)
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path, map_location)
+    if path.suffix == ".npz":
+        return _load_npz(path, map_location)
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _not_plain(path, str(error)) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
+        if "TorchScript" in str(error):
+            raise torchscript_error(path) from None
+        raise CheckpointReadError(
+            f"'{path}' cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}): it is "
+            "damaged, incomplete, or no torch file. Copy or download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointReadError(f"'{path}' holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    """The path, when it is a file.
+
+    Raises:
+        CheckpointReadError: no such file; files of its folder with a near name are in the message.
+    """
+    from difflib import get_close_matches
+
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise CheckpointReadError(f"'{path}' is a folder, not a checkpoint file")
+    if not path.parent.is_dir():
+        raise CheckpointReadError(f"there is no file '{path}': its folder does not exist")
+    names = [p.name for p in path.parent.iterdir() if p.is_file()]
+    near = get_close_matches(path.name, names, n=3, cutoff=0.4)
+    hint = f"; near names there: {', '.join(near)}" if near else ""
+    raise CheckpointReadError(f"there is no file '{path}'{hint}")
+
+
+def torchscript_error(path: Path) -> UnsafeCheckpointError:
+    """The refusal of TorchScript archives, which hold programs beside weights."""
+    return UnsafeCheckpointError(
+        f"'{path}' is a TorchScript archive: it holds a program beside the weights and is not loaded. Convert it once, "
+        "where you trust it, with torch.save(torch.jit.load(path).state_dict(), ...)."
+    )
+
+
+def _not_plain(path: Path, message: str) -> CheckpointReadError:
+    if "TorchScript" in message:
+        return torchscript_error(path)
+    wanted = re.search(r"GLOBAL (\S+)", message)
+    if wanted is None and re.search(r"Unsupported operand|persistent", message) is None:
+        return CheckpointReadError(f"'{path}' cannot be read: {message.splitlines()[0]}")
+    what = f"asks for '{wanted[1]}'" if wanted else "is a pickle beyond the weights-only format"
+    return UnsafeCheckpointError(
+        f"'{path}' {what}, which is more than data, so it was not loaded. If it is an official checkpoint, "
+        "core.checkpoint.load_official(path) reads the known containers (argparse, yacs, omegaconf, numpy, ...) as plain "
+        "dictionaries without executing anything; load_official(path, allow=...) extends its list."
+    )
+
+
+def _load_safetensors(path: Path, map_location: str | torch.device) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=str(map_location))
+    except SafetensorError as error:
+        raise CheckpointReadError(f"'{path}' is no whole safetensors file: {error}") from None
+
+
+def _load_npz(path: Path, map_location: str | torch.device) -> dict[str, torch.Tensor]:
+    import zipfile
+    import zlib
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]).to(map_location) for name in arrays.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error):
+            raise UnsafeCheckpointError(f"'{path}' holds pickled Python objects, which are not loaded") from None
+        raise CheckpointReadError(f"'{path}' is no whole .npz file: {error}") from None
+    except TypeError as error:
+        raise CheckpointReadError(f"'{path}' holds an array that is no tensor: {error}") from None
