@@ -39,8 +39,8 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """3x3 convolutions of stride 2, each with batch norm and hard swish, until one token covers a patch.
 
-    With `patch_size=4` this is the stem of the released STViT-R (two convolutions, C/2 then C channels); other powers of
-    two have fewer or more steps, the width doubling at each.
+    With `patch_size=4` this is the stem of the released STViT-R (two convolutions, C/2 then C channels); other powers
+    of two have fewer or more steps, the width doubling at each.
 
     Args:
         patch_size: total stride, a power of two from 2 on.
@@ -57,7 +57,7 @@ class ConvStem(nn.Module):
         if patch_size < 2 or patch_size != 1 << steps:
             raise ValueError(f"stem='conv' halves the image repeatedly: patch_size={patch_size} must be 2, 4, 8 or 16")
         if dim % (1 << (steps - 1)):
-            raise ValueError(f"stem='conv' with patch_size={patch_size} needs embed_dim divisible by {1 << (steps - 1)}")
+            raise ValueError(f"stem='conv' with patch_size={patch_size} needs embed_dim % {1 << (steps - 1)} == 0")
         self.steps = steps
         widths = [in_chans, *(dim >> (steps - 1 - i) for i in range(steps))]
         self.stages = nn.Sequential(*(_conv_norm_act(widths[i], widths[i + 1]) for i in range(steps)))

@@ -44,8 +44,8 @@ class SemanticTokenGenerator(nn.Module):
         num_heads: attention heads.
         grid: `(height, width)` of the tokens, or one number for a square: S = height * width tokens.
         depth: generation layers.
-        pool: `max`, `avg`, `weighted`, `weighted_offset` (see `build_pool`), or `none`: the global centres alone are the
-            initial centres, and are not added again.
+        pool: `max`, `avg`, `weighted`, `weighted_offset` (see `build_pool`), or `none`: the global centres alone are
+            the initial centres, and are not added again.
         use_global: whether there are global centres.
         global_in: where they enter layer 2: `query` (query and residual) or `key` (a position encoding of the keys S).
         shortcut: whether layer 1 keeps its residual P.

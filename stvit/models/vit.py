@@ -240,7 +240,7 @@ class SemanticTokenViT(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Parameter groups from stem to tail for timm's layer-wise tools (every layer its own group unless `coarse`)."""
+        """Parameter groups from stem to tail for timm's layer-wise tools, one per layer unless `coarse`."""
         if coarse:
             return dict(stem=r"^stem|^pos_embed|^cls_token", base=r"^base", generation=r"^reducer", tail=r"^tail|^norm")
         return dict(

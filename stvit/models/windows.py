@@ -97,7 +97,9 @@ class KeyWindows:
         """Number of query windows along the axes of a grid of queries."""
         return padded_size(grid[0], self.queries) // self.queries, padded_size(grid[1], self.queries) // self.queries
 
-    def mask(self, grid: tuple[int, int], key_grid: tuple[int, int], valid: tuple[int, int], device: torch.device) -> Tensor:
+    def mask(
+        self, grid: tuple[int, int], key_grid: tuple[int, int], valid: tuple[int, int], device: torch.device
+    ) -> Tensor:
         """Boolean `(H*W, Hk*Wk)`: True where a query of `grid` may attend a key of `key_grid`.
 
         `valid` counts the rows and columns of the key grid that may be attended at all (padding comes last).
