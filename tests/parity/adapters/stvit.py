@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
+from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
+from core.data.transforms import EvalTransform
 from core.param_groups import split_decay
 from core.schedules import warmup_cosine
 from stvit.checkpoint import convert, resize_relative_bias
@@ -181,9 +182,8 @@ def _relpos_resize(case: Case) -> Outputs:
 
 def _losses(case: Case) -> Outputs:
     config, inputs = case.config, case.inputs()
-    spread = config["smoothing"] / config["num_classes"]
-    hot = F.one_hot(inputs["labels"], config["num_classes"]) * (1 - config["smoothing"]) + spread
-    target = hot * config["lam"] + hot.flip(0) * (1 - config["lam"])
+    # The function behind `core.data.mix.Mix`, whose mixing coefficient is random.
+    target = mixup_target(inputs["labels"], config["num_classes"], config["lam"], config["smoothing"])
     return {
         "target": target,
         "soft": soft_target_cross_entropy(inputs["logits"], target),
@@ -230,14 +230,9 @@ def _axes(name: str) -> int:
 
 
 def _eval_transform(case: Case) -> Outputs:
-    from PIL import Image
-
-    from core.data.transforms import eval_transform
-
     size = case.config["img_size"]
-    image = Image.fromarray(case.inputs()["image"].to(torch.uint8).numpy())
-    transform = eval_transform(size=size, resize=int(256 / 224 * size), interpolation="bicubic")
-    return {"x": transform(image)}
+    image = case.inputs()["image"].to(torch.uint8).numpy()
+    return {"x": EvalTransform(size=size, resize=int(256 / 224 * size), interpolation="bicubic")(image)}
 
 
 _PIECES: dict[str, Callable[[Case], Outputs]] = {
