@@ -273,6 +273,8 @@ def _checkpoint_to_resume(cfg: dict[str, Any]) -> Path | None:
 # ---------------------------------------------------------------------- running
 def _run_stages(cfg: dict[str, Any]) -> dict[str, Any]:
     """Every stage in a folder of its own; finished ones are skipped, later ones start from an earlier one's weights."""
+    if _rank() == 0:
+        _write_config(cfg)
     results: dict[str, dict[str, Any]] = {}
     names = [stage.get("name") for stage in cfg["stages"]]
     if None in names or len(set(names)) != len(names):
@@ -288,7 +290,6 @@ def _run_stages(cfg: dict[str, Any]) -> dict[str, Any]:
     last["seconds"] = sum(result["seconds"] for result in results.values())
     last["run_dir"] = cfg["run_dir"]
     if _rank() == 0:
-        _write_config(cfg)
         _write_json(Path(cfg["run_dir"]) / "result.json", last)
     return last
 

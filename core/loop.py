@@ -38,6 +38,8 @@ class TrainLoop(BaseLoop):
         ConfigError: neither or both lengths are given, or the loader is empty.
     """
 
+    builds_its_own = True
+
     def __init__(
         self,
         runner: Any,
@@ -198,6 +200,8 @@ class EvalLoop(BaseLoop):
         evaluator: the Runner's evaluator config (a metric, or a list of metrics).
         split: "val" or "test": which hook points are called.
     """
+
+    builds_its_own = True
 
     def __init__(self, runner: Any, dataloader: Any, evaluator: Any, split: str = "val") -> None:
         super().__init__(runner, dataloader)

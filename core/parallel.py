@@ -1,4 +1,4 @@
-"""Sharding with PyTorch's fully_shard (FSDP2) and states that load on any number of processes."""
+"""Sharding with PyTorch's fully_shard (FSDP2), and model states that load on any number of processes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -57,44 +55,3 @@ def full_model_state(model: nn.Module) -> dict[str, Any]:
 def load_full_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Full tensors into a sharded model; every process holds the full state."""
     set_model_state_dict(model, state, options=_FROM_RANK_0)
-
-
-def full_optimizer_state(model: nn.Module, optim_wrapper: Any) -> dict[str, Any]:
-    """The wrapper's own state, and its optimizers' states under parameter names with full tensors; collective."""
-    return {
-        "wrappers": {name: _without_optimizer(wrapper) for name, wrapper in _named(optim_wrapper).items()},
-        "optimizers": {
-            name: get_optimizer_state_dict(model, wrapper.optimizer, options=_FULL)
-            for name, wrapper in _named(optim_wrapper).items()
-        },
-    }
-
-
-def load_full_optimizer_state(
-    model: nn.Module, optim_wrapper: Any, state: dict[str, Any], *, from_sharded: bool
-) -> None:
-    """Puts an optimizer state written by a sharded run into any run, or a plain one into a sharded run.
-
-    Raises:
-        ConfigError: a plain run's optimizer state cannot be named (it was written without sharding).
-    """
-    from core.errors import ConfigError
-
-    if not from_sharded:
-        raise ConfigError(
-            "this checkpoint was written without FSDP; its optimizer state does not load into a sharded run. "
-            "Start from its weights with load_from, or resume without runtime=fsdp"
-        )
-    for name, wrapper in _named(optim_wrapper).items():
-        wrapper.load_state_dict({**wrapper.state_dict(), **state["wrappers"][name]})
-        set_optimizer_state_dict(model, wrapper.optimizer, state["optimizers"][name], options=_FROM_RANK_0)
-
-
-def _named(optim_wrapper: Any) -> dict[str, Any]:
-    from mmengine.optim import OptimWrapperDict
-
-    return dict(optim_wrapper.items()) if isinstance(optim_wrapper, OptimWrapperDict) else {"": optim_wrapper}
-
-
-def _without_optimizer(wrapper: Any) -> dict[str, Any]:
-    return {k: v for k, v in wrapper.state_dict().items() if k not in ("state", "param_groups")}

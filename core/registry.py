@@ -40,7 +40,9 @@ OPTIMIZERS = _child(root.OPTIMIZERS)
 OPTIM_WRAPPERS = _child(root.OPTIM_WRAPPERS)
 OPTIM_WRAPPER_CONSTRUCTORS = _child(root.OPTIM_WRAPPER_CONSTRUCTORS)
 PARAM_SCHEDULERS = _child(root.PARAM_SCHEDULERS)
+VISUALIZERS = _child(root.VISUALIZERS)
 VISBACKENDS = _child(root.VISBACKENDS)
+FUNCTIONS = _child(root.FUNCTIONS)
 
 _ALL = (
     MODELS,
@@ -54,7 +56,9 @@ _ALL = (
     OPTIM_WRAPPERS,
     OPTIM_WRAPPER_CONSTRUCTORS,
     PARAM_SCHEDULERS,
+    VISUALIZERS,
     VISBACKENDS,
+    FUNCTIONS,
 )
 
 # OpenMMLab classes build their own children from nested configs; every other constructor takes built objects.
@@ -92,8 +96,7 @@ def resolve(name: str, registry: Registry | None = None) -> Any:
     package, _, attribute = name.partition(".")
     if attribute and package not in (SCOPE, "mmdet", "mmengine"):
         return _resolve_path(name)
-    if package == "mmdet":
-        _import_mmdet()
+    _register_openmmlab(package)
     found = _lookup(name, registry)
     if found is not None:
         return found
@@ -125,10 +128,12 @@ def _lookup(name: str, registry: Registry | None) -> Any | None:
     return None
 
 
-def _import_mmdet() -> None:
-    from mmdet.utils import register_all_modules
-
-    register_all_modules(init_default_scope=False)
+def _register_openmmlab(package: str) -> None:
+    """OpenMMLab classes are in their registries once their modules are imported."""
+    importlib.import_module("mmengine.runner")
+    importlib.import_module("mmengine.visualization")
+    if package == "mmdet":
+        importlib.import_module("mmdet.utils").register_all_modules(init_default_scope=False)
 
 
 def _resolve_path(name: str) -> Any:

@@ -20,7 +20,7 @@ from core.checkpoint import CheckpointStore, CheckpointWriteError, load, load_st
 from core.data.loader import build_loader
 from core.errors import ConfigError
 from core.hooks.checkpoint import CheckpointHook
-from core.parallel import full_model_state, full_optimizer_state, load_full_optimizer_state, shard
+from core.parallel import full_model_state, load_full_model_state, shard
 from core.randomness import random_state, set_random_state
 from core.registry import LOOPS, build
 from core.trainer import DataParallelTrainer, Trainer, unwrap
@@ -175,9 +175,8 @@ class Runner(MMRunner):
 
     def build_train_loop(self, loop: Any) -> Any:
         """`core.TrainLoop` unless the config names another."""
-        cfg = dict(loop)
-        cfg.setdefault("type", "vitrine.TrainLoop")
-        return LOOPS.build(cfg, default_args={"runner": self, "dataloader": self._train_dataloader})
+        cfg = {"type": "core.TrainLoop", **loop}
+        return build(cfg, LOOPS, runner=self, dataloader=self._train_dataloader)
 
     def build_val_loop(self, loop: Any) -> Any:
         """`core.EvalLoop` unless the config names another."""
@@ -188,10 +187,10 @@ class Runner(MMRunner):
         return self._build_eval_loop(loop, "test", self._test_dataloader, self._test_evaluator)
 
     def _build_eval_loop(self, loop: Any, split: str, dataloader: Any, evaluator: Any) -> Any:
-        cfg = {"type": "vitrine.EvalLoop", **dict(loop)}
-        if cfg["type"] == "vitrine.EvalLoop":
+        cfg = {"type": "core.EvalLoop", **loop}
+        if cfg["type"] == "core.EvalLoop":
             cfg["split"] = split
-        return LOOPS.build(cfg, default_args={"runner": self, "dataloader": dataloader, "evaluator": evaluator})
+        return build(cfg, LOOPS, runner=self, dataloader=dataloader, evaluator=evaluator)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """Through `core.OptimConstructor`, in the run's precision, unless the config names another constructor."""
@@ -232,7 +231,8 @@ class Runner(MMRunner):
         """
         model = unwrap(self.model)
         model_state = full_model_state(model) if self.sharded else model.state_dict()
-        optim_state = full_optimizer_state(model, self.optim_wrapper) if self.sharded else self.optim_wrapper.state_dict()
+        optim_state = self.optim_wrapper.state_dict()
+        hooks = {type(h).__name__: h.state_dict() for h in self.hooks if hasattr(h, "state_dict")}
         states: list[Any] = [None] * self.world_size
         if dist.is_initialized():
             dist.all_gather_object(states, random_state())
@@ -246,9 +246,8 @@ class Runner(MMRunner):
             "position": self.train_loop.state_dict(),
             "model": model_state,
             "optim": optim_state,
-            "sharded": self.sharded,
             "schedulers": self._scheduler_states(),
-            "hooks": {type(h).__name__: h.state_dict() for h in self.hooks if hasattr(h, "state_dict")},
+            "hooks": hooks,
             "random": states,
             "name": self.settings["name"],
             "seed": self.seed,
@@ -312,15 +311,10 @@ class Runner(MMRunner):
             )
         model = unwrap(self.model)
         if self.sharded:
-            from core.parallel import load_full_model_state
-
             load_full_model_state(model, state["model"])
         else:
             load_state(model, state["model"])
-        if self.sharded or state["sharded"]:
-            load_full_optimizer_state(model, self.optim_wrapper, state["optim"], from_sharded=state["sharded"])
-        else:
-            self.optim_wrapper.load_state_dict(state["optim"])
+        self.optim_wrapper.load_state_dict(state["optim"])
         self._restore_schedulers(state["schedulers"])
         for hook in self.hooks:
             if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:

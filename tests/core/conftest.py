@@ -148,7 +148,7 @@ optim_wrapper:
   type: core.OptimWrapper
   optimizer: {type: torch.optim.AdamW, lr: 0.01, weight_decay: 0.05}
   accumulative_counts: 1
-param_scheduler: {type: core.Schedule, kind: warmup_cosine, warmup: 3, min_lr: 0.0001}
+param_scheduler: {type: core.Schedule, kind: warmup_cosine, by_epoch: false, warmup: 3, min_lr: 0.0001}
 """
 
 

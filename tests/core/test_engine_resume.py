@@ -1,0 +1,129 @@
+"""Exact resume: killed anywhere, a run ends with the same weights and the same log as one that was left alone."""
+
+import random
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command_line, environment, losses, train
+
+from core.launch import find_checkpoint
+
+SETTINGS = [
+    "train_dataloader.num_workers=2",
+    "train_dataloader.dataset.slow=0.02",
+    "model.network.dropout=0.2",
+    "ema={decay: 0.95}",
+    "checkpoint.every_steps=4",
+    "train_cfg.max_epochs=4",
+    "train_cfg.val_every={steps: 7}",
+    "log_every=3",
+]
+
+
+def start(user, *overrides):
+    return subprocess.Popen(
+        command_line(*SETTINGS, *overrides),
+        cwd=user,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(run, step, process):
+    """Until the log shows the step (or the run is over)."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if max(losses(run), default=0) >= step:
+                return
+        except (FileNotFoundError, ValueError):
+            pass
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(user):
+    """The run that nobody interrupts."""
+    train(user, *SETTINGS, "run_dir=undisturbed")
+    return user / "undisturbed"
+
+
+def assert_same(one, other):
+    first, second = (torch.load(find_checkpoint(r), weights_only=True) for r in (one, other))
+    assert first["step"] == second["step"] == 40
+    for part in (lambda s: s["model"], lambda s: s["hooks"]["EMAHook"]["average"]):
+        assert part(first).keys() == part(second).keys()
+        assert all(torch.equal(part(first)[k], part(second)[k]) for k in part(first))
+    assert losses(one) == losses(other)
+
+
+def test_killed_at_random_moments(user, undisturbed):
+    chance = random.Random(time.time_ns())
+    for step in sorted(chance.sample(range(1, 38), 3)):
+        process = start(user, "run_dir=killed", "resume=auto")
+        wait_for_step(user / "killed", step, process)
+        time.sleep(chance.uniform(0, 0.3))
+        try:
+            process.send_signal(signal.SIGKILL)
+        finally:
+            process.communicate()
+    done = train(user, *SETTINGS, "run_dir=killed", "resume=auto")
+    assert "resumed from" in done.stdout + done.stderr + (user / "killed" / "run.log").read_text()
+    assert_same(undisturbed, user / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_leaves(user, undisturbed, number):
+    name = f"stopped_{number}"
+    process = start(user, f"run_dir={name}")
+    wait_for_step(user / name, 6, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "saved" in errors and "resume=auto" in errors
+    stopped = torch.load(find_checkpoint(user / name), weights_only=True)["step"]
+    assert f"stopped at step {stopped}" in errors  # the very step, not an older checkpoint
+    train(user, *SETTINGS, f"run_dir={name}", "resume=auto")
+    assert_same(undisturbed, user / name)
+
+
+def test_a_second_signal_leaves_at_once(user):
+    process = start(user, "run_dir=twice", "train_dataloader.dataset.slow=3")
+    deadline = time.monotonic() + 120
+    while not (user / "twice" / "run.log").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(user):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+
+    train(user, "run_dir=full", "train_cfg.max_epochs=1")
+    before = find_checkpoint(user / "full")
+    assert before.stat().st_size < 60_000
+    content = before.read_bytes()
+    # A wider network's state does not fit; its own earlier file would not either, so the first run's must survive.
+    done = subprocess.run(
+        command_line("run_dir=full", f"resume={before}", "train_cfg.max_epochs=2", "log_every=1000", "visualizer.vis_backends=[]",
+                     "checkpoint.every_steps=1000", "ema={decay: 0.9}", "optim_wrapper.accumulative_counts=1"),
+        cwd=user, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=120,
+    )
+    if done.returncode == 0:
+        pytest.fail("the limit did not bite: make the state larger")
+    assert "step_" in done.stderr and ("space" in done.stderr or "large" in done.stderr)
+    assert before.read_bytes() == content
+    assert not list(Path(before.parent).glob("*.tmp*"))
