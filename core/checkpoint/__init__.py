@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from core.checkpoint.builders import OFFICIAL_GLOBALS, Record
 from core.checkpoint.files import (
     CheckpointReadError,
     CheckpointWriteError,
@@ -14,7 +15,6 @@ from core.checkpoint.files import (
 from core.checkpoint.official import load_official
 from core.checkpoint.state import StateDiff, StateMismatch, diff_state, load_state
 from core.checkpoint.store import CheckpointStore, Damaged
-from core.checkpoint.unpickler import OFFICIAL_GLOBALS, Record
 
 __all__ = [
     "OFFICIAL_GLOBALS",

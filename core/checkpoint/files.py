@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class FileRecord:
 
 
 class _HashingWriter:
-    """A binary file that hashes what passes through it and remembers why a write failed (torch's message does not say)."""
+    """A binary file that hashes what passes through it and remembers why a write failed; torch's message does not."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
@@ -264,7 +265,9 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     if path.suffix == ".npz":
         return _load_npz(path, map_location)
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():  # of what the errors below say
+            warnings.filterwarnings("ignore", "Detected pickle protocol|'torch.load' received a zip file")
+            content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise _not_plain(path, str(error)) from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
@@ -317,8 +320,8 @@ def _not_plain(path: Path, message: str) -> CheckpointReadError:
     what = f"asks for '{wanted[1]}'" if wanted else "is a pickle beyond the weights-only format"
     return UnsafeCheckpointError(
         f"'{path}' {what}, which is more than data, so it was not loaded. If it is an official checkpoint, "
-        "core.checkpoint.load_official(path) reads the known containers (argparse, yacs, omegaconf, numpy, ...) as plain "
-        "dictionaries without executing anything; load_official(path, allow=...) extends its list."
+        "core.checkpoint.load_official(path) reads the known containers (argparse, yacs, omegaconf, numpy, ...) as "
+        "plain dictionaries without executing anything; load_official(path, allow=...) extends its list."
     )
 
 

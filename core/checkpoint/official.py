@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from core.checkpoint.builders import OFFICIAL_GLOBALS, Reference, Storage, StorageKind
 from core.checkpoint.files import CheckpointReadError, UnsafeCheckpointError, existing, load, torchscript_error
-from core.checkpoint.unpickler import OFFICIAL_GLOBALS, AllowListUnpickler, Reference, Storage, StorageKind, plain
+from core.checkpoint.unpickler import AllowListUnpickler, plain
 
 # First object of torch's older, zip-less format, and the version that follows it.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -65,8 +66,9 @@ def load_official(path: str | os.PathLike[str], allow: Collection[str] = OFFICIA
             TypeError,
             ValueError,
         ) as error:
+            reason = f"{type(error).__name__}: {error}"
             raise CheckpointReadError(
-                f"'{path}' cannot be read ({type(error).__name__}: {error}): it is damaged, incomplete, or no checkpoint"
+                f"'{path}' cannot be read ({reason}): it is damaged, incomplete, or no checkpoint"
             ) from error
 
 

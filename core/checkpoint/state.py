@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -39,18 +40,18 @@ class StateDiff:
     def __str__(self) -> str:
         if not self:
             return "no difference"
-        lines = []
-        if self.mismatched:
-            lines += _section(
-                "differing", [f"{k}: the model has {a}, the state has {b}" for k, (a, b) in self.mismatched.items()]
-            )
-        if self.missing:
-            lines += _section(
-                "missing from the state", [f"{k} {what}{self._near(k)}" for k, what in self.missing.items()]
-            )
-        if self.unexpected:
-            lines += _section("unknown to the model", [f"{k} {what}" for k, what in self.unexpected.items()])
-        return "\n".join(lines)
+        differing = [f"{k}: the model has {own}, the state has {given}" for k, (own, given) in self.mismatched.items()]
+        missing = [f"{k} {what}{self._near(k)}" for k, what in self._first(self.missing)]
+        unexpected = [f"{k} {what}" for k, what in self._first(self.unexpected)]
+        return "\n".join(
+            _section("differing", differing[:_SHOWN], len(self.mismatched))
+            + _section("missing from the state", missing, len(self.missing))
+            + _section("unknown to the model", unexpected, len(self.unexpected))
+        )
+
+    @staticmethod
+    def _first(part: dict[str, str]) -> list[tuple[str, str]]:
+        return list(itertools.islice(part.items(), _SHOWN))
 
     def _near(self, key: str) -> str:
         """Names in the state that may be this key under another name: near in spelling, the same in shape."""
@@ -74,11 +75,11 @@ class StateMismatch(VitrineError, RuntimeError):
         self.diff = diff
 
 
-def _section(title: str, lines: list[str]) -> list[str]:
-    shown = [f"  {line}" for line in lines[:_SHOWN]]
-    if len(lines) > _SHOWN:
-        shown.append(f"  ... and {len(lines) - _SHOWN} more")
-    return [f"{title} ({len(lines)}):", *shown]
+def _section(title: str, lines: list[str], count: int) -> list[str]:
+    if not count:
+        return []
+    more = [f"  ... and {count - len(lines)} more"] if count > len(lines) else []
+    return [f"{title} ({count}):", *(f"  {line}" for line in lines), *more]
 
 
 def _describe(value: Any) -> str:
@@ -115,12 +116,11 @@ def diff_state(model: nn.Module | Mapping[str, Any], state: Mapping[str, Any]) -
         state: the state dict to be loaded.
     """
     own = model.state_dict() if isinstance(model, nn.Module) else model
+    differing = {k: (own[k], v) for k, v in state.items() if k in own and not _fits(own[k], v)}
     return StateDiff(
         missing={k: _describe(v) for k, v in own.items() if k not in state},
         unexpected={k: _describe(v) for k, v in state.items() if k not in own},
-        mismatched={
-            k: (_describe(own[k]), _describe(v)) for k, v in state.items() if k in own and not _fits(own[k], v)
-        },
+        mismatched={k: (_describe(a), _describe(b)) for k, (a, b) in differing.items()},
     )
 
 
@@ -182,7 +182,7 @@ def _renamed(state: Mapping[str, Any], rename: Rename) -> dict[str, Any]:
 
 
 def _load_whole(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Loads keys that were found to fit. Modules with loading code of their own may still fail: then all is put back."""
+    """Loads keys that were found to fit; when a module's own loading code fails after all, everything is put back."""
     before = None
     if _has_own_loading(model):
         before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()}
