@@ -1,0 +1,44 @@
+"""STViT: efficient vision transformers with semantic tokens (Chang et al., CVPR 2023).
+
+    from stvit import SemanticTokenViT, stvit_deit_small
+
+Names are loaded when they are first used: the networks alone need neither the engine nor data.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Exported name -> module that defines it.
+_EXPORTS = {
+    "SemanticTokenViT": "stvit.models",
+    "SemanticTokenGenerator": "stvit.models",
+    "WindowTokenGenerator": "stvit.models",
+    "TokenRecovery": "stvit.models",
+    "WindowTokenRecovery": "stvit.models",
+    "stvit_deit_tiny": "stvit.models",
+    "stvit_deit_small": "stvit.models",
+    "stvit_deit_base": "stvit.models",
+    "classification_loss": "stvit.losses",
+    "label_smoothing_cross_entropy": "stvit.losses",
+    "soft_target_cross_entropy": "stvit.losses",
+    "ClassificationTrainer": "stvit.trainer",
+    "Digits": "stvit.data",
+    "GlyphField": "stvit.data",
+    "token_picture": "stvit.visualize",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'stvit' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

