@@ -111,6 +111,14 @@ class MeasureSettings:
     threads: int | None = None
     device: str = "auto"
 
+    def where(self) -> str:
+        """What a measurement with these settings was taken on, in words."""
+        from core.profile import device_name
+        from core.profile_experiment import pick_device
+
+        threads = f", {self.threads} CPU thread(s)" if self.threads else ""
+        return f"{device_name(pick_device(self.device))}{threads}, batch {self.batch}, {self.repeats} rounds"
+
 
 @dataclass(frozen=True)
 class Measured:

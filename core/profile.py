@@ -72,9 +72,9 @@ class Macs:
 def count_macs(module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> Macs:
     """Counts the multiply-accumulates of ``module(*inputs)`` (or ``module(**inputs)``) in evaluation mode.
 
-    Works on any device; on ``meta`` it costs neither memory nor arithmetic. Attention is counted as the two dense matrix
-    products whatever kernel would run, masks and causality notwithstanding; element-wise work, normalisation and
-    softmax are not counted, as is usual. Training flags of all submodules are restored afterwards.
+    Works on any device; on ``meta`` it costs neither memory nor arithmetic. Attention is counted as the two dense
+    matrix products whatever kernel would run, masks and causality notwithstanding; element-wise work, normalisation
+    and softmax are not counted, as is usual. Training flags of all submodules are restored afterwards.
 
     Args:
         module: the network; a ``torch.compile`` wrapper is looked through.
@@ -273,6 +273,15 @@ def synchronize(device: str | torch.device) -> None:
         torch.get_device_module(kind).synchronize()
 
 
+def device_name(device: str | torch.device) -> str:
+    """What a timing was taken on, e.g. ``cpu (x86_64), torch 2.15.0``."""
+    import platform
+
+    device = torch.device(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return f"{device.type} ({where}), torch {torch.__version__}"
+
+
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -401,9 +410,10 @@ def where_time_goes(
 
     cuda = torch.device(device).type == "cuda"
     function()
-    with _marked(modules) as prefix, profile(
-        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    ) as profiler:
+    with (
+        _marked(modules) as prefix,
+        profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler,
+    ):
         for _ in range(calls):
             function()
         synchronize(device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import ConfigError, VitrineError
 from core.render import Cell, Column, Row, Table, emit, resolve_format
+from core.results import composer
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +32,14 @@ class Options:
     budget: float = field(default=60.0, metadata={"help": "seconds per timing after which no round is added"})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; null leaves PyTorch's choice"})
     top: int = field(default=12, metadata={"help": "entries in the lists of operators and modules"})
+    config_dir: str | None = field(default=None, metadata={"help": "a folder of configs besides the project's own"})
     format: str | None = field(default=None, metadata={"help": "text, md, csv, json or png"})
     output: str | None = field(default=None, metadata={"help": "file instead of standard output"})
 
 
 @dataclass
 class Subject:
-    """An experiment on a device, ready to be called: its trainer, its config, its optimizer when steps are asked for."""
+    """An experiment on a device, ready to be called: its trainer, its config, an optimizer for steps."""
 
     trainer: Any
     cfg: Mapping[str, Any]
@@ -159,6 +161,8 @@ class Profiler:
         return self._subjects
 
     def _summary(self) -> Table:
+        from core.profile import device_name
+
         columns = [Column("quantity", align="left"), Column("unit", align="left")]
         for name in self.names:
             columns += [Column(f"{name}:{part}", part, group=name) for part in ("median", "q1", "q3")]
@@ -166,7 +170,7 @@ class Profiler:
             columns += [Column(f"ratio:{part}", part, group="ratio") for part in ("median", "q1", "q3")]
         title = f"{self.names[0]}" + (f" against {self.names[1]}" if len(self.names) == 2 else "")
         threads = f", {self.options.threads} CPU threads" if self.options.threads else ""
-        notes = [f"{_device_name(self.device)}{threads}; q1, q3: quartiles over the rounds.", *self.notes]
+        notes = [f"{device_name(self.device)}{threads}; q1, q3: quartiles over the rounds.", *self.notes]
         if len(self.names) == 2:
             notes.insert(1, f"ratio: {self.names[0]} / {self.names[1]}, round by round, the two timed in turn.")
         return Table(f"profile of {title}", columns, self.rows, notes, name="summary")
@@ -198,7 +202,9 @@ class Profiler:
             macs[name] = counted.total / 1e9
             self.lists.append(self._module_list(name, network, counted))
             if counted.uncounted:
-                self.notes.append(f"{name}: operators without a formula, not in the MACs: {', '.join(counted.uncounted)}")
+                self.notes.append(
+                    f"{name}: operators without a formula, not in the MACs: {', '.join(counted.uncounted)}"
+                )
         self._add("parameters", "", parameters)
         self._add("trainable parameters", "", trainable)
         self._add("forward pass of one sample", "GMACs", macs)
@@ -268,7 +274,9 @@ class Profiler:
 
         batch, mib = self.options.batch, 2**20
         forward = {n: peak_memory(s.forward(batch), device=self.device) for n, s in self.subjects.items()}
-        self._add(f"peak tensors of a forward pass, batch {batch}", "MiB", {n: m.tensors / mib for n, m in forward.items()})
+        self._add(
+            f"peak tensors of a forward pass, batch {batch}", "MiB", {n: m.tensors / mib for n, m in forward.items()}
+        )
         method = next(iter(forward.values())).method
         if all(subject.cfg.get("optim_wrapper") for subject in self.subjects.values()):
             train = {n: peak_memory(s.train_step(batch), device=self.device) for n, s in self.subjects.items()}
@@ -361,15 +369,6 @@ def _costs(title: str, costs: list[Cost], name: str) -> Table:
     return Table(title, columns, rows, name=name)
 
 
-def _device_name(device: torch.device) -> str:
-    import platform
-
-    import torch
-
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return f"{device.type} ({where}), torch {torch.__version__}"
-
-
 # --- the tool -------------------------------------------------------------------------------------------------------
 
 
@@ -383,10 +382,10 @@ def profile_experiment(options: Options, overrides: list[str]) -> list[Table]:
     Raises:
         ConfigError: unknown experiment, unknown `what`, or a config that cannot be built.
     """
-    from core.config import compose
     from core.launch import build_trainer
     from core.registry import nearest
 
+    compose = composer(options.config_dir)
     for what in options.what:
         if what not in WHAT:
             raise ConfigError(f"what={what}{nearest(what, WHAT)} (there are: {', '.join(WHAT)})")

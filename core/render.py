@@ -54,7 +54,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure with what is known about it: its `spread` (±), over how many values (`count`), and a footnote (`mark`)."""
+    """A figure with what is known about it: its `spread` (±), over how many values (`count`), a footnote (`mark`)."""
 
     value: Scalar = None
     spread: float | None = None

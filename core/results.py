@@ -1,7 +1,7 @@
 """Finished runs as evidence: which `result.json` below a folder belongs to which resolved config.
 
 Two configs mean the same run when they agree on everything that can change the numbers: `fingerprint` leaves out where
-things are stored, how the run is watched, and how fast the machine is fed. A run copied from a cluster therefore counts.
+things are stored, how the run is watched and how fast the machine is fed. A run copied from a cluster therefore counts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,28 @@ from core.errors import ConfigError
 
 Compose = Callable[[list[str]], Any]
 Runner = Callable[[Any], dict[str, Any]]
+
+
+def composer(config_dir: str | Path | None) -> Compose:
+    """`core.config.compose` with a folder of configs searched besides the project's own."""
+    from core.config import compose
+
+    return lambda overrides: compose(overrides, config_dir=config_dir)
+
+
+def resuming(run: Runner) -> Runner:
+    """A runner that goes on from an interrupted run of the same config instead of starting anew."""
+
+    def call(cfg: Any) -> dict[str, Any]:
+        from omegaconf import open_dict
+
+        cfg = cfg.copy()
+        with open_dict(cfg):
+            cfg.resume = "auto"
+        return run(cfg)
+
+    return call
+
 
 # Top-level keys that say where a run is kept and how it is watched.
 _BOOKKEEPING = (
@@ -157,7 +179,7 @@ class Results:
         return sorted({r.seed for r in self._by_name.get(name, ()) if r.seed is not None})
 
     def outdated(self, cfg: Any) -> str | None:
-        """Why a run with these very overrides does not count: what its config had otherwise. None where there is none."""
+        """Why a run with these very overrides does not count: how its config differed. None where there is none."""
         for result in self._candidates(cfg):
             stored = result.config
             if stored is None:

@@ -246,10 +246,10 @@ def load_table(path: str | Path) -> TableSpec:
 
     Row keys:
         label, experiment (left out: only the paper has this row), overrides, section, relative_to,
-        paper: column key -> a number, the paper's own words, or {value, mark, text}; `mark` is one of `MARKS` or a list.
+        paper: column key -> a number, the paper's own words, or {value, mark, text}; mark: one of `MARKS`, or several.
         cells: column key -> {experiment, overrides}, where one column's runs are not those of the row.
 
-    Further keys of the file: ``notes`` (list of lines), ``profile`` ({batch, repeats, threads, device} of measured figures).
+    Further keys of the file: ``notes`` (lines), ``profile`` ({batch, repeats, threads, device} of measured figures).
 
     Raises:
         ConfigError: anything else; names file, place and nearest valid word.
