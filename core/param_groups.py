@@ -187,7 +187,7 @@ def layer_decay_groups(
 
 
 def model_layer_scales(model: nn.Module, decay: float, ids: str | Callable | None = None) -> dict[str, float]:
-    """Learning-rate factors of a model's parameters by name.
+    """Learning-rate factors of a model's parameters by name (without what torch.compile and the like put into names).
 
     Layer numbers come from `ids`, or from each outermost submodule that numbers its own parameters: by
     ``param_layer_ids() -> {name: id}`` or timm's ``group_matcher``. Parameters outside of these keep factor 1.
@@ -202,7 +202,7 @@ def model_layer_scales(model: nn.Module, decay: float, ids: str | Callable | Non
     """
     if ids is not None:
         numbered = {"": dict(resolve(ids)(model))}
-        if unknown := set(numbered[""]) - {n for n, _ in model.named_parameters()}:
+        if unknown := set(map(_clean, numbered[""])) - {_clean(n) for n, _ in model.named_parameters()}:
             raise ConfigError(f"layer_decay.ids '{ids}' numbers parameters that do not exist: {_few(unknown)}")
     else:
         numbered = {}
@@ -218,12 +218,12 @@ def model_layer_scales(model: nn.Module, decay: float, ids: str | Callable | Non
     scales = {}
     for prefix, layer_ids in numbered.items():
         dot = f"{prefix}." if prefix else ""
-        scales |= {dot + name: scale for name, scale in layer_scales(layer_ids, decay).items()}
+        scales |= {_clean(dot + name): scale for name, scale in layer_scales(layer_ids, decay).items()}
     return scales
 
 
 def _own_layer_ids(module: nn.Module, prefix: str) -> dict[str, int] | None:
-    names = [name for name, _ in module.named_parameters()]
+    names = [_clean(name) for name, _ in module.named_parameters()]
     if hasattr(module, "param_layer_ids"):
         ids = dict(module.param_layer_ids())
     elif hasattr(module, "group_matcher"):
@@ -232,6 +232,7 @@ def _own_layer_ids(module: nn.Module, prefix: str) -> dict[str, int] | None:
         ids = group_parameters(module, module.group_matcher(coarse=False), reverse=True)
     else:
         return None
+    ids = {_clean(name): layer for name, layer in ids.items()}
     if missing := set(names) - set(ids):
         raise ConfigError(f"layer_decay: {type(module).__name__} ('{prefix}') gives no layer to {_few(missing)}")
     return {name: ids[name] for name in names}
@@ -365,7 +366,7 @@ def _groups(
     if (layer_decay := rules.get("layer_decay")) is not None:
         settings = dict(layer_decay) if isinstance(layer_decay, Mapping) else {"decay": layer_decay}
         _check_keys(settings, ("decay", "ids"), f"{where}.layer_decay")
-        scales = {_clean(n): s for n, s in model_layer_scales(model, **settings).items()}
+        scales = model_layer_scales(model, **settings)
     defaults = inspect.signature(optimizer_class).parameters
     weight_decay = options.get("weight_decay", getattr(defaults.get("weight_decay"), "default", None))
     lr = options.get("lr", getattr(defaults.get("lr"), "default", None))
