@@ -204,8 +204,8 @@ def _lr_schedule(case: Case) -> Outputs:
         prefix=False,
     )
     after = torch.tensor([warmup_cosine(step, **rates) for step in range(rates["total"])], dtype=torch.float64)
-    # The first step runs at the warm-up's start, every later one at what the update after the step before it set.
-    used = torch.cat([torch.tensor([rates["warmup_lr"]], dtype=torch.float64), after[:-1]])
+    # The first step runs at the schedule's start, every later one at what the update after the step before it set.
+    used = torch.cat([after[:1], after[:-1]])
     return {"lr_after_update": after * 1e3, "lr_used": used * 1e3}
 
 
