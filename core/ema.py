@@ -8,6 +8,7 @@ module that has its own forward pass (a generator's copy, a momentum encoder).
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ class EMA:
 
     ``average = decay * average + (1 - decay) * weights`` in float32 where weights are of lower precision. Sharded
     (FSDP2) parameters are averaged shard by shard. Under data parallelism every process keeps the same average.
+    Without a `target`, make it after the module was placed on its device and sharded.
 
     Args:
         module: whose parameters are averaged; those that require no gradient now are not part of it.
@@ -56,8 +58,8 @@ class EMA:
         buffers: floating-point buffers (batch norm statistics) are "copy": the module's newest, "average": averaged
             like the weights, or "keep": left as they were in `target` (without a target the same as copy). Integer
             buffers are never averaged.
-        target: a module of the same structure that holds the average, e.g. a deep copy with its own forward pass; its
-            weights belong to its owner's state dict. All its parameters take part, trained or not.
+        target: a module of the same structure that holds the average; its weights belong to its owner's state dict.
+            All its parameters take part, trained or not. `AveragedNetwork` makes one.
 
     Raises:
         ConfigError: arguments that cannot be meant; nothing to average; a `target` with other parameters.
@@ -81,39 +83,33 @@ class EMA:
         self.every, self.buffers = every, buffers
         self.calls = self.updates = self.samples = 0
         self._batch = 0  # samples since the last averaging
-        parameters = {n: p for n, p in module.named_parameters() if p.requires_grad or target is not None}
-        floating = {n: b for n, b in module.named_buffers() if b.is_floating_point()}
-        self._sources: dict[str, Tensor] = parameters | (floating if buffers == "average" else {})
-        if not self._sources:
-            raise ConfigError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to average")
-        self._aliases = self._other_names()
-        self._held: dict[str, Tensor] = {}
-        if target is not None:
-            self._held = self._find_held(target)
-        self._average = {n: self._start(n, p) for n, p in self._sources.items()}
         self._backup: dict[str, Tensor] | None = None
+        self._names = self._averaged_names()
+        if not self._names:
+            raise ConfigError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to average")
+        if target is not None:
+            _check_same(module, target)
+            target.requires_grad_(False)
+        # Averages that live here: all without a target, else only those that the target could hold in low precision.
+        start = self._tensors(module if target is None else target)
+        self._own = {n: _as_master(t) for n, t in start.items() if target is None or _low(t)}
 
-    def _other_names(self) -> dict[str, str]:
-        """Further names of tied parameters; a state dict lists those too."""
-        first = {id(p): name for name, p in self._sources.items()}
-        every = self.module.named_parameters(remove_duplicate=False)
-        return {name: first[id(p)] for name, p in every if name not in self._sources and id(p) in first}
+    def _averaged_names(self) -> list[str]:
+        names = [n for n, p in self.module.named_parameters() if p.requires_grad or self.target is not None]
+        if self.buffers == "average":
+            names += [n for n, b in self.module.named_buffers() if b.is_floating_point()]
+        return names
 
-    def _find_held(self, target: nn.Module) -> dict[str, Tensor]:
-        tensors = dict(target.named_parameters()) | dict(target.named_buffers())
-        ours = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        different = set(tensors) ^ set(ours) or {n for n in ours if tensors[n].shape != ours[n].shape}
-        if different:
-            raise ConfigError(f"EMA target differs from the module in {sorted(different)[:5]}")
-        target.requires_grad_(False)
-        return {name: tensors[name] for name in self._sources}
+    def _tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The averaged tensors of a module as they are now: moving and sharding a module replaces them."""
+        tensors = dict(module.named_parameters())
+        if self.buffers == "average":
+            tensors |= dict(module.named_buffers())
+        return {name: tensors[name].detach() for name in self._names}
 
-    def _start(self, name: str, source: Tensor) -> Tensor:
-        held = self._held.get(name)
-        if held is not None and not _low(held):
-            return held.detach()
-        start = (source if held is None else held).detach()
-        return start.to(torch.float32, copy=True) if _low(start) else start.clone()
+    def _averages(self) -> dict[str, Tensor]:
+        held = {} if self.target is None else self._tensors(self.target)
+        return held | self._own
 
     # ------------------------------------------------------------------ averaging
     def next_decay(self) -> float:
@@ -142,34 +138,34 @@ class EMA:
         self._batch += batch
         if self.calls % self.every:
             return
-        weight = 1.0 - self.next_decay()
-        averages = [local(a) for a in self._average.values()]
-        sources = [local(s.detach()) for s in self._sources.values()]
-        sources = [s.float() if _low(s) else s for s in sources]
-        torch._foreach_lerp_(averages, sources, weight)
+        averages, sources = self._averages(), self._tensors(self.module)
+        weights = [local(sources[name]) for name in averages]
+        weights = [w.float() if _low(w) else w for w in weights]
+        torch._foreach_lerp_([local(a) for a in averages.values()], weights, 1.0 - self.next_decay())
         self.updates += 1
         self._batch = 0
         self._fill_target()
 
     def _fill_target(self) -> None:
+        """Rounds low-precision averages into the target and brings its other buffers up to date."""
         if self.target is None:
             return
-        low = [n for n, held in self._held.items() if _low(held)]
-        if low:
-            torch._foreach_copy_([local(self._held[n]) for n in low], [local(self._average[n]) for n in low])
+        held = self._tensors(self.target)
+        if self._own:
+            torch._foreach_copy_([local(held[n]) for n in self._own], [local(a) for a in self._own.values()])
         if self.buffers == "keep":
             return
-        averaged = self._sources if self.buffers == "average" else {}
-        for (name, held), buffer in zip(self.target.named_buffers(), self.module.buffers(), strict=True):
-            if name not in averaged:
-                held.copy_(buffer)
+        for (name, mine), theirs in zip(self.target.named_buffers(), self.module.buffers(), strict=True):
+            if name not in held:
+                mine.copy_(theirs)
 
     @torch.no_grad()
     def reset(self) -> None:
         """The average becomes the weights as they are now, and counting begins anew."""
         self.calls = self.updates = self.samples = self._batch = 0
-        for name, average in self._average.items():
-            local(average).copy_(local(self._sources[name].detach()))
+        sources = self._tensors(self.module)
+        for name, average in self._averages().items():
+            local(average).copy_(local(sources[name]))
         self._fill_target()
 
     # ------------------------------------------------------------------ evaluation
@@ -188,9 +184,10 @@ class EMA:
         if self._backup is not None:
             raise RuntimeError("the averaged weights are in the module already")
         reshard(self.module)
-        self._backup = {name: local(s.detach()).clone() for name, s in self._sources.items()}
-        for name, source in self._sources.items():
-            local(source.detach()).copy_(local(self._average[name]))
+        sources, averages = self._tensors(self.module), self._averages()
+        self._backup = {name: local(source).clone() for name, source in sources.items()}
+        for name, source in sources.items():
+            local(source).copy_(local(averages[name]))
 
     @torch.no_grad()
     def swap_out(self) -> None:
@@ -202,8 +199,8 @@ class EMA:
         if self._backup is None:
             raise RuntimeError("the averaged weights are not in the module")
         reshard(self.module)
-        for name, source in self._sources.items():
-            local(source.detach()).copy_(self._backup[name])
+        for name, source in self._tensors(self.module).items():
+            local(source).copy_(self._backup[name])
         self._backup = None
 
     @contextlib.contextmanager
@@ -222,19 +219,18 @@ class EMA:
         Tied parameters are listed under each of their names. With a `target` the average is in the state of the
         target's owner; only float32 masters of lower precision are here.
         """
-        average = {n: whole(a.detach()) for n, a in self._own().items()}
-        average |= {alias: average[name] for alias, name in self._aliases.items() if name in average}
-        return {
-            "calls": self.calls,
-            "updates": self.updates,
-            "samples": self.samples,
-            "batch": self._batch,
-            "average": average,
-        }
+        average = {n: whole(a) for n, a in self._own.items()}
+        average |= {alias: average[name] for alias, name in self._aliases().items() if name in average}
+        return {**self.counters(), "average": average}
 
-    def _own(self) -> dict[str, Tensor]:
-        """Averages that no target holds."""
-        return {n: a for n, a in self._average.items() if n not in self._held or _low(self._held[n])}
+    def counters(self) -> dict[str, int]:
+        """What the law of the decay depends on."""
+        return {"calls": self.calls, "updates": self.updates, "samples": self.samples, "batch": self._batch}
+
+    def load_counters(self, state: Mapping[str, int]) -> None:
+        """Restores `counters`."""
+        self.calls, self.updates = state["calls"], state["updates"]
+        self.samples, self._batch = state["samples"], state["batch"]
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -243,21 +239,90 @@ class EMA:
         Raises:
             ConfigError: names or shapes differ from this module's.
         """
-        own = self._own()
-        saved = {n: a for n, a in state["average"].items() if n not in self._aliases}
-        missing, unknown = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+        aliases = self._aliases()
+        saved = {n: a for n, a in state["average"].items() if n not in aliases}
+        missing, unknown = sorted(set(self._own) - set(saved)), sorted(set(saved) - set(self._own))
         if missing or unknown:
             raise ConfigError(f"averaged weights: not in the checkpoint {missing[:5]}, only there {unknown[:5]}")
-        for name, average in own.items():
+        for name, average in self._own.items():
             if average.shape != saved[name].shape:
                 raise ConfigError(
                     f"averaged weights: '{name}' is {tuple(saved[name].shape)} in the checkpoint, "
                     f"{tuple(average.shape)} here"
                 )
-        for name, average in own.items():
+        for name, average in self._own.items():
             local(average).copy_(local(shard_like(saved[name], average)))
-        self.calls, self.updates = state["calls"], state["updates"]
-        self.samples, self._batch = state["samples"], state["batch"]
+        self.load_counters(state)
+
+    def _aliases(self) -> dict[str, str]:
+        """Further names of tied parameters, as a state dict lists them too."""
+        first = {id(p): name for name, p in self.module.named_parameters()}
+        every = self.module.named_parameters(remove_duplicate=False)
+        return {name: first[id(p)] for name, p in every if name != first[id(p)]}
+
+
+class AveragedNetwork(nn.Module):
+    """A network's moving average as a network of its own: a generator to sample from, a momentum encoder.
+
+    It is a submodule of the trainer beside its source; weights and counters travel in the trainer's state dict. It
+    requires no gradients and stays in evaluation mode.
+
+    Args:
+        source: the trained network; the average begins as a copy of it (in float32).
+        options: of `EMA`: decay or half_life and ramp, warmup, every, buffers.
+    """
+
+    COUNTERS = ("calls", "updates", "samples", "batch")
+
+    def __init__(self, source: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(source).float().eval()
+        self.ema = EMA(source, target=self.network, **options)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The averaged network's forward pass."""
+        return self.network(*args, **kwargs)
+
+    def update(self, batch: int = 0) -> None:
+        """See `EMA.update`."""
+        self.ema.update(batch)
+
+    def train(self, mode: bool = True) -> AveragedNetwork:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @property
+    def counters(self) -> Tensor:
+        """The counters as they are saved, (4,) int64."""
+        state = self.ema.counters()
+        return torch.tensor([state[name] for name in self.COUNTERS])
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}counters"] = self.counters
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list, *rest: Any
+    ) -> None:
+        counters = state_dict.get(f"{prefix}counters")
+        if counters is None:
+            missing.append(f"{prefix}counters")
+        else:
+            self.ema.load_counters(dict(zip(self.COUNTERS, counters.tolist(), strict=True)))
+        own = {key: value for key, value in state_dict.items() if key != f"{prefix}counters"}
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, *rest)
+
+
+def _check_same(module: nn.Module, target: nn.Module) -> None:
+    ours = dict(module.named_parameters()) | dict(module.named_buffers())
+    theirs = dict(target.named_parameters()) | dict(target.named_buffers())
+    different = set(ours) ^ set(theirs) or {n for n in ours if ours[n].shape != theirs[n].shape}
+    if different:
+        raise ConfigError(f"EMA target differs from the module in {sorted(different)[:5]}")
+
+
+def _as_master(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True) if _low(tensor) else tensor.clone()
 
 
 def check_options(
