@@ -20,7 +20,7 @@ from typing import Any
 from core.comparison import Paired, mean_and_deviation
 from core.errors import ConfigError, VitrineError
 from core.render import Cell, Column, Row, Table, emit, plot_differences, resolve_format
-from core.results import Compose, Results, Runner, composer
+from core.results import Compose, Results, Runner, composer, launcher
 
 BASE = "base"
 
@@ -78,7 +78,7 @@ def shown(value: Any) -> str:
 
 def override(key: str, value: Any) -> list[str]:
     """Hydra overrides that give a key exactly this value; a mapping replaces, where Hydra alone would merge."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | list):
         return [f"~{key}", f"+{key}={_literal(value)}"]
     return [f"{key}={_literal(value)}"]
 
@@ -379,17 +379,16 @@ def ablate(
     ablation = Ablation(options, overrides, compose or composer(options.config_dir))
     if options.dry_run:
         return ablation.plan(), []
-    ablation.train(runner or _resuming_run())
+    ablation.train(runner or _default_runner())
     for path in ablation.write():
         print(f"wrote {path}", file=sys.stderr)
     return ablation.table(), ablation.failures
 
 
-def _resuming_run() -> Callable[[Any], dict[str, Any]]:
+def _default_runner() -> Callable[[Any], dict[str, Any]]:
     from core.launch import run
-    from core.results import resuming
 
-    return resuming(run)
+    return launcher(run)
 
 
 def main(argv: list[str], doc: str) -> None:

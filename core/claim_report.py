@@ -51,6 +51,9 @@ def rows_table(evidence: Evidence) -> Table:
         "Metrics: mean ± standard deviation over seeds (number of seeds); measured: median of rounds.",
     ]
     notes += [f"Measured on {place}." for place in on]
+    commits = dict.fromkeys(str(run.get("commit") or "unknown")[:10] for run in evidence.runs.values())
+    if commits:
+        notes.append(f"Runs of commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}.")
     if evidence.missing:
         absent = ", ".join(f"{label} (seed {seed})" for label, seed in evidence.missing)
         notes.append(f"Not trained: {absent}; run=true trains them.")

@@ -16,7 +16,7 @@ from core.comparison import Paired
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, measure
 from core.render import Column, Row, Table
-from core.results import Compose, Results, Runner, fingerprint, resuming
+from core.results import Compose, Results, Runner, fingerprint, launcher
 
 if TYPE_CHECKING:
     from core.tables import Options
@@ -202,7 +202,7 @@ def show_claim(
     if options.run:
         # Half of a fresh start must not replace what is stored: it is saved whole, other runs one by one.
         save = (lambda: None) if fresh else (lambda: store.write(evidence.record()))
-        failures = evidence.train(runner if fresh else resuming(runner), only=options.only, save=save)
+        failures = evidence.train(launcher(runner, resume=not fresh), only=options.only, save=save)
     evidence.complete_figures(build, measured=options.run or options.measure)
     if options.run:
         store.write(evidence.record())

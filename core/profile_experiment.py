@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import ConfigError, VitrineError
 from core.render import Cell, Column, Row, Table, emit, resolve_format
-from core.results import composer
+from core.results import composer, to_stderr
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,7 @@ class Subject:
     cfg: Mapping[str, Any]
     device: torch.device
     channels_last: bool
+    _wrapper: Any = None
 
     @classmethod
     def build(cls, cfg: Any, device: torch.device, build_trainer: Callable[..., Any]) -> Subject:
@@ -88,10 +89,12 @@ class Subject:
         """
         if not self.cfg.get("optim_wrapper"):
             raise ConfigError(f"{self.cfg['name']} has no optim_wrapper: nothing is trained")
-        from core.param_groups import OptimConstructor
+        if self._wrapper is None:
+            from core.param_groups import OptimConstructor
 
-        settings = {k: v for k, v in self.cfg["optim_wrapper"].items() if k != "constructor"}
-        wrapper = OptimConstructor(settings, precision=self.trainer.precision)(self.trainer)
+            settings = {k: v for k, v in self.cfg["optim_wrapper"].items() if k != "constructor"}
+            self._wrapper = OptimConstructor(settings, precision=self.trainer.precision)(self.trainer)
+        wrapper = self._wrapper
         data = {key: self._placed(value) for key, value in self.trainer.example_batch(batch, self.device).items()}
 
         def call() -> None:
@@ -199,7 +202,7 @@ class Profiler:
             network = trainer.inference_network()
             parameters[name], trainable[name] = count_parameters(network)
             counted = count_macs(network, trainer.example_inputs(1, "meta"))
-            macs[name] = counted.total / 1e9
+            macs[name] = counted.total
             self.lists.append(self._module_list(name, network, counted))
             if counted.uncounted:
                 self.notes.append(
@@ -207,19 +210,21 @@ class Profiler:
                 )
         self._add("parameters", "", parameters)
         self._add("trainable parameters", "", trainable)
-        self._add("forward pass of one sample", "GMACs", macs)
+        prefix, scale = _prefix(max(macs.values()))
+        self._add("forward pass of one sample", f"{prefix}MACs", {name: n / scale for name, n in macs.items()})
 
     def _module_list(self, name: str, network: Any, counted: Macs) -> Table:
         from core.profile import count_parameters
 
         found = dict(network.named_modules())
+        prefix, scale = _prefix(counted.total)
         dearest = sorted(counted.by_module.items(), key=lambda item: -item[1])[: self.options.top]
         rows = [
             Row(
                 {
                     "module": module,
                     "class": type(found[module]).__name__ if module in found else "",
-                    "macs": macs / 1e6,
+                    "macs": macs / scale,
                     "share": 100.0 * macs / counted.total if counted.total else 0.0,
                     "parameters": count_parameters(found[module])[0] if module in found else None,
                 }
@@ -229,7 +234,7 @@ class Profiler:
         columns = [
             Column("module", align="left"),
             Column("class", align="left"),
-            Column("macs", "MACs", "M"),
+            Column("macs", f"{prefix}MACs"),
             Column("share", unit="%", digits=1),
             Column("parameters"),
         ]
@@ -316,6 +321,11 @@ class Profiler:
             self.lists.append(_costs(title, inside, f"modules:{name}"))
 
 
+def _prefix(value: float) -> tuple[str, float]:
+    """The decimal prefix in which a count is readable, and its size."""
+    return ("G", 1e9) if value >= 1e9 else ("M", 1e6) if value >= 1e6 else ("K", 1e3)
+
+
 def loader_rate(cfg: Any, *, seconds: float = 10.0) -> float:
     """Samples per second that the training loader delivers when nobody computes, after its first batch.
 
@@ -394,8 +404,10 @@ def profile_experiment(options: Options, overrides: list[str]) -> list[Table]:
         other, *changes = options.vs.split()
         if options.vs == options.experiment:
             raise ConfigError("vs= is the experiment itself: name another, or a change: vs='NAME key=value'")
-        configs[options.vs] = compose([f"experiment={other}", *overrides, *changes])
-    return Profiler(configs, options, build_trainer).tables()
+        label = " ".join(changes) if other == options.experiment else options.vs
+        configs[label] = compose([f"experiment={other}", *overrides, *changes])
+    with to_stderr():
+        return Profiler(configs, options, build_trainer).tables()
 
 
 def main(argv: list[str], doc: str) -> None:

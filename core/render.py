@@ -259,7 +259,7 @@ def _text(table: Table, width: int | None) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    grid = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, header in zip(table.columns, _headers(table), strict=True):
         grid.add_column(Text(header), justify=column.align, overflow="fold")
     section = ""
@@ -272,6 +272,7 @@ def _text(table: Table, width: int | None) -> str:
     # Without a terminal nothing may wrap: the widest imaginable line is cheap, cut text is not.
     target = io.StringIO()
     console = Console(file=target, width=width or 10_000, color_system=None, force_terminal=False, highlight=False)
+    console.print(Text(table.title))  # by itself: a table's own title would wrap at the table's width
     console.print(grid)
     for line in _footnotes(table):
         console.print(Text(line))

@@ -6,10 +6,11 @@ things are stored, how the run is watched and how fast the machine is fed. A run
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,29 @@ def composer(config_dir: str | Path | None) -> Compose:
     return lambda overrides: compose(overrides, config_dir=config_dir)
 
 
-def resuming(run: Runner) -> Runner:
-    """A runner that goes on from an interrupted run of the same config instead of starting anew."""
+@contextlib.contextmanager
+def to_stderr() -> Iterator[None]:
+    """What runs and builders print goes to standard error: standard output belongs to the table."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def launcher(run: Runner, *, resume: bool = True) -> Runner:
+    """A runner for tools: goes on from an interrupted run of the same config, and keeps standard output clean.
+
+    Args:
+        run: `core.launch.run`.
+        resume: False starts anew whatever there is.
+    """
 
     def call(cfg: Any) -> dict[str, Any]:
         from omegaconf import open_dict
 
         cfg = cfg.copy()
         with open_dict(cfg):
-            cfg.resume = "auto"
-        return run(cfg)
+            cfg.resume = "auto" if resume else False
+        with to_stderr():
+            return run(cfg)
 
     return call
 

@@ -17,7 +17,7 @@ from core.comparison import mean_and_deviation
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, Measured, measure
 from core.render import Cell, Column, Row, Table, emit, resolve_format
-from core.results import Compose, Results, Runner, composer, fingerprint, resuming
+from core.results import Compose, Results, Runner, composer, fingerprint, launcher
 from core.table_file import ColumnSpec, RowSpec, TableSpec, load_table, table_id
 
 SHOW = ("both", "paper", "ours")
@@ -401,7 +401,7 @@ def main(argv: list[str], doc: str) -> None:
 
         tables, failed = show_claim(path, options, overrides, compose=compose, runner=run, build=build_trainer)
     else:
-        table, failed = show_table(path, options, overrides, compose=compose, runner=resuming(run), build=build_trainer)
+        table, failed = show_table(path, options, overrides, compose=compose, runner=launcher(run), build=build_trainer)
         tables = [table]
     emit(tables, format, options.output)
     if failed:
