@@ -1,0 +1,257 @@
+"""A dataloader config becomes a loader whose batches do not depend on its workers."""
+
+import inspect
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
+
+from core.data.batch import Batch, CollateFetched, FailedBatch, collate
+from core.data.batching import ResumableBatchSampler
+from core.data.sampling import EvalSampler, TrainSampler
+from core.data.seeded import SeededDataset
+from core.data.seeds import derive_seed
+from core.errors import ConfigError
+
+_KEYS = (
+    "dataset",
+    "batch_size",
+    "sampler",
+    "batch_sampler",
+    "drop_last",
+    "collate_fn",
+    "num_workers",
+    "persistent_workers",
+    "prefetch_factor",
+    "pin_memory",
+    "on_error",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+)
+
+
+class Loader(DataLoader):
+    """torch's DataLoader, yielding :class:`core.data.Batch`; made by :func:`build_loader`.
+
+    It draws nothing from the global random generators, so how often a loader is iterated does not show in a run.
+
+    Raises (while iterating):
+        SampleError: a broken sample under ``on_error: raise``; the message names it, its notes hold the traceback.
+    """
+
+    batch_sampler: ResumableBatchSampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the next pass."""
+        self.batch_sampler.set_epoch(epoch)
+
+    def skip_batches(self, count: int) -> None:
+        """Begin the next pass, and only that, after ``count`` batches; they are not loaded."""
+        self.batch_sampler.start = count
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Batches of one pass on this rank; None for a sampler that never ends."""
+        return None if self.batch_sampler.infinite else len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        sampler = self.batch_sampler
+        self.generator.manual_seed(derive_seed(sampler.seed, sampler.epoch, sampler.rank, 0))
+        return _opened(super().__iter__())
+
+
+def _opened(batches: Iterator[Batch | FailedBatch]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, FailedBatch):
+            raise batch.error
+        yield batch
+
+
+def build_loader(
+    cfg: Mapping[str, Any], *, seed: int, training: bool, rank: int | None = None, world_size: int | None = None
+) -> Loader:
+    """The loader of an mmengine-style dataloader config.
+
+    Args:
+        cfg: every object may be given as such or as a ``type:`` dict.
+
+            - ``dataset``: map-style;
+            - ``batch_size``: per process;
+            - ``sampler``: TrainSampler or EvalSampler unless a ``type`` is given (``sampler: {repeats: 3}`` configures
+              the default one); mmengine's, mmdet's and torch's samplers work too;
+            - ``batch_sampler``: takes the place of fixed-size batches, as in mmdet;
+            - ``drop_last``: leave out an incomplete last batch (default false);
+            - ``collate_fn``: :func:`core.data.collate`; mmengine's ``pseudo_collate`` for mmengine's datasets;
+            - ``num_workers`` (0), ``persistent_workers`` (true in training with workers), ``prefetch_factor``,
+              ``pin_memory`` (true where there is CUDA), ``timeout``, ``multiprocessing_context``: as in torch;
+            - ``worker_init_fn``: called with the worker's number in every worker;
+            - ``on_error``: ``raise`` or ``skip`` broken samples (see SeededDataset).
+        seed: of the run, the same on every rank.
+        training: samples are shuffled and seeded by their draw; otherwise each is read once, seeded by its index.
+        rank, world_size: in place of the process group's.
+
+    Raises:
+        ConfigError: unknown or missing keys, with the nearest existing name; samplers that cannot be divided among
+            ranks; fewer samples than one batch with ``drop_last``.
+    """
+    cfg = dict(cfg)
+    _check_keys(cfg)
+    dataset = _build_dataset(cfg["dataset"], cfg.get("on_error", "raise"), training)
+    batch_sampler = _build_batch_sampler(cfg, dataset, seed, training, rank, world_size)
+    workers = cfg.get("num_workers", 0)
+    options = {key: cfg[key] for key in ("timeout", "multiprocessing_context") if key in cfg}
+    if workers and cfg.get("prefetch_factor") is not None:
+        options["prefetch_factor"] = cfg["prefetch_factor"]
+    return Loader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=CollateFetched(_build_collate(cfg.get("collate_fn"), dataset.dataset)),
+        num_workers=workers,
+        persistent_workers=bool(workers) and cfg.get("persistent_workers", training),
+        pin_memory=cfg.get("pin_memory", torch.cuda.is_available()),
+        worker_init_fn=_WorkerStart(_as_function(cfg.get("worker_init_fn"))),
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def _check_keys(cfg: Mapping[str, Any]) -> None:
+    from core.registry import nearest
+
+    for key in cfg:
+        if key not in _KEYS:
+            raise ConfigError(f"a dataloader has no key '{key}'{nearest(key, _KEYS)}")
+    if "dataset" not in cfg:
+        raise ConfigError("a dataloader needs a dataset")
+    if "batch_size" not in cfg and not callable(getattr(cfg.get("batch_sampler"), "__iter__", None)):
+        raise ConfigError("a dataloader needs a batch_size (samples per process)")
+
+
+def _build_dataset(cfg: Any, on_error: str, training: bool) -> SeededDataset:
+    from core.registry import DATASETS, build
+
+    dataset = build(cfg, DATASETS)
+    if hasattr(dataset, "full_init"):
+        # mmengine's datasets may put off reading their annotations; workers should not each do it again.
+        dataset.full_init()
+    if isinstance(dataset, SeededDataset):
+        return dataset
+    return SeededDataset(dataset, on_error=on_error, training=training)
+
+
+def _build_batch_sampler(
+    cfg: Mapping[str, Any],
+    dataset: SeededDataset,
+    seed: int,
+    training: bool,
+    rank: int | None,
+    world_size: int | None,
+) -> ResumableBatchSampler:
+    given, drop_last = cfg.get("batch_sampler"), cfg.get("drop_last", False)
+    if drop_last and not training:
+        raise ConfigError("drop_last would leave samples out of the evaluation")
+    if given is not None and not isinstance(given, Mapping):
+        if cfg.get("sampler") is not None:
+            raise ConfigError("a batch_sampler that is already built has its own sampler: leave 'sampler' out")
+        batch_sampler = given
+    else:
+        place = {"rank": rank, "world_size": world_size}
+        sampler = _build_sampler(cfg.get("sampler"), dataset, seed, training, drop_last, place)
+        if given is None:
+            batch_sampler = BatchSampler(sampler, cfg["batch_size"], drop_last)
+        else:
+            batch_sampler = _build_with(given, sampler=sampler, batch_size=cfg["batch_size"], drop_last=drop_last)
+    resumable = ResumableBatchSampler(batch_sampler, seed, training, rank, world_size)
+    _check_divided(resumable)
+    if training and not resumable.infinite and len(resumable) == 0:
+        raise ConfigError(
+            f"{type(dataset.dataset).__name__} has {len(dataset)} samples, which do not fill one batch of "
+            f"{resumable.batch_size} on each of {resumable.world_size} processes, and drop_last is on"
+        )
+    return resumable
+
+
+def _build_sampler(
+    cfg: Any, dataset: SeededDataset, seed: int, training: bool, drop_last: bool, place: Mapping[str, int | None]
+) -> Any:
+    if cfg is not None and not isinstance(cfg, Mapping):
+        return cfg
+    cfg = dict(cfg or {})
+    cfg.setdefault("type", TrainSampler if training else EvalSampler)
+    # mmengine's sampler pads by default, which would count samples twice in evaluation.
+    return _build_with(cfg, dataset=dataset, seed=seed, drop_last=drop_last, round_up=training, **place)
+
+
+def _build_with(cfg: Mapping[str, Any], **offers: Any) -> Any:
+    """Build ``cfg`` with those of ``offers`` that its constructor takes and the config leaves open."""
+    from core.registry import DATA_SAMPLERS, build, resolve
+
+    target = resolve(cfg["type"], DATA_SAMPLERS)
+    parameters = inspect.signature(target).parameters
+    if "data_source" in parameters:  # torch's name for it
+        offers["data_source"] = offers.get("dataset")
+    taken = {key: value for key, value in offers.items() if key in parameters and key not in cfg}
+    return build(cfg, DATA_SAMPLERS, **taken)
+
+
+def _check_divided(batch_sampler: ResumableBatchSampler) -> None:
+    undivided = (RandomSampler, SequentialSampler, SubsetRandomSampler)
+    if batch_sampler.world_size > 1 and isinstance(batch_sampler.sampler, undivided):
+        raise ConfigError(
+            f"{type(batch_sampler.sampler).__name__} gives every process the same samples; "
+            "use core.data.TrainSampler or core.data.EvalSampler"
+        )
+
+
+def _build_collate(cfg: Any, dataset: Any) -> Callable[[list[Any]], Any]:
+    if cfg is not None:
+        return _as_function(cfg)
+    from mmengine.dataset import BaseDataset, pseudo_collate
+
+    openmmlab = isinstance(dataset, BaseDataset) or type(dataset).__module__.split(".")[0] in ("mmengine", "mmdet")
+    return pseudo_collate if openmmlab else collate
+
+
+def _as_function(cfg: Any) -> Callable | None:
+    """A callable from a config: classes are built, functions get the config's arguments."""
+    if cfg is None or (callable(cfg) and not isinstance(cfg, (Mapping, str))):
+        return cfg
+    import mmengine.registry
+
+    from core.registry import build, resolve
+
+    cfg = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
+    name = cfg["type"]
+    target = mmengine.registry.FUNCTIONS.get(name) if isinstance(name, str) and "." not in name else None
+    target = target or resolve(name)
+    if inspect.isclass(target):
+        return build({**cfg, "type": target})
+    arguments = {key: value for key, value in cfg.items() if key != "type"}
+    return partial(target, **arguments) if arguments else target
+
+
+class _WorkerStart:
+    """What every worker does first."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker_id: int) -> None:
+        # Signals reach the whole process group. The main process decides; a worker that left at the first one would
+        # break the step that is being finished. Python's exit sends a second SIGTERM, and that one counts.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _leave_at_the_next)
+        if "cv2" in sys.modules:
+            sys.modules["cv2"].setNumThreads(0)
+        if self.then is not None:
+            self.then(worker_id)
+
+
+def _leave_at_the_next(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
