@@ -1,0 +1,157 @@
+"""What the engine costs: a training step through it against the same step in a bare PyTorch loop.
+
+  python benchmarks/engine.py [rounds=5] [steps=40] [threads=2] [output=results/benchmarks/engine.json]
+
+Both train the same network on the same loader in one process, in turn. The engine runs as an experiment does: log with
+JSON lines and TensorBoard, finite check, schedule, EMA off, a checkpoint at the end. The first steps of every round are
+not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from torch import Tensor, nn
+
+from core.cli import parse, run
+from core.config import compose
+from core.data.loader import build_loader
+from core.trainer import Trainer
+
+
+class Images(torch.utils.data.Dataset):
+    """Made-up images in memory."""
+
+    def __init__(self, count: int = 2048, size: int = 32) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(count, 3, size, size, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[int(index)], "label": int(index) % 10, "sample_id": str(int(index))}
+
+
+class ConvNet(nn.Sequential):
+    """A small convolutional network; its training step at batch 32 takes 20 ms or more on a CPU core."""
+
+    def __init__(self, width: int = 32) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 2, 1), nn.GELU()]
+        for _ in range(3):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+class Classify(Trainer):
+    """Cross-entropy."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Cross-entropy of the labels."""
+        return {"loss_ce": nn.functional.cross_entropy(self.network(batch["image"]), batch["label"])}
+
+
+class Stopwatch(Hook):
+    """Notes when each step ends."""
+
+    times: list[float] = []
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Tensor] | None = None
+    ) -> None:
+        """Appends the time."""
+        self.times.append(time.perf_counter())
+
+
+LOADER = {"batch_size": 32, "num_workers": 0, "dataset": {"type": "benchmarks.engine.Images"}}
+OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.05}
+
+
+def engine_times(steps: int, folder: str) -> list[float]:
+    """Seconds of each step in the engine."""
+    from benchmarks.engine import Stopwatch as Registered
+    from core.launch import run as launch
+
+    Registered.times.clear()
+    cfg = compose([f"runs_dir={folder}", "runtime=cpu", "name=benchmark/engine", "log_every=10"])
+    cfg.model = {"type": "benchmarks.engine.Classify", "network": {"type": "benchmarks.engine.ConvNet"}}
+    cfg.train_dataloader = LOADER
+    cfg.train_cfg = {"max_steps": steps}
+    cfg.optim_wrapper = {"type": "core.OptimWrapper", "optimizer": {"type": "torch.optim.AdamW", **OPTIMIZER}}
+    cfg.param_scheduler = {"type": "core.Schedule", "kind": "warmup_cosine", "by_epoch": False, "warmup": 2}
+    cfg.checkpoint.every_steps = 10**9
+    cfg.custom_hooks = [{"type": "benchmarks.engine.Stopwatch"}]
+    launch(cfg)
+    return [b - a for a, b in zip(Registered.times, Registered.times[1:], strict=False)]
+
+
+def bare_times(steps: int) -> list[float]:
+    """Seconds of each step in the shortest loop that trains the same."""
+    loader = build_loader(LOADER, seed=0, training=True)
+    network = ConvNet()
+    optimizer = torch.optim.AdamW(network.parameters(), **OPTIMIZER)
+    stamps: list[float] = []
+    while len(stamps) < steps:
+        for batch, _ in loader:
+            loss = nn.functional.cross_entropy(network(batch["image"]), batch["label"])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            stamps.append(time.perf_counter())
+            if len(stamps) == steps:
+                break
+    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+
+
+@dataclass
+class Options:
+    """How long to measure."""
+
+    rounds: int = 5
+    steps: int = 40
+    skip: int = field(default=8, metadata={"help": "steps at the start of a round that are not counted"})
+    threads: int = 2
+    output: str | None = "results/benchmarks/engine.json"
+
+
+def main(argv: list[str]) -> None:
+    """Prints the figures and writes them as JSON."""
+    options, _ = parse(argv, Options, doc=__doc__)
+    torch.set_num_threads(options.threads)
+    ratios, engine, bare = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(options.rounds):
+            bare.append(statistics.median(bare_times(options.steps)[options.skip :]))
+            engine.append(statistics.median(engine_times(options.steps, folder)[options.skip :]))
+            ratios.append(engine[-1] / bare[-1])
+    figures = {
+        "bare_ms": round(1e3 * statistics.median(bare), 3),
+        "engine_ms": round(1e3 * statistics.median(engine), 3),
+        "overhead": round(statistics.median(ratios) - 1, 4),
+        "overhead_per_round": [round(r - 1, 4) for r in ratios],
+        "threads": options.threads,
+        "steps_per_round": options.steps - options.skip,
+        "command": "python benchmarks/engine.py " + " ".join(argv),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(figures, indent=1))
+    if options.output:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
