@@ -20,7 +20,7 @@ from typing import Any
 from core.comparison import Paired, mean_and_deviation
 from core.errors import ConfigError, VitrineError
 from core.render import Cell, Column, Row, Table, emit, plot_differences, resolve_format
-from core.results import Compose, Results, Runner, composer, launcher
+from core.results import Compose, Results, Runner, composer, first_process, launcher
 
 BASE = "base"
 
@@ -380,7 +380,7 @@ def ablate(
     if options.dry_run:
         return ablation.plan(), []
     ablation.train(runner or _default_runner())
-    for path in ablation.write():
+    for path in ablation.write() if first_process() else ():
         print(f"wrote {path}", file=sys.stderr)
     return ablation.table(), ablation.failures
 
@@ -398,6 +398,7 @@ def main(argv: list[str], doc: str) -> None:
     options, overrides = parse(argv, Options, doc=doc, positional="experiment", overrides=True)
     format = resolve_format(options.format, options.output)
     table, failures = ablate(options, overrides)
-    emit(table, format, options.output)
+    if first_process():
+        emit(table, format, options.output)
     if failures:
         raise VitrineError("not everything could be trained:\n" + "\n".join(failures))

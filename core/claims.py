@@ -16,7 +16,7 @@ from core.comparison import Paired
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, measure
 from core.render import Column, Row, Table
-from core.results import Compose, Results, Runner, fingerprint, launcher
+from core.results import Compose, Results, Runner, fingerprint, first_process, launcher
 
 if TYPE_CHECKING:
     from core.tables import Options
@@ -201,10 +201,10 @@ def show_claim(
     failures: list[str] = []
     if options.run:
         # Half of a fresh start must not replace what is stored: it is saved whole, other runs one by one.
-        save = (lambda: None) if fresh else (lambda: store.write(evidence.record()))
+        save = (lambda: None) if fresh or not first_process() else (lambda: store.write(evidence.record()))
         failures = evidence.train(launcher(runner, resume=not fresh), only=options.only, save=save)
-    evidence.complete_figures(build, measured=options.run or options.measure)
-    if options.run:
+    evidence.complete_figures(build, measured=(options.run or options.measure) and first_process())
+    if options.run and first_process():
         store.write(evidence.record())
     return [rows_table(evidence), verdicts_table(evidence)], failures
 

@@ -75,11 +75,12 @@ def _cheap_figures(trainer: Any, cfg: Any) -> dict[str, Figure]:
     from core.profile import count_parameters
 
     figures: dict[str, Figure] = {}
-    for name, network in trainer.networks().items():
-        total, trainable = count_parameters(network)
+    for name, part in trainer.networks().items():
+        total, trainable = count_parameters(part)
         figures |= {f"parameters/{name}": total, f"trainable/{name}": trainable}
-    if len(trainer.networks()) <= 1 or "network" in trainer.networks() or _says_which(trainer):
-        total, trainable = count_parameters(trainer.inference_network())
+    network = _inference_network(trainer)
+    if network is not None:
+        total, trainable = count_parameters(network)
         figures |= {"parameters": total, "trainable": trainable}
         figures["trainable_share"] = 100.0 * trainable / total if total else 0.0
     if hasattr(trainer, "table_figures"):
@@ -87,13 +88,12 @@ def _cheap_figures(trainer: Any, cfg: Any) -> dict[str, Figure]:
     return figures
 
 
-def _says_which(trainer: Any) -> bool:
-    """Whether a trainer of several networks says which one is run at inference."""
+def _inference_network(trainer: Any) -> Any | None:
+    """The network that inference runs; None where a trainer of several does not say which."""
     try:
-        trainer.inference_network()
+        return trainer.inference_network()
     except ConfigError:
-        return False
-    return True
+        return None
 
 
 def _macs(trainer: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ def to_stderr() -> Iterator[None]:
     """What runs and builders print goes to standard error: standard output belongs to the table."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def first_process() -> bool:
+    """Whether this process prints and writes: under torchrun or Slurm all of them run, one of them speaks."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def launcher(run: Runner, *, resume: bool = True) -> Runner:
@@ -93,6 +99,8 @@ def relevant(cfg: Any) -> dict[str, Any]:
 
 
 def _without_machine(node: Any) -> Any:
+    if isinstance(node, str) and node.startswith("/"):
+        return node.rstrip("/").rpartition("/")[2]  # where a file lies is the machine's business, which one is ours
     if isinstance(node, Mapping):
         return {str(key): _without_machine(value) for key, value in node.items() if key not in _MACHINE}
     if isinstance(node, list | tuple):

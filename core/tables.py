@@ -17,7 +17,7 @@ from core.comparison import mean_and_deviation
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, Measured, measure
 from core.render import Cell, Column, Row, Table, emit, resolve_format
-from core.results import Compose, Results, Runner, composer, fingerprint, launcher
+from core.results import Compose, Results, Runner, composer, fingerprint, first_process, launcher
 from core.table_file import ColumnSpec, RowSpec, TableSpec, load_table, table_id
 
 SHOW = ("both", "paper", "ours")
@@ -366,7 +366,7 @@ def show_table(
 
     if options.run:
         failures = train_missing(evaluation(), seeds or [0], runner, only=options.only)
-    measured = measure_table(evaluation(), build) if options.measure else None
+    measured = measure_table(evaluation(), build) if options.measure and first_process() else None
     table = side_by_side(evaluation(measured=measured), options.show)
     table.notes = [*table.notes, *failures]
     return table, failures
@@ -403,6 +403,7 @@ def main(argv: list[str], doc: str) -> None:
     else:
         table, failed = show_table(path, options, overrides, compose=compose, runner=launcher(run), build=build_trainer)
         tables = [table]
-    emit(tables, format, options.output)
+    if first_process():
+        emit(tables, format, options.output)
     if failed:
         raise VitrineError("not everything could be trained:\n" + "\n".join(failed))

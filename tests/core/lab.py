@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from omegaconf import DictConfig
 
 from core.config import compose, to_dict
 from core.errors import VitrineError
@@ -27,10 +28,14 @@ class Lab:
         self.score = score
         self.trained: list[dict] = []
         self.fail_on: Callable[[dict], bool] = lambda cfg: False
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
 
-    def compose(self, overrides: list[str]):
-        """As `core.config.compose`, with the user's experiments."""
-        return compose(overrides, config_dir=self.user / "configs")
+    def compose(self, overrides: list[str]) -> DictConfig:
+        """As `core.config.compose`, with the user's experiments; the same words are composed once."""
+        key = tuple(overrides)
+        if key not in self._composed:
+            self._composed[key] = compose(overrides, config_dir=self.user / "configs")
+        return self._composed[key].copy()
 
     def run(self, cfg) -> dict:
         """Files a finished run; an unchanged config that is already there is trained again all the same."""

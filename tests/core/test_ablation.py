@@ -37,7 +37,7 @@ def lab(user, tmp_path, monkeypatch):
 
 def go(lab, *overrides, **options):
     settings = Options("mine/parts", runs_dir=str(lab.runs), config_dir=str(lab.user / "configs"), **options)
-    table, failures = ablate(settings, overrides, runner=lab.run)
+    table, failures = ablate(settings, overrides, runner=lab.run, compose=lab.compose)
     return {row.get("value", row.get("change"))["value"]: row for row in as_dict(table)["rows"]}, failures
 
 

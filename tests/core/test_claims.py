@@ -242,7 +242,7 @@ def test_fresh_starts_anew_and_replaces_the_record_at_the_end(path, lab, tmp_pat
         show(path, lab, run=True, fresh=True)
     assert stored(tmp_path) == before
     lab.run = train
-    tables, _ = show(path, lab, run=True, fresh=True, only="shallow")
+    show(path, lab, run=True, fresh=True, only="shallow")
     record = stored(tmp_path)
     assert [run["metrics"]["accuracy"] for run in record["rows"][2]["runs"]] == [0.5, 0.5, 0.5]
     assert [run["metrics"]["accuracy"] for run in record["rows"][0]["runs"]] == list(SCORES[4])
@@ -333,5 +333,5 @@ def test_malformed_claims_are_refused_by_name(path, old, new, message):
 def test_a_figure_that_nobody_computes_is_named_once_the_runs_are_there(path, lab):
     path.write_text(CLAIM.replace("report: [macs, seen]", "report: [macz]"))
     show(path, lab)  # it may still be a metric
-    with pytest.raises(ConfigError, match="no figure 'macz'.*did you mean 'macs'"):
+    with pytest.raises(ConfigError, match=r"no figure 'macz'.*did you mean 'macs'"):
         show(path, lab, run=True)

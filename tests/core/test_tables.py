@@ -203,18 +203,15 @@ rows:
 def test_a_trainer_adds_its_own_figures(path, lab, monkeypatch):
     import mypoints
 
-    monkeypatch.setattr(
-        mypoints.Classify,
-        "table_figures",
-        lambda self, cfg: {"tokens": self.network.depth_, "kind": "plain"},
-        raising=False,
-    )
-    monkeypatch.setattr(mypoints.Net, "depth_", property(lambda self: len(self.blocks)), raising=False)
+    def table_figures(self, cfg):
+        return {"tokens": len(self.network.blocks), "kind": cfg["name"]}
+
+    monkeypatch.setattr(mypoints.Classify, "table_figures", table_figures, raising=False)
     path.write_text(
         "title: T\ncolumns: {tokens: {needs: none}, kind: {needs: none}}\nrows: [{label: r, experiment: mine/tiny}]\n"
     )
     cells, _ = shown(path, lab)
-    assert (cells["r", "tokens:ours"]["value"], cells["r", "kind:ours"]["value"]) == (2, "plain")
+    assert (cells["r", "tokens:ours"]["value"], cells["r", "kind:ours"]["value"]) == (2, "mine/tiny")
     path.write_text("title: T\ncolumns: {tokenz: {needs: none}}\nrows: [{label: r, experiment: mine/tiny}]\n")
     with pytest.raises(ConfigError, match=r"row 'r', column 'tokenz': no figure 'tokenz'.*did you mean 'tokens'"):
         shown(path, lab)
@@ -287,10 +284,18 @@ def test_place_and_machine_do_not_matter(lab):
     finished(lab, "runtime.threads=3", "train_dataloader.num_workers=2", "log_every=7", "checkpoint.keep_last=5")
     assert found(lab) is not None
     assert found(lab, "model.network.depth=2") is not None  # the default, said aloud
+    assert found(lab, "+train_dataloader.dataset.root=/mnt/points") is not None
+    assert found(lab, "load_from=weights.pth") is None
     assert found(lab, "seed=1") is None
     assert found(lab, "model.network.depth=3") is None
     assert found(lab, "runtime.precision=bf16") is None
     assert found(lab, "train_cfg.max_epochs=4") is None
+
+
+def test_of_an_absolute_path_only_the_last_part_counts(lab):
+    finished(lab, "load_from=/home/me/weights.pth")
+    assert found(lab, "load_from=/cluster/weights.pth") is not None
+    assert found(lab, "load_from=/cluster/others.pth") is None
 
 
 def test_a_result_copied_from_elsewhere_counts_without_its_config(lab, tmp_path):
