@@ -318,6 +318,7 @@ def test_tied_parameters_of_one_optimizer_count_once() -> None:
         ({"paramwise": {"multipliers": {"head": {"lr_mult": 2}}}}, "no key 'lr_mult'"),
         ({"paramwise": {"multipliers": {"heda": {"lr": 2}}}}, "'heda' matches no parameter: did you mean 'head'"),
         ({"paramwise": {"no_decay": {"names": ["pos_emebd"]}}}, "did you mean 'pos_embed'"),
+        ({"paramwise": {"no_decay": {"exempt": ["pos_emebd"]}}}, "did you mean 'pos_embed'"),
         ({"paramwise": {"no_decay": {"dims": 1}}}, "no key 'dims'"),
         ({"paramwise": {"groups": {"x": ["scores"]}}}, "'scores' matches no parameter"),
         ({"paramwise": {"layer_decay": {"decay": 0.5, "id": "x"}}}, "did you mean 'ids'"),

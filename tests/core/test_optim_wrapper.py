@@ -220,9 +220,12 @@ def test_resuming_anywhere_in_a_window_is_bit_exact(stop: int, precision: str) -
     wrapper = adam(first, **options)
     wrapper.initialize_count_status(first, 0, 8)
     train(first, wrapper, batches[:stop])
-    saved = copy.deepcopy({"model": first.state_dict(), "optim": wrapper.state_dict()})
+    live = wrapper.state_dict()
+    saved = copy.deepcopy({"model": first.state_dict(), "optim": live})
     given = copy.deepcopy(saved["optim"])
-    train(first, wrapper, batches[stop:])  # training on must not reach into what was saved
+    train(first, wrapper, batches[stop:])
+    for index, gradient in live["accumulation"]["gradients"].items():
+        assert torch.equal(gradient, given["accumulation"]["gradients"][index]), "training on reached into the state"
 
     second = linear()
     second.load_state_dict(saved["model"])

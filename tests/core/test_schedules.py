@@ -257,7 +257,8 @@ def test_resume_is_exact_also_after_the_optimizers_groups_were_replaced(stop: in
     values(schedule, optimizer, stop)
     saved = optimizer.state_dict(), schedule.state_dict()
     fresh, resumed = make()
-    fresh.load_state_dict(saved[0])
+    if stop != 7:  # the schedule finds its value without the optimizer's state, too
+        fresh.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
     assert saved[1] == {"last_step": stop}
     assert values(resumed, fresh, 16 - stop) == straight[stop:]
@@ -266,10 +267,11 @@ def test_resume_is_exact_also_after_the_optimizers_groups_were_replaced(stop: in
 def test_mmengine_builds_it_and_tells_the_length() -> None:
     optimizer = sgd()
     arguments = {"optimizer": optimizer, "epoch_length": 5}
-    config = {"type": Schedule, "kind": "warmup_cosine", "by_epoch": False, "end": 40}
+    config = {"type": Schedule, "kind": "warmup_cosine", "by_epoch": False, "warmup": 4, "end": 40}
     schedule = PARAM_SCHEDULERS.build(config, default_args=arguments)
     assert isinstance(schedule, Schedule) and not schedule.by_epoch
-    assert values(schedule, optimizer, 40) == pytest.approx([warmup_cosine(s, total=40, lr=1.0) for s in range(40)])
+    want = [warmup_cosine(s, total=40, lr=1.0, warmup=4) for s in range(40)]
+    assert values(schedule, optimizer, 40) == pytest.approx(want)
 
     optimizer = arguments["optimizer"] = sgd(1.5e-4)
     config = {"type": Schedule, "kind": "warmup_cosine", "warmup": 4, "prefix": True, "end": 20}
