@@ -217,6 +217,13 @@ def test_losses_are_float32_and_finite_at_extremes() -> None:
     (soft + smooth).backward()
     assert logits.grad.isfinite().all()
 
+    logits, labels = torch.randn(4, 1000).bfloat16(), torch.randint(1000, (4,))
+    target = torch.rand(4, 1000).softmax(-1).bfloat16()
+    expected = -(target.float() * logits.float().log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(soft_target_cross_entropy(logits, target), expected)
+    expected = -logits.float().log_softmax(-1)[range(4), labels].mean()
+    torch.testing.assert_close(label_smoothing_cross_entropy(logits, labels, 0.0), expected)
+
 
 def test_soft_targets_must_have_the_logits_shape() -> None:
     with pytest.raises(ValueError, match="one shape"):

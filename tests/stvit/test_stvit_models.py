@@ -274,6 +274,14 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(plain, recomputed)
 
 
+@each_variant
+def test_stochastic_depth_rises_linearly_through_all_layers(options: dict[str, object]) -> None:
+    model = tiny(drop_path_rate=0.4, **options)
+    layers = [*model.base, *model.reducer.layers, *model.tail]
+    rates = [getattr(layer.drop_path, "drop_prob", 0.0) for layer in layers]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
 def test_position_embedding_of_the_own_size_is_used_as_it_is() -> None:
     model = tiny()
     assert model._position((8, 8)) is model.pos_embed
@@ -499,7 +507,7 @@ def test_window_attention_equals_one_query_at_a_time(
     grid: tuple[int, int], key_grid: tuple[int, int], windows: KeyWindows
 ) -> None:
     attention = Attention(8, 2)
-    valid = (key_grid[0] - 1, key_grid[1])
+    valid = (key_grid[0] - 1, key_grid[1] - 1)
     x, y = torch.randn(2, grid[0] * grid[1], 8), torch.randn(2, key_grid[0] * key_grid[1], 8)
     expected = torch.empty_like(x)
     for row, column in itertools.product(range(grid[0]), range(grid[1])):
