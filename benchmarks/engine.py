@@ -9,13 +9,14 @@ not counted.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mmengine.hooks import Hook
@@ -66,7 +67,7 @@ class Classify(Trainer):
 class Stopwatch(Hook):
     """Notes when each step ends."""
 
-    times: list[float] = []
+    times: ClassVar[list[float]] = []
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Tensor] | None = None
@@ -94,7 +95,7 @@ def engine_times(steps: int, folder: str) -> list[float]:
     cfg.checkpoint.every_steps = 10**9
     cfg.custom_hooks = [{"type": "benchmarks.engine.Stopwatch"}]
     launch(cfg)
-    return [b - a for a, b in zip(Registered.times, Registered.times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(Registered.times)]
 
 
 def bare_times(steps: int) -> list[float]:
@@ -112,7 +113,7 @@ def bare_times(steps: int) -> list[float]:
             stamps.append(time.perf_counter())
             if len(stamps) == steps:
                 break
-    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(stamps)]
 
 
 @dataclass

@@ -19,6 +19,8 @@ _EXPORTS = {
     "MediaHook": "core.hooks.media",
     "CheckpointHook": "core.hooks.checkpoint",
     "JsonLines": "core.visualization",
+    "TensorBoard": "core.visualization",
+    "Wandb": "core.visualization",
 }
 
 __all__ = list(_EXPORTS)

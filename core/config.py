@@ -78,7 +78,7 @@ def _purpose(path: Path) -> str:
 
 
 def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = None) -> str | None:
-    """What is wrong with the first override that cannot be meant, with the nearest existing names; None if nothing is."""
+    """What is wrong with the first override that cannot be meant, and the nearest names; None if nothing is."""
     parser = OverridesParser.create()
     groups, keys = [], []
     for text in overrides:
@@ -181,7 +181,7 @@ def get(cfg: Any, key: str, default: Any = ...) -> Any:
 
 
 def merge(base: Any, change: Any) -> Any:
-    """`base` with `change` laid over it: mappings merge, everything else is replaced, null removes nothing but sets null.
+    """`base` with `change` laid over it: mappings merge, everything else is replaced.
 
     A mapping whose ``type`` differs from the base's replaces it whole: arguments of one class mean nothing to another.
     """

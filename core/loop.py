@@ -31,7 +31,8 @@ class TrainLoop(BaseLoop):
         dataloader: config or DataLoader of ``core.data.build_loader``.
         max_epochs: length in passes over the data.
         max_steps: length in steps (micro-steps under gradient accumulation); needed for an endless sampler.
-        val_every: ``{"epochs": n}`` or ``{"steps": n}``; None: only at the end. The last step is always evaluated.
+        val_every_epochs: evaluate at the end of every n-th epoch.
+        val_every_steps: evaluate after every n-th step. Without either, only the last step is evaluated (it always is).
         val_begin: no evaluation before this epoch or step.
 
     Raises:
@@ -46,14 +47,15 @@ class TrainLoop(BaseLoop):
         dataloader: Any,
         max_epochs: int | None = None,
         max_steps: int | None = None,
-        val_every: dict[str, int] | None = None,
+        val_every_epochs: int | None = None,
+        val_every_steps: int | None = None,
         val_begin: int = 1,
     ) -> None:
         super().__init__(runner, dataloader)
         if (max_epochs is None) == (max_steps is None):
             raise ConfigError("train_cfg: give exactly one of max_epochs and max_steps")
-        if val_every is not None and (len(val_every) != 1 or next(iter(val_every)) not in ("epochs", "steps")):
-            raise ConfigError(f"train_cfg.val_every: {{epochs: n}} or {{steps: n}}, not {val_every}")
+        if val_every_epochs is not None and val_every_steps is not None:
+            raise ConfigError("train_cfg: give val_every_epochs or val_every_steps, not both")
         self.steps_per_epoch = self._steps_per_epoch()
         if max_epochs is not None:
             if self.steps_per_epoch is None:
@@ -62,8 +64,8 @@ class TrainLoop(BaseLoop):
         elif self.steps_per_epoch is not None:
             max_epochs = -(-max_steps // self.steps_per_epoch)
         self._max_steps, self._max_epochs = max_steps, max_epochs or 1
-        self.val_every, self.val_begin = val_every, val_begin
-        self.val_interval = next(iter(val_every.values())) if val_every else self._max_steps
+        self.val_every_epochs, self.val_every_steps, self.val_begin = val_every_epochs, val_every_steps, val_begin
+        self.val_interval = val_every_epochs or val_every_steps or self._max_steps  # mmengine's hooks read it
         self._iter = self._epoch = self.batches_taken = 0
         self.skipped_samples = 0
         self._evaluated_at = -1
@@ -122,10 +124,14 @@ class TrainLoop(BaseLoop):
         """
         self.runner.call_hook("before_train")
         self._finite = FiniteCheck(self.runner)
-        with StopRequest() as self._stop:
-            while self._iter < self._max_steps and not self.stop_training:
-                self._run_epoch()
-            self._finite.flush()
+        try:
+            with StopRequest() as self._stop:
+                while self._iter < self._max_steps and not self.stop_training:
+                    self._run_epoch()
+                self._finite.flush()
+        finally:
+            if hasattr(self.dataloader, "close"):
+                self.dataloader.close()
         self._evaluate(due=True)
         self.runner.call_hook("after_train")
         return self.runner.model
@@ -147,9 +153,8 @@ class TrainLoop(BaseLoop):
             runner.call_hook("after_train_epoch")
             self._epoch += 1
             self.batches_taken = 0
-            if self.val_every and "epochs" in self.val_every:
-                every = self.val_every["epochs"]
-                self._evaluate(due=self._epoch >= self.val_begin and self._epoch % every == 0)
+            if self.val_every_epochs:
+                self._evaluate(due=self._epoch >= self.val_begin and self._epoch % self.val_every_epochs == 0)
             runner.call_hook("after_epoch_state")
 
     def _batches(self) -> Iterator[Any]:
@@ -170,8 +175,8 @@ class TrainLoop(BaseLoop):
         runner.call_hook("after_train_iter", batch_idx=index, data_batch=batch, outputs=outputs)
         self._iter += 1
         self.batches_taken += 1
-        if self.val_every and "steps" in self.val_every:
-            self._evaluate(due=self._iter >= self.val_begin and self._iter % self.val_every["steps"] == 0)
+        if self.val_every_steps:
+            self._evaluate(due=self._iter >= self.val_begin and self._iter % self.val_every_steps == 0)
         runner.call_hook("after_step")
         if self._stop.requested(self._iter):
             self._finite.flush()
@@ -273,5 +278,3 @@ class EvalLoop(BaseLoop):
         for metric in self.evaluator.metrics:
             metrics.update(metric.evaluate(size))
         return metrics
-
-

@@ -14,7 +14,6 @@ import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
-from types import ModuleType
 from typing import Any
 
 import mmengine.registry as root
@@ -146,7 +145,7 @@ def _resolve_path(name: str) -> Any:
             target = getattr(target, part)
         except AttributeError:
             path = ".".join([package, *parts[: depth + 1]])
-            if isinstance(target, ModuleType) and importlib.util.find_spec(path) is not None:
+            if hasattr(target, "__path__") and importlib.util.find_spec(path) is not None:
                 target = importlib.import_module(path)
                 continue
             owner = ".".join([package, *parts[:depth]])
@@ -195,7 +194,7 @@ def _builds_its_own(target: Any) -> bool:
 
 
 def check_arguments(target: Any, arguments: Iterable[str], *, where: str) -> None:
-    """Raises ConfigError when `target` takes no argument of a given name; the nearest existing names are in the message."""
+    """Raises ConfigError, with the nearest existing names, for an argument that `target` does not take."""
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import platform
@@ -26,6 +28,8 @@ from core.registry import LOOPS, build
 from core.trainer import DataParallelTrainer, Trainer, unwrap
 
 FORMAT = 1
+
+_RUNS = itertools.count()
 
 
 class Runner(MMRunner):
@@ -81,7 +85,7 @@ class Runner(MMRunner):
             env_cfg={"cudnn_benchmark": runtime["cudnn_benchmark"]},
             visualizer=cfg["visualizer"],
             randomness={"seed": cfg["seed"], "deterministic": runtime["deterministic"]},
-            experiment_name=f"{cfg['name']}_{Path(cfg['run_dir']).name}",
+            experiment_name=f"{cfg['name']}_{next(_RUNS)}",  # mmengine keeps one logger per name for the whole process
             cfg={"compile": False, "experiment": cfg},
         )
 
@@ -94,10 +98,8 @@ class Runner(MMRunner):
 
     @staticmethod
     def _remove_empty(folder: str) -> None:
-        try:
+        with contextlib.suppress(OSError):
             os.rmdir(folder)
-        except OSError:
-            pass
 
     def build_visualizer(self, visualizer: Any = None) -> Any:
         """The config's visualizer; only the first process writes."""
@@ -130,7 +132,9 @@ class Runner(MMRunner):
             model = model.to(memory_format=torch.channels_last)
         if runtime["fsdp"] is not None:
             if not dist.is_initialized():
-                raise ConfigError("runtime.fsdp needs several processes: torchrun --nproc-per-node N tools/train.py ...")
+                raise ConfigError(
+                    "runtime.fsdp needs several processes: torchrun --nproc-per-node N tools/train.py ..."
+                )
             if not isinstance(model, Trainer):
                 raise ConfigError("runtime.fsdp works with trainers derived from core.Trainer")
             model = model.to(self.device)
@@ -282,7 +286,11 @@ class Runner(MMRunner):
     def save_debug_state(self, step: int, terms: dict[str, float], batch: Any) -> Path:
         """What there is to look at after a non-finite loss: weights, optimizer, batch and terms of `step`."""
         path = Path(self.work_dir) / "debug" / f"nonfinite_step_{step:08d}_rank{self.rank}.pt"
-        plain = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} if isinstance(batch, dict) else {}
+        plain = (
+            {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            if isinstance(batch, dict)
+            else {}
+        )
         plain = {k: v for k, v in plain.items() if isinstance(v, torch.Tensor | list | str | int | float)}
         save_atomic({"step": step, "terms": terms, "batch": plain, "model": unwrap(self.model).state_dict()}, path)
         return path

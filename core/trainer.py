@@ -43,7 +43,7 @@ class Trainer(BaseModel):
     `phase` once per sub-step, e.g. ``self.phase("generator_losses", batch, optim_wrapper["generator"])``.
 
     Args:
-        frozen: names of submodules that are not trained: no gradients, and evaluation mode whatever happens around them.
+        frozen: names of submodules that are not trained: no gradients, and evaluation mode whatever happens.
     """
 
     #: Shape of one input without the batch axis, e.g. (3, 224, 224); profiling and compilation use it.
@@ -61,7 +61,7 @@ class Trainer(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} has no losses(batch)")
 
     def predict(self, batch: Batch) -> dict[str, Any]:
-        """What metrics read, e.g. ``{"logits": (B, K), "label": (B,)}``; called without gradients, in evaluation mode."""
+        """What metrics read, e.g. ``{"logits": (B, K), "label": (B,)}``; no gradients, evaluation mode."""
         raise NotImplementedError(f"{type(self).__name__} has no predict(batch)")
 
     def infer(self, file: Path) -> Inference:
@@ -121,7 +121,7 @@ class Trainer(BaseModel):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def init_weights(self) -> None:
-        """Nothing: networks initialise themselves when they are built (mmengine would walk into timm's initialisers)."""
+        """Nothing: networks initialise themselves when built (mmengine would walk into timm's initialisers)."""
 
     def freeze(self) -> None:
         """Applies `frozen`: the named submodules lose their gradients and stay in evaluation mode.

@@ -1,10 +1,11 @@
 """Runs a trained model on your own files, and shows why it says what it says.
 
-  python tools/infer.py experiment=stvit/digits checkpoint=runs/stvit/digits/2026-01-31_12-00-00 input=photo.png output=out
+  python tools/infer.py experiment=stvit/digits checkpoint=runs/stvit/digits/2026-01-31_12-00-00 input=a.png output=out
   python tools/infer.py experiment=stvit/digits checkpoint=weights.pt input=folder output=out
 
-`input` is a file or a folder (images and videos below it). For every file `output` gets pictures (PNG, GIF) that explain
-the result, and `results.json` holds one record per file. Everything else is an override of the experiment's config.
+`input` is a file or a folder (images and videos below it). For every file `output` gets pictures (PNG, GIF) that
+explain the result, and `results.json` holds one record per file. Everything else is an override of the experiment's
+config.
 """
 
 from __future__ import annotations

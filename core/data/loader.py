@@ -1,11 +1,12 @@
 """A dataloader config becomes a loader whose batches do not depend on its workers."""
 
+import atexit
 import inspect
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ class Loader(DataLoader):
     def steps_per_epoch(self) -> int | None:
         """Batches of one pass on this rank; None for a sampler that never ends."""
         return None if self.batch_sampler.infinite else len(self.batch_sampler)
+
+    def close(self) -> None:
+        """Ends persistent workers now; the next pass starts new ones."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
     def __iter__(self) -> Iterator[Batch]:
         sampler = self.batch_sampler
@@ -243,15 +250,19 @@ class _WorkerStart:
         self.then = then
 
     def __call__(self, worker_id: int) -> None:
-        # Signals reach the whole process group. The main process decides; a worker that left at the first one would
-        # break the step that is being finished. Python's exit sends a second SIGTERM, and that one counts.
+        # Signals reach the whole process group. The main process decides; a worker that left by itself would break
+        # the step that is being finished. Workers end when the loader is closed, or with the main process.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _leave_at_the_next)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if "cv2" in sys.modules:
             sys.modules["cv2"].setNumThreads(0)
         if self.then is not None:
             self.then(worker_id)
 
 
-def _leave_at_the_next(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
+@atexit.register
+def _end_workers() -> None:
+    """Python ends its children with SIGTERM, to which workers do not listen, and then waits for them."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

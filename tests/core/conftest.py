@@ -143,7 +143,7 @@ val_dataloader:
   batch_size: 8
   dataset: {type: mypoints.Points, count: 21, seed: 1, augment: false}
 val_evaluator: {type: mypoints.Accuracy}
-train_cfg: {max_epochs: 3, val_every: {epochs: 1}}
+train_cfg: {max_epochs: 3, val_every_epochs: 1, val_every_steps: null}
 optim_wrapper:
   type: core.OptimWrapper
   optimizer: {type: torch.optim.AdamW, lr: 0.01, weight_decay: 0.05}
@@ -177,7 +177,15 @@ def command_line(*overrides, torchrun=0, tool="train.py"):
     start = [sys.executable]
     if torchrun:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
-    return [*start, str(ROOT / "tools" / tool), "--config-dir", "configs", "experiment=mine/tiny", "runtime=cpu", *overrides]
+    return [
+        *start,
+        str(ROOT / "tools" / tool),
+        "--config-dir",
+        "configs",
+        "experiment=mine/tiny",
+        "runtime=cpu",
+        *overrides,
+    ]
 
 
 def environment():

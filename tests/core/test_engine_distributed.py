@@ -66,7 +66,13 @@ def test_sharded_run_resumes_exactly_and_on_one_process(user):
     train(user, *whole, "run_dir=sharded_half", f"resume={half}", torchrun=2)
     first, second = (model_state(find_checkpoint(user / r)) for r in ("sharded_whole", "sharded_half"))
     assert all(torch.equal(first[k], second[k]) for k in first)
-    alone = ["run_dir=alone", f"resume={half}", "train_dataloader.batch_size=4", "param_scheduler=null", "ema={decay: 0.9}"]
+    alone = [
+        "run_dir=alone",
+        f"resume={half}",
+        "train_dataloader.batch_size=4",
+        "param_scheduler=null",
+        "ema={decay: 0.9}",
+    ]
     train(user, *QUIET, *alone)
     third = model_state(find_checkpoint(user / "alone"))
     for key in first:

@@ -20,7 +20,8 @@ SETTINGS = [
     "ema={decay: 0.95}",
     "checkpoint.every_steps=4",
     "train_cfg.max_epochs=4",
-    "train_cfg.val_every={steps: 7}",
+    "train_cfg.val_every_epochs=null",
+    "train_cfg.val_every_steps=7",
     "log_every=3",
 ]
 
@@ -118,9 +119,22 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(user):
     content = before.read_bytes()
     # A wider network's state does not fit; its own earlier file would not either, so the first run's must survive.
     done = subprocess.run(
-        command_line("run_dir=full", f"resume={before}", "train_cfg.max_epochs=2", "log_every=1000", "visualizer.vis_backends=[]",
-                     "checkpoint.every_steps=1000", "ema={decay: 0.9}", "optim_wrapper.accumulative_counts=1"),
-        cwd=user, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=120,
+        command_line(
+            "run_dir=full",
+            f"resume={before}",
+            "train_cfg.max_epochs=2",
+            "log_every=1000",
+            "visualizer.vis_backends=[]",
+            "checkpoint.every_steps=1000",
+            "ema={decay: 0.9}",
+            "optim_wrapper.accumulative_counts=1",
+        ),
+        cwd=user,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        timeout=120,
     )
     if done.returncode == 0:
         pytest.fail("the limit did not bite: make the state larger")

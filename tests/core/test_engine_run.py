@@ -65,9 +65,7 @@ def test_workers_do_not_change_the_result(tiny, workers):
 
 def test_accumulation_equals_the_bigger_batch(tiny):
     big = weights(tiny("train_dataloader.batch_size=8", "train_cfg.max_epochs=1", "param_scheduler=null"))
-    small = weights(
-        tiny("optim_wrapper.accumulative_counts=2", "train_cfg.max_epochs=1", "param_scheduler=null")
-    )
+    small = weights(tiny("optim_wrapper.accumulative_counts=2", "train_cfg.max_epochs=1", "param_scheduler=null"))
     for key in big:
         torch.testing.assert_close(big[key], small[key], rtol=1e-4, atol=1e-6)
 
@@ -99,7 +97,8 @@ def test_frozen_parts_stay_and_stay_in_evaluation_mode(tiny, user):
 
 def test_two_optimizers_take_turns(tiny):
     result = tiny(
-        "model={type: mypoints.Duel, generator: {type: torch.nn.Linear, in_features: 8, out_features: 8},"
+        "~model",
+        "+model={type: mypoints.Duel, generator: {type: torch.nn.Linear, in_features: 8, out_features: 8},"
         " discriminator: {type: torch.nn.Linear, in_features: 8, out_features: 1}}",
         "~optim_wrapper",
         "+optim_wrapper={generator: {optimizer: {type: torch.optim.Adam, lr: 0.01}, params: [generator]},"
@@ -177,7 +176,7 @@ def test_broken_samples_raise_with_their_name_or_are_skipped_and_counted(tiny):
         (["model.network.type=mypoint.Net"], "there is no package 'mypoint': did you mean 'mypoints'"),
         (["+model.network.widht=3"], "did you mean 'width'"),
         (["modle.network.width=3"], "did you mean model.network.width"),
-        (["optim_wrapper.optimizer.type=torch.optim.AdamV"], "did you mean 'AdamW'"),
+        (["optim_wrapper.optimizer.type=torch.optim.AdmW"], "did you mean 'AdamW'"),
         (["runtime=cpuu"], "did you mean cpu"),
         (["+optim_wraper={}"], "did you mean"),
         (["train_cfg.max_epochs=null"], "exactly one of max_epochs and max_steps"),
