@@ -253,9 +253,8 @@ class Wandb(BaseVisBackend):
         remembered = self.folder / "wandb_id.txt"
         options = {"dir": str(self.folder), **self._init_kwargs}
         options.setdefault("settings", wandb.Settings(console="off"))
-        if "id" not in options:
-            options["id"] = remembered.read_text().strip() if remembered.exists() else wandb.util.generate_id()
-            options.setdefault("resume", "allow")
+        if "id" not in options and remembered.exists():
+            options.update(id=remembered.read_text().strip(), resume=options.get("resume", "allow"))
         self._run = wandb.init(**options)
         remembered.write_text(f"{self._run.id}\n")
         self._run.define_metric("step", hidden=True)
