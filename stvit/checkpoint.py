@@ -44,13 +44,15 @@ def convert(
 
     Args:
         state: name to tensor; a `{"model": state}` file content is unwrapped.
-        target: the module that is to be loaded (a `SemanticTokenViT` or one of its pieces), or `vit`: the model is
-            inferred from names and shapes.
+        target: the module that is to be loaded (a `SemanticTokenViT` or one of its pieces); or `vit`: the model is
+            inferred from names and shapes; or `semantic`: likewise, without a class token and its position, so that a
+            DeiT checkpoint becomes the start of a model with semantic tokens (whose pooling and global centres are not
+            in it; `from_deit` has them).
         base_depth: base layers of the model, where `target` does not say.
         stgm_depth: generation layers of the model, where `target` does not say.
 
     Returns:
-        A new dict that `target.load_state_dict` takes with `strict=True`; tensors are shared where nothing changed.
+        A new dict that `target.load_state_dict` takes with `strict=True`; tensors are views where nothing changed.
 
     Raises:
         CheckpointMismatch: entries are missing, left over or of another shape.
@@ -58,8 +60,11 @@ def convert(
     """
     state = _unwrap(state)
     if isinstance(target, str):
-        if target != "vit":
-            raise ValueError(f"unknown target {target!r}: use 'vit' or pass the module to be loaded")
+        if target not in ("vit", "semantic"):
+            raise ValueError(f"unknown target {target!r}: use 'vit', 'semantic' or pass the module to be loaded")
+        if target == "semantic" and "cls_token" in state:
+            state = {name: value for name, value in state.items() if name != "cls_token"}
+            state["pos_embed"] = state["pos_embed"][:, 1:]
         target = _infer_model(state, base_depth, stgm_depth)
     depths = (base_depth, stgm_depth)
     if isinstance(target, SemanticTokenViT):

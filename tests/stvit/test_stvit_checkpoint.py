@@ -79,6 +79,21 @@ def test_deit_base_layers_see_the_image_as_deit_does() -> None:
     torch.testing.assert_close(base, source.blocks[:2](expected), rtol=1e-4, atol=1e-5)
 
 
+def test_deit_converts_without_a_model_at_hand() -> None:
+    source = deit().state_dict()
+    model = tiny(tokens="all", class_token=True)
+    model.load_state_dict(convert(source, base_depth=2))
+    assert same(dict(model.state_dict()), from_deit(source, model))
+    start = convert(source, "semantic", base_depth=2)
+    missing, unexpected = tiny().load_state_dict(start, strict=False)
+    assert not unexpected
+    assert all(name.startswith(("reducer.pool.", "reducer.global_centres")) for name in missing)
+    assert torch.equal(start["pos_embed"], source["pos_embed"][:, 1:])
+    del source["blocks.1.norm2.bias"]
+    with pytest.raises(CheckpointMismatch, match=r"missing:\n    base.1.norm2.bias"):
+        convert(source, "semantic", base_depth=2)
+
+
 def test_deit_for_another_image_size_and_other_classes() -> None:
     source = deit(img_size=24).state_dict()
     model = tiny(num_classes=3)
@@ -169,7 +184,7 @@ def test_everything_that_does_not_fit_is_listed() -> None:
 
 
 def test_unknown_targets_layouts_and_states_are_refused() -> None:
-    with pytest.raises(ValueError, match="'vit'"):
+    with pytest.raises(ValueError, match="'vit', 'semantic'"):
         convert({}, "resnet")
     with pytest.raises(CheckpointMismatch, match="pos_embed"):
         convert({"conv1.weight": torch.zeros(1)}, "vit")
