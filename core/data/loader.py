@@ -2,9 +2,11 @@
 
 import atexit
 import inspect
-import multiprocessing
+import os
 import signal
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -62,22 +64,44 @@ class Loader(DataLoader):
         return None if self.batch_sampler.infinite else len(self.batch_sampler)
 
     def close(self) -> None:
-        """Ends persistent workers now; the next pass starts new ones."""
+        """End persistent workers now; the next pass starts new ones."""
         iterator, self._iterator = self._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()
+        _end(iterator)
 
     def __iter__(self) -> Iterator[Batch]:
         sampler = self.batch_sampler
         self.generator.manual_seed(derive_seed(sampler.seed, sampler.epoch, sampler.rank, 0))
-        return _opened(super().__iter__())
+        batches = super().__iter__()
+        _RUNNING.add(batches)
+        return self._opened(batches)
+
+    def _opened(self, batches: Iterator[Batch | FailedBatch]) -> Iterator[Batch]:
+        try:
+            for batch in batches:
+                if isinstance(batch, FailedBatch):
+                    raise batch.error
+                yield batch
+        except Exception:
+            # The traceback keeps the iterator alive, and when the garbage collector frees it together with its queues
+            # the workers are not told to end: torch then waits for seconds, and so does everything else.
+            self.close()
+            _end(batches)
+            raise
 
 
-def _opened(batches: Iterator[Batch | FailedBatch]) -> Iterator[Batch]:
-    for batch in batches:
-        if isinstance(batch, FailedBatch):
-            raise batch.error
-        yield batch
+_RUNNING: weakref.WeakSet = weakref.WeakSet()
+
+
+def _end(iterator: Any) -> None:
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+@atexit.register
+def _end_all() -> None:
+    # Otherwise Python kills the workers, which torch reports as an accident.
+    for iterator in list(_RUNNING):
+        _end(iterator)
 
 
 def build_loader(
@@ -250,19 +274,30 @@ class _WorkerStart:
         self.then = then
 
     def __call__(self, worker_id: int) -> None:
-        # Signals reach the whole process group. The main process decides; a worker that left by itself would break
-        # the step that is being finished. Workers end when the loader is closed, or with the main process.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _obey_parent_only()
         if "cv2" in sys.modules:
             sys.modules["cv2"].setNumThreads(0)
         if self.then is not None:
             self.then(worker_id)
 
 
-@atexit.register
-def _end_workers() -> None:
-    """Python ends its children with SIGTERM, to which workers do not listen, and then waits for them."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+def _obey_parent_only() -> None:
+    """Leave SIGINT and SIGTERM to the main process, unless it is the one that sends SIGTERM.
+
+    Ctrl-C and cluster managers signal every process of a job. The main process then finishes its step and saves; a
+    worker that left by itself would break it off. But torch and Python end workers with SIGTERM and wait for them, so a
+    worker must not be deaf to it either, nor keep a handler of the main process that it inherited.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (os.getppid(), 0):
+            pass
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="terminate", daemon=True).start()
