@@ -24,8 +24,8 @@ setup: $(READY)
 $(READY): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	test -x $(UV)/bin/uv || { $(PYTHON) -m venv $(UV) && $(UV)/bin/python -m pip install --quiet uv; }
-	$(UV)/bin/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	test -x $(UV)/bin/uv || { $(PYTHON) -m venv $(UV) && $(UV)/bin/python -m pip install --quiet uv==0.13.9; }
+	$(UV)/bin/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(UV)/bin/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e . -C editable_mode=compat
 	@touch $@
 

@@ -6,7 +6,6 @@ Heavy libraries are imported when a config needs them.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import subprocess
@@ -20,9 +19,7 @@ from omegaconf import DictConfig
 
 from core.config import CONFIGS, experiments, merge, to_dict
 from core.errors import ConfigError
-
-#: Keys that say where and whether to run, not what: two configs that differ only here are the same experiment.
-_WHERE = ("resume", "runs_dir", "run_dir", "overrides", "runtime", "visualizer", "log_every", "resume_from", "stage_of")
+from core.results import fingerprint
 
 
 def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +130,9 @@ def _checked(cfg: dict[str, Any]) -> dict[str, Any]:
     for key in cfg:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2)
-            raise ConfigError(f"unknown key '{key}' at the top of the config" + (f"; did you mean {near}?" if near else ""))
+            raise ConfigError(
+                f"unknown key '{key}' at the top of the config" + (f"; did you mean {near}?" if near else "")
+            )
     _check_components(cfg)
     _check_selection(cfg)
     from core.registry import check
@@ -206,12 +205,6 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def fingerprint(cfg: dict[str, Any]) -> str:
-    """Hash of what an experiment is, whatever the place, device and way in which it runs."""
-    what = {k: v for k, v in cfg.items() if k not in _WHERE}
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def _choose_run_dir(cfg: dict[str, Any]) -> Path:
     """The same folder on every process."""
     import torch.distributed as dist
@@ -261,7 +254,9 @@ def _checkpoint_to_resume(cfg: dict[str, Any]) -> Path | None:
     resume, folder = cfg["resume"], Path(cfg["run_dir"]) / "checkpoints"
     if not resume:
         if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(f"{cfg['run_dir']} already holds checkpoints: resume=auto goes on, another run_dir starts anew")
+            raise ConfigError(
+                f"{cfg['run_dir']} already holds checkpoints: resume=auto goes on, another run_dir starts anew"
+            )
         return None
     if isinstance(resume, str) and Path(resume).is_file():
         return Path(resume)
@@ -333,7 +328,6 @@ def _run_once(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _runner(cfg: dict[str, Any]) -> Any:
-    import core.registry  # registers the engine's own classes
     from core.runner import Runner
 
     Path(cfg["run_dir"]).mkdir(parents=True, exist_ok=True)

@@ -266,22 +266,27 @@ class Runner(MMRunner):
             must: not being able to write is an error instead of a warning.
 
         Returns:
-            The file, or None where nothing was written (other processes, failed write).
+            The file, on every process; None when it could not be written.
 
         Raises:
             CheckpointWriteError: with `must`.
         """
         state = self.state()
-        if state is None:
-            return None
-        try:
-            return self.store.save(state, step=self.iter, metrics=metrics)
-        except CheckpointWriteError as error:
+        outcome: list[Any] = [None]
+        if state is not None:
+            try:
+                outcome = [self.store.save(state, step=self.iter, metrics=metrics)]
+            except CheckpointWriteError as error:
+                newest = self.store.newest()
+                self.logger.error(f"checkpoint of step {self.iter} not written: {error}; the newest whole is {newest}")
+                outcome = [error]
+        if dist.is_initialized():
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], CheckpointWriteError):
             if must:
-                raise
-            newest = self.store.newest()
-            self.logger.error(f"checkpoint of step {self.iter} not written: {error}; the newest whole one is {newest}")
+                raise outcome[0]
             return None
+        return outcome[0]
 
     def save_debug_state(self, step: int, terms: dict[str, float], batch: Any) -> Path:
         """What there is to look at after a non-finite loss: weights, optimizer, batch and terms of `step`."""
@@ -355,6 +360,11 @@ class Runner(MMRunner):
         if source is not None and not self.settings.get("resume_from"):
             options = {"path": source} if isinstance(source, str) else dict(source)
             self.logger.info(load_weights(model, **options))
+
+    def _init_model_weights(self) -> None:
+        """Trainers are initialised when they are built, alike on every process, and DDP sees to it."""
+        if not isinstance(unwrap(self.model), Trainer):
+            super()._init_model_weights()
 
     # ------------------------------------------------------------------ quiet
     def _log_env(self, env_cfg: dict) -> None:

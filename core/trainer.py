@@ -120,9 +120,6 @@ class Trainer(BaseModel):
         """Where the parameters are."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def init_weights(self) -> None:
-        """Nothing: networks initialise themselves when built (mmengine would walk into timm's initialisers)."""
-
     def freeze(self) -> None:
         """Applies `frozen`: the named submodules lose their gradients and stay in evaluation mode.
 

@@ -70,6 +70,6 @@ class CheckpointHook(Hook):
         judged = self._evaluated_at == runner.iter
         if self._saved_at == runner.iter and not (judged and self._metrics):
             return
-        runner.save_state(metrics=self._metrics if judged else None, must=must)
-        self._saved_at = runner.iter
-        self._metrics = {}
+        if runner.save_state(metrics=self._metrics if judged else None, must=must) is not None:
+            self._saved_at = runner.iter
+            self._metrics = {}
