@@ -21,11 +21,11 @@ def derive_seed(*parts: int) -> int:
 def seed_sample(seed: int) -> None:
     """Seed the three global generators that transforms draw from: ``random``, numpy and torch's CPU generator.
 
-    numpy and torch run the same Mersenne twister, so they get different halves of the seed. Device generators are
-    left alone: dropout on the device must not depend on where samples are made.
+    numpy and torch run the same Mersenne twister, so they get different seeds. Device generators are left alone:
+    dropout on the device must not depend on where samples are made.
     """
     random.seed(seed)
-    np.random.seed((seed >> 31) & 0xFFFFFFFF)
+    np.random.seed(derive_seed(seed) & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)
 
 

@@ -84,9 +84,7 @@ def test_folders_without_images_are_named(root):
         ImageFolder(root / "train/n01")
     (root / "train/n03").mkdir()
     (root / "train/n03/x.heic").write_text("")
-    with pytest.raises(
-        MissingDataError, match=r"1 of 3 class folders hold no image, first .*n03 .file types there: .heic"
-    ):
+    with pytest.raises(MissingDataError, match=r"1 of 3 class folders hold no image, .*n03 .file types there: .heic"):
         ImageFolder(root, "train")
 
 
