@@ -79,14 +79,14 @@ class TorchMetrics(BaseMetric):
         super().__init__(prefix=prefix)
         if not metrics:
             raise ConfigError("core.metrics.TorchMetrics: give at least one metric, as name: {type: torchmetrics....}")
-        self.metrics = {name: _built(name, metric) for name, metric in metrics.items()}
+        self.measures = {name: _built(name, metric) for name, metric in metrics.items()}
         pair = [key for key in (prediction, target) if key is not None]
-        self.inputs = {name: list((inputs or {}).get(name, pair)) for name in self.metrics}
+        self.inputs = {name: list((inputs or {}).get(name, pair)) for name in self.measures}
         self.activations = dict(activations or {})
         for name in [*(inputs or {}), *self.activations]:
-            if name not in self.metrics:
+            if name not in self.measures:
                 raise ConfigError(
-                    f"core.metrics.TorchMetrics: there is no metric '{name}'{nearest(name, self.metrics)}"
+                    f"core.metrics.TorchMetrics: there is no metric '{name}'{nearest(name, self.measures)}"
                 )
         for name, activation in self.activations.items():
             if activation not in _ACTIVATIONS:
@@ -94,6 +94,11 @@ class TorchMetrics(BaseMetric):
         self.check_size, self.allow_nan = check_size, allow_nan
         self._seen = 0
         self._nans = NanCount()
+
+    @property
+    def metrics(self) -> list[BaseMetric]:
+        """This metric: mmengine takes a single config that has a key ``metrics`` for an evaluator's."""
+        return [self]
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         """Takes one batch.
@@ -107,7 +112,7 @@ class TorchMetrics(BaseMetric):
         """
         for predicted in batches(data_samples):
             checked: set[str] = set()
-            for name, metric in self.metrics.items():
+            for name, metric in self.measures.items():
                 keys = self.inputs[name]
                 values = [_single(read(key, predicted, data_batch)) for key in keys]
                 if not checked:
@@ -152,14 +157,14 @@ class TorchMetrics(BaseMetric):
             check_counts("evaluation", seen, nans, size, self.check_size)
             self._fill_empty_states([part["states"] for part in facts])
             figures: dict[str, float] = {}
-            for name, metric in self.metrics.items():
+            for name, metric in self.measures.items():
                 with warnings.catch_warnings():  # a process without samples has not updated, and need not have
                     warnings.filterwarnings("ignore", "The ``compute`` method of metric")
                     figures.update(_spread(name, metric.compute()))
         finally:
             self._seen = 0
             self._nans.take()
-            for metric in self.metrics.values():
+            for metric in self.measures.values():
                 metric.reset()
         bad = [name for name, value in figures.items() if math.isnan(value)]
         if bad and not self.allow_nan:
@@ -170,7 +175,7 @@ class TorchMetrics(BaseMetric):
         return {f"{self.prefix}/{name}" if self.prefix else name: value for name, value in figures.items()}
 
     def _each(self) -> Iterator[tuple[str, Metric]]:
-        for name, metric in self.metrics.items():
+        for name, metric in self.measures.items():
             if isinstance(metric, MetricCollection):
                 yield from ((f"{name}/{inner}", m) for inner, m in metric.items(copy_state=False))
             else:
