@@ -17,7 +17,12 @@ _LAYOUTS = {
     "zip": "root/train.zip  root/train_map.txt\nroot/val.zip    root/val_map.txt",
     "shards": "root/{split}-*.tar   webdataset shards whose samples have a jpg (or jpeg, png) and a cls",
 }
-_PREPARE = "unpack the images of image-net.org (ILSVRC2012) so; val needs one folder per class too"
+_PREPARE = {
+    "folder": "python tools/prepare_data.py imagenet output=ROOT train=ILSVRC2012_img_train.tar "
+    "val=ILSVRC2012_img_val.tar devkit=ILSVRC2012_devkit_t12.tar.gz",
+    "zip": "python tools/prepare_data.py image_zip root=FOLDERS output=ROOT",
+    "shards": "python tools/prepare_data.py image_shards root=FOLDERS output=ROOT split=train (then split=val)",
+}
 
 
 class ImageNet(Dataset):
@@ -50,16 +55,17 @@ class ImageNet(Dataset):
     ) -> None:
         if storage not in _LAYOUTS:
             raise ValueError(f"storage must be one of {', '.join(_LAYOUTS)}, not {storage!r}")
-        root = data_root(root, what=f"ImageNet ({storage})", layout=_LAYOUTS[storage], prepare=_PREPARE)
+        prepare = _PREPARE[storage]
+        root = data_root(root, what=f"ImageNet ({storage})", layout=_LAYOUTS[storage], prepare=prepare)
         self.split = split
         self.num_classes = num_classes
         self.source: ImageFolder | ImageZip | TarShards
         if storage == "folder":
             index_file = None if index_folder is None else os.path.join(index_folder, f"imagenet_{split}.npz")
-            self.source = ImageFolder(root, split, transform, index_file=index_file, prepare=_PREPARE)
+            self.source = ImageFolder(root, split, transform, index_file=index_file, prepare=prepare)
             found = len(self.source.classes)
         elif storage == "zip":
-            self.source = ImageZip(root, split, transform, prepare=_PREPARE)
+            self.source = ImageZip(root, split, transform, prepare=prepare)
             found = int(self.source.labels.max()) + 1
         else:
             self.source = TarShards(

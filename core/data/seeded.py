@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Sequence, Sized
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from torch.utils.data import Dataset, get_worker_info
@@ -74,17 +74,27 @@ class SeededDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[Fetched]:
         # torch's loader asks for a batch through this method.
         fetched: list[Fetched] = []
-        for index in indices:
-            try:
-                fetched.append(self.fetch(index))
-            except SampleError as error:
-                # What led to it does not survive the way to the main process, its text does.
-                error.add_note(traceback.format_exc())
-                return [Fetched(None, [], error)]
+        with self._aside(indices):
+            for index in indices:
+                try:
+                    fetched.append(self._fetch(index))
+                except SampleError as error:
+                    # What led to it does not survive the way to the main process, its text does.
+                    error.add_note(traceback.format_exc())
+                    return [Fetched(None, [], error)]
         return fetched
 
     def fetch(self, index: int) -> Fetched:
         """The sample of ``index`` with what was passed over to get it."""
+        with self._aside([index]):
+            return self._fetch(index)
+
+    def _aside(self, indices: Sequence[int]) -> AbstractContextManager[None]:
+        """Keeps the seeding of samples from the main process's own random states (once per batch: it takes a while)."""
+        seeded = not self.training or any(isinstance(index, Draw) for index in indices)
+        return preserved_random_state() if seeded and get_worker_info() is None else nullcontext()
+
+    def _fetch(self, index: int) -> Fetched:
         errors: list[SampleFault] = []
         candidate = int(index)
         while True:
@@ -110,11 +120,9 @@ class SeededDataset(Dataset):
         seed = index.seed if isinstance(index, Draw) else None
         if seed is None and not self.training:
             seed = derive_seed(_EVALUATION, candidate)
-        if seed is None:
-            return self.dataset[candidate]
-        with nullcontext() if get_worker_info() is not None else preserved_random_state():
+        if seed is not None:
             seed_sample(seed)
-            return self.dataset[candidate]
+        return self.dataset[candidate]
 
     def _fault(self, index: int, error: Exception) -> SampleFault:
         message = f"{type(error).__name__}: {error}".strip().removesuffix(":")

@@ -214,7 +214,7 @@ def test_imagenet_is_the_same_from_folder_zip_and_shards(archive):
 
 @pytest.mark.parametrize("storage", ["folder", "zip", "shards"])
 def test_imagenet_says_what_it_expects(archive, tmp_path, storage):
-    with pytest.raises(MissingDataError, match=r"(?s)ImageNet \(.*train_dataloader.dataset.root.*root/.*prepare"):
+    with pytest.raises(MissingDataError, match=r"(?s)ImageNet \(.*dataset.root.*root/.*prepare_data.py imag"):
         ImageNet(tmp_path / "nowhere", storage=storage)
     if storage != "shards":
         with pytest.raises(MissingDataError, match="has 2 classes, expected 1000; for a subset set num_classes: 2"):

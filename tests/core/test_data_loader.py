@@ -302,34 +302,15 @@ class Boxes(BaseDataset):
         return {"inputs": torch.rand(size), "data_samples": instances, "index": index}
 
 
-class ByAspectRatio:
-    """What mmdet's AspectRatioBatchSampler does with its sampler and its dataset."""
-
-    def __init__(self, sampler, batch_size, drop_last=False):
-        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
-
-    def __iter__(self):
-        buckets = {}
-        for index in self.sampler:
-            info = self.sampler.dataset.get_data_info(index)
-            bucket = buckets.setdefault(info["width"] < info["height"], [])
-            bucket.append(index)
-            if len(bucket) == self.batch_size:
-                yield bucket[:]
-                bucket.clear()
-        yield from (bucket for bucket in buckets.values() if bucket)
-
-    def __len__(self):
-        return len(self.sampler) // self.batch_size
-
-
 @pytest.mark.parametrize("sampler", [None, {"type": "DefaultSampler", "shuffle": True}])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_openmmlab_datasets_and_batch_samplers_work(workers, sampler):
+    import core.mmcv_ops  # noqa: F401  (mmdet needs it)
+
     def run(workers, start=0):
         made = loader(
             Boxes(lazy_init=True, serialize_data=False),
-            batch_sampler={"type": ByAspectRatio},
+            batch_sampler={"type": "mmdet.AspectRatioBatchSampler"},
             sampler=sampler,
             batch_size=3,
             num_workers=workers,

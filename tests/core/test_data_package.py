@@ -19,5 +19,5 @@ def test_every_name_is_there():
     for name in core.data.__all__:
         assert getattr(core.data, name).__name__ == name
     assert set(core.data.__all__) <= set(dir(core.data))
-    with pytest.raises(AttributeError, match="'core.data' has no attribute 'Nothing'"):
+    with pytest.raises(AttributeError, match=r"'core.data' has no attribute 'Nothing'"):
         core.data.Nothing  # noqa: B018
