@@ -70,7 +70,9 @@ def _one(trainer: Any, file: Path, output: Path) -> dict[str, Any]:
         if isinstance(error, ConfigError):
             raise
         return {"file": str(file), "error": f"{type(error).__name__}: {error}"}
-    pictures = {name: str(write_picture(array, output / f"{file.stem}_{name}")) for name, array in result.pictures.items()}
+    pictures = {
+        name: str(write_picture(array, output / f"{file.stem}_{name}")) for name, array in result.pictures.items()
+    }
     return {"file": str(file), **result.record, "pictures": pictures}
 
 

@@ -20,9 +20,7 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
 
 
-def shard(
-    trainer: Trainer, device: torch.device, *, reshard_after_forward: bool = True, offload: bool = False
-) -> None:
+def shard(trainer: Trainer, device: torch.device, *, reshard_after_forward: bool = True, offload: bool = False) -> None:
     """Shards every network of a trainer in place: each item of a ModuleList (a block) is a unit, then the network.
 
     Args:

@@ -38,9 +38,9 @@ class LoggingHook(Hook):
 
     Losses are summed on their device and read once per window, so that no step waits for the device. Means are over the
     steps of the window and over all processes. Keys: the loss terms, ``lr`` (``lr/<group>`` where groups differ),
-    ``momentum`` once it changes, ``time/step`` and ``time/data`` (seconds per step, checkpoints and evaluations left
-    out), ``samples_per_second``, ``memory_mb`` (the largest peak of a process), ``eta_seconds``; metrics as
-    ``val/<name>`` and ``test/<name>``.
+    ``momentum`` once it changes, ``grad_norm`` (the last update's, with norm clipping), ``time/step`` and ``time/data``
+    (seconds per step, checkpoints and evaluations left out), ``samples_per_second``, ``memory_mb`` (the largest peak of
+    a process), ``eta_seconds``; metrics as ``val/<name>`` and ``test/<name>``.
 
     A window that a checkpoint interrupts is saved with it: the resumed run logs the losses that an uninterrupted one
     does, and the log is cut back to what it was when the checkpoint was written.
@@ -174,7 +174,7 @@ class LoggingHook(Hook):
         if not is_main_process():
             self._reset_times()
             return
-        figures = {"epoch": _epoch(runner, step), **losses, **self._rates(runner)}
+        figures = {"epoch": _epoch(runner, step), **losses, **self._rates(runner), **_last_update(runner.optim_wrapper)}
         if self._timed:
             figures["time/step"] = (self._spent + self._waited) / self._timed
             figures["time/data"] = self._waited / self._timed
@@ -319,6 +319,12 @@ def _peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _last_update(optim_wrapper: Any) -> dict[str, float]:
+    """What the optimizer wrapper tells of its last update, e.g. ``grad_norm``."""
+    tell = getattr(optim_wrapper, "log_vars", None)
+    return {name: float(value) for name, value in tell().items()} if tell is not None else {}
 
 
 def _optimizers(wrapper: Any) -> list[tuple[str, Any]]:

@@ -70,6 +70,13 @@ def test_accumulation_equals_the_bigger_batch(tiny):
         torch.testing.assert_close(big[key], small[key], rtol=1e-4, atol=1e-6)
 
 
+def test_clipping_is_logged(tiny):
+    result = tiny("+optim_wrapper.clip_grad={max_norm: 0.001}", "train_cfg.max_epochs=1")
+    lines = [json.loads(line) for line in (Path(result["run_dir"]) / "log.jsonl").read_text().splitlines()]
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    assert norms and all(norm > 0.001 for norm in norms)  # the norm before it was cut
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(tiny, precision):
     result = tiny(f"runtime.precision={precision}", "train_cfg.max_epochs=3")
