@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from core.errors import ConfigError, VitrineError
 
@@ -76,10 +76,17 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except VitrineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(error)
     except BrokenPipeError:
         raise SystemExit(0) from None
+
+
+def stop(error: VitrineError) -> NoReturn:
+    """Ends the program with the error's message, after its notes (a broken sample's note is where it broke)."""
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def _normalised(argv: list[str], hints: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 import hydra
 from omegaconf import DictConfig, open_dict
 
+from core.cli import stop
 from core.config import CONFIGS, experiments, explain_overrides
 from core.errors import VitrineError
 
@@ -25,8 +26,7 @@ def train(cfg: DictConfig) -> float | None:
     try:
         return run(cfg).get("objective")
     except VitrineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(error)
 
 
 def _config_dir(argv: list[str]) -> str | None:
