@@ -49,7 +49,7 @@ class ConversionError(VitrineError, ValueError):
 class Options:
     """What to convert; everything else is an option of the paper's converter, or an override of the experiment."""
 
-    paper: str = field(metadata={"help": "package whose checkpoint.py converts, e.g. stvit"})
+    paper: str = field(metadata={"help": "package whose checkpoint.py converts"})
     src: str = field(metadata={"help": "file to read: official pickle, .pt, .safetensors, .npz; or a run's folder"})
     dst: str = field(metadata={"help": "file to write: .pt or .safetensors"})
     target: str | None = field(
