@@ -13,6 +13,7 @@ from typing import Any
 # Exported name -> module that defines it.
 _EXPORTS = {
     "SemanticTokenViT": "stvit.models",
+    "SmallSemanticTokenViT": "stvit.models.small",
     "SemanticTokenGenerator": "stvit.models",
     "WindowTokenGenerator": "stvit.models",
     "TokenRecovery": "stvit.models",
