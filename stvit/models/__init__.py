@@ -7,8 +7,13 @@ from stvit.models.merging import PatchMerging
 from stvit.models.pooling import AdaptivePool, WeightedPool, build_pool
 from stvit.models.recovery import TokenRecovery, WindowTokenRecovery
 from stvit.models.stem import ConvStem, PatchStem
-from stvit.models.tokens import SemanticTokenGenerator, WindowTokenGenerator
+from stvit.models.stvit_r_swin import STViTRSwin, stvit_r_swin_base, stvit_r_swin_small, stvit_r_swin_tiny
+from stvit.models.stvit_swin import STViTSwin, stvit_swin_base, stvit_swin_small, stvit_swin_tiny
+from stvit.models.swin import SwinTransformer
+from stvit.models.swin_block import SwinBlock
+from stvit.models.tokens import SemanticTokenGenerator
 from stvit.models.vit import SemanticTokenViT, stvit_deit_base, stvit_deit_small, stvit_deit_tiny
+from stvit.models.window_tokens import WindowTokenGenerator
 
 __all__ = [
     "AdaptivePool",
@@ -20,8 +25,12 @@ __all__ = [
     "PatchStem",
     "PooledTokens",
     "RandomTokens",
+    "STViTRSwin",
+    "STViTSwin",
     "SemanticTokenGenerator",
     "SemanticTokenViT",
+    "SwinBlock",
+    "SwinTransformer",
     "TokenRecovery",
     "WeightedPool",
     "WindowTokenGenerator",
@@ -30,4 +39,10 @@ __all__ = [
     "stvit_deit_base",
     "stvit_deit_small",
     "stvit_deit_tiny",
+    "stvit_r_swin_base",
+    "stvit_r_swin_small",
+    "stvit_r_swin_tiny",
+    "stvit_swin_base",
+    "stvit_swin_small",
+    "stvit_swin_tiny",
 ]

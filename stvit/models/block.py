@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
@@ -74,32 +74,44 @@ class Block(nn.Module):
         *,
         grid: tuple[int, int] | None = None,
         mask: Tensor | None = None,
+        between: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Update tokens `x` `(B, N, C)`.
 
         Args:
             x: queries and residual.
             y: tokens that are attended, `(B, M, C)` or several such tensors that count as one sequence; None: `x`.
-            grid: `(height, width)` of the raster that `x` lies on; needed by windowed layers only.
+            grid: `(height, width)` of the raster that `x` lies on; needed by windowed layers, and by global ones whose
+                relative positions were learned on another raster.
             mask: as in `Attention.forward`; for windowed layers broadcastable to `(B*windows, heads, n, n)`.
+            between: `(x, q, k) -> x`, called between the attention half and the MLP with this layer's projected queries
+                `(B, heads, N, d)` and keys; what it returns may have fewer tokens.
 
         Raises:
-            ValueError: a windowed layer got no grid, a grid that windows do not tile, or other keys than `x`.
+            ValueError: a windowed layer got no grid, a grid that windows do not tile, other keys than `x`, or a
+                `between`.
         """
-        update = self.ls1(self._attention(x, y, grid, mask))
+        if between is None:
+            update = self.ls1(self._attention(x, y, grid, mask))
+            x = x + self.drop_path(update) if self.shortcut else update
+            return self._feed_forward(x)
+        if self.window is not None:
+            raise ValueError("a windowed Block has no queries and keys of the whole map to hand to between=")
+        q, k, v = self._project(x, y)
+        update = self.ls1(self.attn.attend(q, k, v, mask=mask))
         x = x + self.drop_path(update) if self.shortcut else update
-        return self._feed_forward(x)
+        return self._feed_forward(between(x, q, k))
 
-    def attention_weights(self, x: Tensor, y: Tensor | Sequence[Tensor]) -> Tensor:
-        """Attention probabilities `(B, heads, N, M)` of a global layer, float32; `y` as in `forward`."""
+    def attention_weights(self, x: Tensor, y: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """Attention probabilities `(B, heads, N, M)` of a global layer, float32; `y` and `mask` as in `forward`."""
         q, k, _ = self._project(x, y)
-        return self.attn.weights(q, k)
+        return self.attn.weights(q, k, mask)
 
     def _attention(
         self, x: Tensor, y: Tensor | Sequence[Tensor] | None, grid: tuple[int, int] | None, mask: Tensor | None
     ) -> Tensor:
         if self.window is None:
-            return self.attn.attend(*self._project(x, y), mask=mask)
+            return self.attn.attend(*self._project(x, y), mask=mask, grid=grid)
         if y is not None or grid is None:
             raise ValueError("a windowed Block does self-attention only: pass grid=(height, width) and no y")
         windows = split_windows(self.norm1(x), grid, self.window)

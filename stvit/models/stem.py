@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -17,19 +17,21 @@ class PatchStem(nn.Module):
         patch_size: side of a patch in pixels.
         in_chans: channels of the image.
         dim: channels of the tokens.
+        norm_eps: epsilon of a layer norm over the channels of each token, as Swin has it; None: no norm (ViT).
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int, dim: int, *, norm_eps: float | None = None) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(dim, eps=norm_eps)
 
     def forward(self, image: Tensor) -> Tensor:
         """`(B, in_chans, H, W)` to a token map `(B, dim, ceil(H/p), ceil(W/p))`."""
-        missing = (-image.shape[2] % self.patch_size, -image.shape[3] % self.patch_size)
-        if any(missing):
-            image = F.pad(image, (0, missing[1], 0, missing[0]))
-        return self.proj(image)
+        tokens = self.proj(pad_image(image, self.patch_size))
+        if isinstance(self.norm, nn.Identity):
+            return tokens
+        return rearrange(self.norm(rearrange(tokens, "b c h w -> b h w c")), "b h w c -> b c h w")
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token grid of an image of `height` x `width` pixels."""
@@ -46,12 +48,15 @@ class ConvStem(nn.Module):
         patch_size: total stride, a power of two from 2 on.
         in_chans: channels of the image.
         dim: channels of the tokens.
+        pad: whether images are first zero-padded at the bottom and right to a multiple of `patch_size`, as the
+            released detection backbone does; otherwise the convolutions round up by themselves (other values at the
+            last row and column of odd images).
 
     Raises:
         ValueError: `patch_size` is no power of two, or `dim` cannot be halved often enough.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int, dim: int, *, pad: bool = False) -> None:
         super().__init__()
         steps = patch_size.bit_length() - 1
         if patch_size < 2 or patch_size != 1 << steps:
@@ -60,35 +65,63 @@ class ConvStem(nn.Module):
             raise ValueError(f"stem='conv' with patch_size={patch_size} needs embed_dim % {1 << (steps - 1)} == 0")
         self.steps = steps
         widths = [in_chans, *(dim >> (steps - 1 - i) for i in range(steps))]
-        self.stages = nn.Sequential(*(_conv_norm_act(widths[i], widths[i + 1]) for i in range(steps)))
+        self.pad = pad
+        self.stages = nn.Sequential(*(ConvNormAct(widths[i], widths[i + 1]) for i in range(steps)))
 
     def forward(self, image: Tensor) -> Tensor:
         """`(B, in_chans, H, W)` to a token map `(B, dim, ceil(H/p), ceil(W/p))`."""
-        return self.stages(image)
+        image = pad_image(image, 1 << self.steps) if self.pad else image
+        # In this layout the result is already a raster of tokens, and convolutions on CPU are faster.
+        return self.stages(image.contiguous(memory_format=torch.channels_last))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token grid of an image of `height` x `width` pixels."""
         return -(-height // (1 << self.steps)), -(-width // (1 << self.steps))
 
 
-def _conv_norm_act(width_in: int, width_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False),
-            norm=nn.BatchNorm2d(width_out),
-            act=nn.Hardswish(),
-        )
-    )
+class ConvNormAct(nn.Module):
+    """3x3 convolution of stride 2, batch norm, hard swish.
+
+    In evaluation the norm is an affine map per channel and goes into the convolution's weights on the fly: the same
+    result (up to rounding) in one pass less over the largest maps of the model.
+
+    Args:
+        width_in: channels in.
+        width_out: channels out.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width_out)
+        self.act = nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, width_in, H, W)` to `(B, width_out, ceil(H/2), ceil(W/2))`."""
+        if self.norm.training:
+            return self.act(self.norm(self.conv(x)))
+        scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+        weight = self.conv.weight * rearrange(scale, "c -> c 1 1 1")
+        bias = self.norm.bias - self.norm.running_mean * scale
+        return self.act(F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding))
 
 
-def build_stem(kind: str, patch_size: int, in_chans: int, dim: int) -> PatchStem | ConvStem:
-    """The stem named `kind`: `patch` or `conv`.
+def pad_image(image: Tensor, multiple: int) -> Tensor:
+    """Zero rows and columns at the bottom and right of `(B, C, H, W)` up to a multiple of `multiple`."""
+    missing = (-image.shape[2] % multiple, -image.shape[3] % multiple)
+    return F.pad(image, (0, missing[1], 0, missing[0])) if any(missing) else image
+
+
+def build_stem(
+    kind: str, patch_size: int, in_chans: int, dim: int, *, norm_eps: float | None = None, pad: bool = False
+) -> PatchStem | ConvStem:
+    """The stem named `kind`: `patch` (with a norm where `norm_eps` is given) or `conv` (with `pad`, see `ConvStem`).
 
     Raises:
         ValueError: unknown kind.
     """
     if kind == "patch":
-        return PatchStem(patch_size, in_chans, dim)
+        return PatchStem(patch_size, in_chans, dim, norm_eps=norm_eps)
     if kind == "conv":
-        return ConvStem(patch_size, in_chans, dim)
+        return ConvStem(patch_size, in_chans, dim, pad=pad)
     raise ValueError(f"unknown stem {kind!r}: use 'patch' or 'conv'")

@@ -25,8 +25,11 @@ from stvit.models import (
     stvit_deit_small,
     stvit_deit_tiny,
 )
+from stvit.models.attention import relative_position_index
+from stvit.models.key_windows import KeyWindows, WindowKeys
 from stvit.models.pooling import adaptive_cells
-from stvit.models.windows import KeyWindows, merge_windows, split_windows, valid_cells, window_attention
+from stvit.models.window_attention import METHODS, window_attention
+from stvit.models.windows import merge_windows, split_windows, valid_cells
 
 TINY = dict(img_size=32, patch_size=4, num_classes=5, embed_dim=32, depth=5, num_heads=2, base_depth=2, token_grid=2)
 # Every way to build the model that changes what is computed.
@@ -365,7 +368,7 @@ def test_attention_weights_and_masks_agree_with_the_fused_kernel() -> None:
 
 
 def test_relative_bias_depends_on_the_offset_alone() -> None:
-    index = Attention(4, 1, relative_window=(2, 3)).relative_index
+    index = relative_position_index(2, 3)
     assert index.shape == (6, 6) and index.unique().numel() == 3 * 5
     # Tokens 0 -> 1 and 4 -> 5 are the same step to the right; 0 -> 3 is a step down.
     assert index[0, 1] == index[4, 5] != index[0, 3]
@@ -521,11 +524,12 @@ def test_window_attention_equals_one_query_at_a_time(
         ]
         here = row * grid[1] + column
         expected[:, here : here + 1] = attention(x[:, here : here + 1], y[:, seen])
-    for method in ("gather", "masked", "auto"):
-        got = window_attention(attention, x, grid, y, key_grid, windows, valid=valid, method=method)
+    keys = WindowKeys(windows, grid, key_grid, valid)
+    for method in METHODS:
+        got = window_attention(attention, x, y, keys, method=method)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="'gather' or 'masked'"):
-        window_attention(attention, x, grid, y, key_grid, windows, method="dense")
+    with pytest.raises(ValueError, match="gather, masked"):
+        window_attention(attention, x, y, keys, method="dense")
 
 
 @pytest.mark.parametrize("pool", ["max", "avg", "weighted_offset"])
