@@ -141,8 +141,6 @@ class WindowTokenGenerator(nn.Module):
         per_window: semantic tokens per window side.
         key_windows: side of the key window of each layer in image tokens, one per layer; None: all image tokens.
         key_mode: `window` or `concat`.
-        key_hop: distance of neighbouring key windows of layer 1, which then begin at 0 (the release's unfolding);
-            None: they lie around their window.
         mask_mode: `exact`, `official` or `none`; the latter two concern `key_mode="window"`.
         pool: as in `SemanticTokenGenerator`, applied to every window.
         shortcut: whether layer 1 keeps its residual, the pooled centres.
@@ -167,7 +165,6 @@ class WindowTokenGenerator(nn.Module):
         per_window: int = 3,
         key_windows: Sequence[int | None] = (14, 21),
         key_mode: str = "window",
-        key_hop: int | None = None,
         mask_mode: str = "exact",
         pool: str = "max",
         shortcut: bool = True,
@@ -206,8 +203,6 @@ class WindowTokenGenerator(nn.Module):
                 self.layers.append(Block(dim, num_heads, drop_path=rate, **options))
                 continue
             windows = KeyWindows(per_window, size, window, inside=self.concat)
-            if key_hop is not None and not self.layers:
-                windows = KeyWindows(per_window, size, key_hop, lead=0)
             self.layers.append(WindowCrossBlock(dim, num_heads, windows, drop_path=rate, method=method, **options))
         self.layers[0].shortcut = shortcut
 

@@ -1,6 +1,4 @@
-"""State dicts of STViT: the reference's and DeiT's names to ours and back.
-
-Layouts that are read (recognised by their keys, also for single layers and pieces):
+"""Plain ViTs: the layouts of the reference and of DeiT, and ours.
 
 - `reference`: flat `blocks.N` with separate `attn.q` / `attn.kv`, `layer_scale_1/2`, `pool.mask|offset.{0,1,3}`,
   `global_center`, `patch_embed.{weight,bias}` or the convolutional stem `patch_embed.proj.{0,2,...}.{c,bn}`;
@@ -8,7 +6,6 @@ Layouts that are read (recognised by their keys, also for single layers and piec
   `cls_token`.
 
 Ours: `stem`, `base.N`, `reducer.{layers.N, pool, global_centres}`, `tail.N`, `norm`, `head`.
-Every function is strict: what is left over, missing or of another shape raises `CheckpointMismatch` with all names.
 """
 
 from __future__ import annotations
@@ -18,76 +15,39 @@ import re
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from stvit.checkpoint.state import CheckpointMismatch, State, count, fit, pack_qkv, report, split_qkv, unwrap
 from stvit.models import SemanticTokenViT
-
-State = dict[str, Tensor]
 
 _POOL_PARTS = {"0": "conv", "1": "norm", "3": "proj"}
 _STEM_PARTS = {"c": "conv", "bn": "norm"}
-# Buffers that models compute themselves; some files carry them.
-_COMPUTED = re.compile(r"(^|\.)(relative_position_index|attn_mask)$")
 
 
-class CheckpointMismatch(ValueError):
-    """A state dict does not fit: the message lists every missing, unexpected and misshapen entry."""
+def convert_vit(state: State, target: nn.Module | str, *, base_depth: int = 4, stgm_depth: int = 2) -> State:
+    """Names of the reference or of DeiT to ours, for `target`: a module, or `vit` or `semantic`.
 
-
-def convert(
-    state: Mapping[str, Tensor], target: nn.Module | str = "vit", *, base_depth: int = 4, stgm_depth: int = 2
-) -> State:
-    """Translate a state dict in the reference's or DeiT's layout to ours.
-
-    Args:
-        state: name to tensor; a `{"model": state}` file content is unwrapped.
-        target: the module that is to be loaded (a `SemanticTokenViT` or one of its pieces); or `vit`: the model is
-            inferred from names and shapes; or `semantic`: likewise, without a class token and its position, so that a
-            DeiT checkpoint becomes the start of a model with semantic tokens (whose pooling and global centres are not
-            in it; `from_deit` has them).
-        base_depth: base layers of the model, where `target` does not say.
-        stgm_depth: generation layers of the model, where `target` does not say.
-
-    Returns:
-        A new dict that `target.load_state_dict` takes with `strict=True`; tensors are views where nothing changed.
-
-    Raises:
-        CheckpointMismatch: entries are missing, left over or of another shape.
-        ValueError: unknown target.
+    See `stvit.checkpoint.convert`.
     """
-    state = _unwrap(state)
     if isinstance(target, str):
-        if target not in ("vit", "semantic"):
-            raise ValueError(f"unknown target {target!r}: use 'vit', 'semantic' or pass the module to be loaded")
         if target == "semantic" and "cls_token" in state:
             state = {name: value for name, value in state.items() if name != "cls_token"}
             state["pos_embed"] = state["pos_embed"][:, 1:]
-        target = _infer_model(state, base_depth, stgm_depth)
+        target = infer_model(state, base_depth, stgm_depth)
     depths = (base_depth, stgm_depth)
     if isinstance(target, SemanticTokenViT):
         depths = (len(target.base), len(target.reducer.layers))
-    ours = _rename(state, *depths)
-    return _fit(ours, target)
+    return fit(rename(state, *depths), target)
 
 
-def revert(state: Mapping[str, Tensor], *, layout: str = "reference") -> State:
-    """Translate our state dict (of a `SemanticTokenViT` or one of its pieces) back.
+def revert_vit(state: Mapping[str, Tensor], layout: str) -> State:
+    """Our names to those of `layout`, `reference` or `deit`.
 
-    Args:
-        state: name to tensor.
-        layout: `reference`, or `deit` for models without semantic tokens (then timm's `vit.load_state_dict` takes it).
-
-    Raises:
-        CheckpointMismatch: parts that the layout has no place for.
-        ValueError: unknown layout.
+    See `stvit.checkpoint.revert`.
     """
-    if layout not in ("reference", "deit"):
-        raise ValueError(f"unknown layout {layout!r}: use 'reference' or 'deit'")
-    base = _count(state, r"^base\.(\d+)\.")
-    generated = base + _count(state, r"^reducer\.layers\.(\d+)\.")
+    base = count(state, r"^base\.(\d+)\.")
+    generated = base + count(state, r"^reducer\.layers\.(\d+)\.")
     theirs: State = {}
     for name, value in state.items():
         name = re.sub(r"^base\.(\d+)\.", r"blocks.\1.", name)
@@ -108,8 +68,8 @@ def revert(state: Mapping[str, Tensor], *, layout: str = "reference") -> State:
     if layout == "deit":
         foreign = [name for name in theirs if re.match(r"global_center|pool\.|patch_embed\.proj\.\d", name)]
         if foreign:
-            raise CheckpointMismatch(_report("DeiT has no place for", unexpected=foreign))
-        theirs = _pack_qkv(theirs)
+            raise CheckpointMismatch(report("DeiT has no place for", unexpected=foreign))
+        theirs = pack_qkv(theirs)
     return theirs
 
 
@@ -130,7 +90,7 @@ def from_deit(state: Mapping[str, Tensor], model: SemanticTokenViT, *, load_head
     Raises:
         CheckpointMismatch: entries are missing, left over or of another shape.
     """
-    ours = _rename(_unwrap(state), len(model.base), len(model.reducer.layers))
+    ours = rename(unwrap(state), len(model.base), len(model.reducer.layers))
     if model.cls_token is None:
         ours.pop("cls_token", None)
     if "pos_embed" in ours:
@@ -140,38 +100,13 @@ def from_deit(state: Mapping[str, Tensor], model: SemanticTokenViT, *, load_head
     if not load_head:
         ours = {name: value for name, value in ours.items() if not name.startswith("head.")}
     ours |= {name: value for name, value in own.items() if fresh.match(name) and name not in ours}
-    return _fit(ours, model, hint="" if not load_head else "load_head=False keeps the model's own classifier")
+    return fit(ours, model, hint="" if not load_head else "load_head=False keeps the model's own classifier")
 
 
-def resize_relative_bias(table: Tensor, window: int) -> Tensor:
-    """Resample a relative position bias table `((2w-1)**2, heads)` to windows of side `window`, bicubically.
-
-    Returns `((2*window-1)**2, heads)`, the same tensor when the side already fits.
-
-    Raises:
-        ValueError: the table does not belong to a square window.
-    """
-    side = math.isqrt(table.shape[0])
-    if side * side != table.shape[0] or side % 2 == 0:
-        raise ValueError(f"{table.shape[0]} relative positions do not belong to a square window")
-    if side == 2 * window - 1:
-        return table
-    maps = rearrange(table, "(h w) heads -> 1 heads h w", h=side)
-    maps = F.interpolate(maps, size=(2 * window - 1, 2 * window - 1), mode="bicubic", align_corners=False)
-    return rearrange(maps, "1 heads h w -> (h w) heads")
-
-
-def _unwrap(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    inner = state.get("model")
-    return inner if isinstance(inner, Mapping) else state
-
-
-def _rename(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -> State:
+def rename(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -> State:
     """Names of either foreign layout to ours; unknown names pass unchanged and are found by `_fit`."""
     ours: State = {}
-    for name, value in _split_qkv(state).items():
-        if _COMPUTED.search(name):
-            continue
+    for name, value in split_qkv(state).items():
         name = re.sub(r"^blocks\.(\d+)\.", lambda m: _place(int(m[1]), base_depth, stgm_depth), name)
         name = re.sub(r"(^|\.)layer_scale_([12])$", r"\1ls\2.gamma", name)
         name = re.sub(r"^global_center$", "reducer.global_centres", name)
@@ -195,31 +130,6 @@ def _place(index: int, base_depth: int, stgm_depth: int) -> str:
     return f"tail.{index - base_depth - stgm_depth}."
 
 
-def _split_qkv(state: Mapping[str, Tensor]) -> State:
-    split: State = {}
-    for name, value in state.items():
-        if match := re.fullmatch(r"(.*attn\.|)qkv\.(weight|bias)", name):
-            third = value.shape[0] // 3
-            split[f"{match[1]}q.{match[2]}"], split[f"{match[1]}kv.{match[2]}"] = value[:third], value[third:]
-        else:
-            split[name] = value
-    return split
-
-
-def _pack_qkv(state: State) -> State:
-    packed: State = {}
-    for name, value in state.items():
-        if match := re.fullmatch(r"(.*attn\.)q\.(weight|bias)", name):
-            packed[f"{match[1]}qkv.{match[2]}"] = torch.cat([value, state[f"{match[1]}kv.{match[2]}"]])
-        elif not re.fullmatch(r".*attn\.kv\.(weight|bias)", name):
-            packed[name] = value
-    return packed
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    return len({match[1] for name in state if (match := re.match(pattern, name))})
-
-
 def _fit_position(position: Tensor, model: SemanticTokenViT) -> Tensor:
     """Drop the class token's position where the model has none and resample the rest (a square grid) to its grid."""
     prefix = position.shape[1] - math.isqrt(position.shape[1]) ** 2
@@ -229,18 +139,18 @@ def _fit_position(position: Tensor, model: SemanticTokenViT) -> Tensor:
     return resample_abs_pos_embed(position, list(model.grid), [side, side], num_prefix_tokens=prefix)
 
 
-def _infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -> SemanticTokenViT:
+def infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -> SemanticTokenViT:
     """The model that a complete state dict belongs to, on the meta device (head count does not show in shapes)."""
-    ours = _rename(state, base_depth, stgm_depth)
+    ours = rename(state, base_depth, stgm_depth)
     needed = ["pos_embed", "norm.weight"]
     conv_stem = any(name.startswith("stem.stages.") for name in ours)
     needed += ["stem.stages.0.conv.weight" if conv_stem else "stem.proj.weight"]
     missing = [name for name in needed if name not in ours]
     if missing:
-        raise CheckpointMismatch(_report("this is not the state of a ViT", missing=missing))
+        raise CheckpointMismatch(report("this is not the state of a ViT", missing=missing))
     dim = ours["norm.weight"].shape[0]
     if conv_stem:
-        patch, chans = 2 ** _count(ours, r"stem\.stages\.(\d+)\."), ours["stem.stages.0.conv.weight"].shape[1]
+        patch, chans = 2 ** count(ours, r"stem\.stages\.(\d+)\."), ours["stem.stages.0.conv.weight"].shape[1]
     else:
         chans, patch = ours["stem.proj.weight"].shape[1:3]
     class_token = "cls_token" in ours
@@ -258,7 +168,7 @@ def _infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) 
             in_chans=chans,
             num_classes=ours["head.weight"].shape[0] if "head.weight" in ours else 0,
             embed_dim=dim,
-            depth=_count(state, r"blocks\.(\d+)\."),
+            depth=count(state, r"blocks\.(\d+)\."),
             num_heads=1,
             base_depth=base_depth,
             stgm_depth=stgm_depth,
@@ -272,29 +182,3 @@ def _infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) 
             class_token=class_token,
             stem="conv" if conv_stem else "patch",
         )
-
-
-def _fit(state: State, target: nn.Module, hint: str = "") -> State:
-    """`state` when it is exactly what `target` holds; missing counters of batch norm are the target's."""
-    own = target.state_dict()
-    for name, value in own.items():
-        if name.endswith("num_batches_tracked") and name not in state and value.device.type != "meta":
-            state[name] = value
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
-    shapes = [
-        f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if missing or unexpected or shapes:
-        headline = f"the state dict does not fit {type(target).__name__}" + (f" ({hint})" if hint else "")
-        raise CheckpointMismatch(_report(headline, missing, unexpected, shapes))
-    return state
-
-
-def _report(headline: str, missing: list[str] = (), unexpected: list[str] = (), shapes: list[str] = ()) -> str:
-    lines = [headline]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)):
-        lines += [f"  {title}:"] + [f"    {name}" for name in names] if names else []
-    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""What every layout of a state dict needs: reading containers, splitting packed projections, and a strict fit."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from core.errors import VitrineError
+
+State = dict[str, Tensor]
+
+# Buffers that models compute themselves; some files carry them.
+_COMPUTED = re.compile(r"(^|\.)(relative_position_index|attn_mask)$")
+
+
+class CheckpointMismatch(VitrineError, ValueError):
+    """A state dict does not fit: the message lists every missing, unexpected and misshapen entry."""
+
+
+def unwrap(state: Mapping[str, object]) -> dict[str, Tensor]:
+    """The weights of a file's content: those in its `model` or `state_dict`, without buffers that models compute."""
+    for container in ("model", "state_dict"):
+        if isinstance(state.get(container), Mapping):
+            state = state[container]
+    return {name: value for name, value in state.items() if not _COMPUTED.search(name)}
+
+
+def inside(state: Mapping[str, Tensor], prefix: str) -> State:
+    """Entries below `prefix`, which is cut off."""
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def count(state: Iterable[str], pattern: str) -> int:
+    """How many different first groups of `pattern` begin the names."""
+    return len({match[1] for name in state if (match := re.match(pattern, name))})
+
+
+def split_qkv(state: Mapping[str, Tensor], wanted: Iterable[str] | None = None) -> State:
+    """Packed `qkv` (rows: q, k, v) as separate `q` and `kv`; with `wanted` only where that has the separate names."""
+    wanted = None if wanted is None else set(wanted)
+    split: State = {}
+    for name, value in state.items():
+        match = re.fullmatch(r"(.*attn\.|)qkv\.(weight|bias)", name)
+        if match is None or (wanted is not None and f"{match[1]}q.{match[2]}" not in wanted):
+            split[name] = value
+            continue
+        third = value.shape[0] // 3
+        split[f"{match[1]}q.{match[2]}"], split[f"{match[1]}kv.{match[2]}"] = value[:third], value[third:]
+    return split
+
+
+def pack_qkv(state: Mapping[str, Tensor]) -> State:
+    """Separate `q` and `kv` as packed `qkv`."""
+    packed: State = {}
+    for name, value in state.items():
+        if match := re.fullmatch(r"(.*attn\.)q\.(weight|bias)", name):
+            packed[f"{match[1]}qkv.{match[2]}"] = torch.cat([value, state[f"{match[1]}kv.{match[2]}"]])
+        elif not re.fullmatch(r".*attn\.kv\.(weight|bias)", name):
+            packed[name] = value
+    return packed
+
+
+def resize_relative_bias(table: Tensor, window: int) -> Tensor:
+    """Resample a relative position bias table `((2w-1)**2, heads)` to windows of side `window`, bicubically.
+
+    Returns `((2*window-1)**2, heads)`, the same tensor when the side already fits.
+
+    Raises:
+        ValueError: the table does not belong to a square window.
+    """
+    side = math.isqrt(table.shape[0])
+    if side * side != table.shape[0] or side % 2 == 0:
+        raise ValueError(f"{table.shape[0]} relative positions do not belong to a square window")
+    if side == 2 * window - 1:
+        return table
+    maps = rearrange(table, "(h w) heads -> 1 heads h w", h=side)
+    maps = F.interpolate(maps, size=(2 * window - 1, 2 * window - 1), mode="bicubic", align_corners=False)
+    return rearrange(maps, "1 heads h w -> (h w) heads")
+
+
+def resize_tables(state: State, own: Mapping[str, Tensor]) -> State:
+    """`state` with relative position tables resampled to the windows of the model that `own` belongs to."""
+    fitted = dict(state)
+    for name, value in state.items():
+        if name.endswith("relative_position_bias_table") and name in own and len(value) != len(own[name]):
+            fitted[name] = resize_relative_bias(value, (math.isqrt(len(own[name])) + 1) // 2)
+    return fitted
+
+
+def fit(state: State, target: nn.Module, hint: str = "") -> State:
+    """`state` when it is exactly what `target` holds; missing counters of batch norm are the target's.
+
+    Raises:
+        CheckpointMismatch: it is not; `hint` goes into the headline.
+    """
+    own = target.state_dict()
+    for name, value in own.items():
+        if name.endswith("num_batches_tracked") and name not in state and value.device.type != "meta":
+            state[name] = value
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        headline = f"the state dict does not fit {type(target).__name__}" + (f" ({hint})" if hint else "")
+        raise CheckpointMismatch(report(headline, missing, unexpected, shapes))
+    return state
+
+
+def report(
+    headline: str, missing: Iterable[str] = (), unexpected: Iterable[str] = (), shapes: Iterable[str] = ()
+) -> str:
+    """A headline and the names below it."""
+    lines = [headline]
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)):
+        names = list(names)
+        lines += [f"  {title}:"] + [f"    {name}" for name in names] if names else []
+    return "\n".join(lines)
