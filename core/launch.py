@@ -46,22 +46,22 @@ def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
 def build_trainer(cfg: DictConfig | dict[str, Any], device: str = "cpu") -> Any:
     """Only the trainer of a config, on a device; "meta" builds it without memory.
 
+    One of mmdet's detectors comes as a `core.detection.Detector`.
+
     Raises:
         ConfigError: the config has no model, or names something that does not exist.
     """
-    import torch
-
     plain = to_dict(cfg)
     _look_in_working_directory()
     if not plain.get("model"):
         raise ConfigError(f"no model in the config: choose an experiment ({_some_experiments()})")
-    from core.registry import build, check
+    from core.detection import as_trainer, constructing
+    from core.registry import build, check, resolve
 
     check(plain["model"], "model")
-    with torch.device(device):
-        trainer = build(plain["model"])
-    if hasattr(trainer, "freeze"):
-        trainer.freeze()
+    with constructing(resolve(plain["model"].get("type")), device):
+        trainer = as_trainer(build(plain["model"]), plain).to(device)
+    trainer.freeze()
     return trainer
 
 

@@ -5,6 +5,7 @@ They keep mmengine's hook points and counters, so its hooks work in them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -170,7 +171,7 @@ class TrainLoop(BaseLoop):
         runner.message_hub.update_info("iter", self._iter)
         runner.message_hub.update_info("epoch", self._epoch)
         runner.call_hook("before_train_iter", batch_idx=index, data_batch=batch)
-        outputs = runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)
+        outputs = _detached(runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper))
         self._finite.check(self._iter, outputs, batch)
         runner.call_hook("after_train_iter", batch_idx=index, data_batch=batch, outputs=outputs)
         self._iter += 1
@@ -195,6 +196,11 @@ class TrainLoop(BaseLoop):
             self.runner.model.train()
 
 
+def _detached(outputs: dict[str, Any]) -> dict[str, Any]:
+    """Loss terms that no longer hold the graph; OpenMMLab's models return them attached."""
+    return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in outputs.items()}
+
+
 @LOOPS.register_module()
 class EvalLoop(BaseLoop):
     """Evaluates every sample of a loader exactly once and leaves random states and training mode as they were.
@@ -211,8 +217,18 @@ class EvalLoop(BaseLoop):
     def __init__(self, runner: Any, dataloader: Any, evaluator: Any, split: str = "val") -> None:
         super().__init__(runner, dataloader)
         self.evaluator = runner.build_evaluator(evaluator)
+        self._prepare_metrics()
         self.split = split
         self.metrics: dict[str, Any] = {}
+
+    def _prepare_metrics(self) -> None:
+        """mmengine's metrics want the data set's classes, and a folder that every process can write to."""
+        meta = getattr(self.dataloader.dataset, "metainfo", None)
+        if meta is not None:
+            self.evaluator.dataset_meta = meta
+        for metric in self.evaluator.metrics:
+            if getattr(metric, "collect_device", None) == "cpu" and getattr(metric, "collect_dir", "") is None:
+                metric.collect_dir = os.path.join(self.runner.work_dir, ".collect")
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
@@ -244,7 +260,8 @@ class EvalLoop(BaseLoop):
                 continue
             batch = runner.place(fetched.data)
             runner.call_hook(f"before_{split}_iter", batch_idx=own - 1, data_batch=batch)
-            outputs = runner.model.val_step(batch)
+            with runner.autocast():
+                outputs = runner.model.val_step(batch)
             self._process(batch, outputs)
             runner.call_hook(f"after_{split}_iter", batch_idx=own - 1, data_batch=batch, outputs=outputs)
         self._keep_company(own, batch)

@@ -13,11 +13,14 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mmengine.registry as root
-from mmengine.registry import Registry
+from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope, Registry
 
 from core.errors import ConfigError
 
@@ -42,6 +45,7 @@ PARAM_SCHEDULERS = _child(root.PARAM_SCHEDULERS)
 VISUALIZERS = _child(root.VISUALIZERS)
 VISBACKENDS = _child(root.VISBACKENDS)
 FUNCTIONS = _child(root.FUNCTIONS)
+TASK_UTILS = _child(root.TASK_UTILS)
 
 _ALL = (
     MODELS,
@@ -58,10 +62,14 @@ _ALL = (
     VISUALIZERS,
     VISBACKENDS,
     FUNCTIONS,
+    TASK_UTILS,
 )
 
 # OpenMMLab classes build their own children from nested configs; every other constructor takes built objects.
-_BUILD_THEIR_OWN = ("mmengine", "mmdet", "mmcv")
+_OPENMMLAB = ("mmengine", "mmdet", "mmcv")
+
+# Their transforms tell a size (a tuple) from a choice of sizes (a list), and YAML knows lists only.
+_SIZES = ("scale", "img_scale", "size", "crop_size", "scale_factor", "pretrain_img_size")
 
 # Keys that the code around a class reads from its config before the constructor sees it.
 _READ_AROUND: dict[str, frozenset[str]] = {
@@ -99,10 +107,14 @@ def resolve(name: str, registry: Registry | None = None) -> Any:
     found = _lookup(name, registry)
     if found is not None:
         return found
-    if attribute and package != SCOPE:
+    if attribute and package != SCOPE and (package != "mmdet" or "." in attribute):
         return _resolve_path(name)
+    operators = sys.modules.get("mmcv.ops")  # mmdet names RoI layers and kinds of NMS by their name there alone
+    if operators is not None and hasattr(operators, name):
+        return getattr(operators, name)
     known = sorted({n for r in _registries(registry) for n in r.module_dict} | _parents_names(registry))
-    raise ConfigError(f"type '{name}' is registered nowhere{nearest(attribute or name, known)}")
+    near = nearest(name if package == "mmdet" else attribute or name, known)
+    raise ConfigError(f"type '{name}' is registered nowhere{near}")
 
 
 def _registries(registry: Registry | None) -> tuple[Registry, ...]:
@@ -110,7 +122,10 @@ def _registries(registry: Registry | None) -> tuple[Registry, ...]:
 
 
 def _parents_names(registry: Registry | None) -> set[str]:
-    return {n for r in _registries(registry) if r.parent is not None for n in r.parent.module_dict}
+    """Names in mmengine's registries, and in mmdet's with their scope once it is imported."""
+    parents = [r.parent for r in _registries(registry) if r.parent is not None]
+    own = {n for parent in parents for n in parent.module_dict}
+    return own | {f"mmdet.{n}" for p in parents if "mmdet" in p.children for n in p.children["mmdet"].module_dict}
 
 
 def _lookup(name: str, registry: Registry | None) -> Any | None:
@@ -132,6 +147,7 @@ def _register_openmmlab(package: str) -> None:
     importlib.import_module("mmengine.runner")
     importlib.import_module("mmengine.visualization")
     if package == "mmdet":
+        importlib.import_module("core.mmcv_ops")
         importlib.import_module("mmdet.utils").register_all_modules(init_default_scope=False)
 
 
@@ -184,13 +200,38 @@ def build(cfg: Any, registry: Registry | None = None, **defaults: Any) -> Any:
     target = resolve(cfg["type"], registry)
     arguments = {**defaults, **{k: v for k, v in cfg.items() if k != "type"}}
     check_arguments(target, arguments, where=str(cfg["type"]))
-    if not _builds_its_own(target):
+    if (package := _openmmlab_package(target)) is not None:
+        arguments |= {key: openmmlab(cfg[key], key) for key in arguments if key in cfg}
+        with openmmlab_scope(package):
+            return target(**arguments)
+    if not getattr(target, "builds_its_own", False):
         arguments = {key: build(value) for key, value in arguments.items()}
     return target(**arguments)
 
 
-def _builds_its_own(target: Any) -> bool:
-    return getattr(target, "builds_its_own", False) or target.__module__.split(".")[0] in _BUILD_THEIR_OWN
+def _openmmlab_package(target: Any) -> str | None:
+    """The OpenMMLab package whose way of building parts a class follows: its own, or the one that it extends."""
+    bases = target.__mro__ if getattr(target, "builds_its_own", False) else (target,)
+    found = (base.__module__.split(".")[0] for base in bases)
+    return next((package for package in found if package in _OPENMMLAB), None)
+
+
+def openmmlab(value: Any, key: str = "") -> Any:
+    """A config as OpenMMLab classes read it: attributes instead of keys, sizes as tuples (YAML knows lists only)."""
+    if isinstance(value, Mapping):
+        return ConfigDict({k: openmmlab(v, k) for k, v in value.items()})
+    if not isinstance(value, list | tuple):
+        return value
+    if key in _SIZES and value and all(isinstance(v, int | float) for v in value):
+        return tuple(value)
+    return type(value)(openmmlab(v, key.removesuffix("s") if isinstance(v, list | tuple) else "") for v in value)
+
+
+@contextmanager
+def openmmlab_scope(package: str) -> Iterator[None]:
+    """Makes mmdet's bare names (its own defaults, nested in constructors) mean mmdet's classes, whoever builds them."""
+    with DefaultScope.overwrite_default_scope(package if package == "mmdet" else None):
+        yield
 
 
 def check_arguments(target: Any, arguments: Iterable[str], *, where: str) -> None:

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import VISUALIZERS
 from mmengine.runner import Runner as MMRunner
+from mmengine.structures import BaseDataElement
 from torch import nn
 
 from core.checkpoint import CheckpointStore, CheckpointWriteError, load, load_state, save_atomic
 from core.data.loader import build_loader
+from core.detection import keep_boxes_exact, networks
 from core.errors import ConfigError
 from core.hooks.checkpoint import CheckpointHook
+from core.optim import autocast
 from core.parallel import full_model_state, load_full_model_state, shard
 from core.randomness import random_state, set_random_state
 from core.registry import LOOPS, build
@@ -70,7 +73,7 @@ class Runner(MMRunner):
             test_cfg=_loop(cfg, "test"),
             optim_wrapper=cfg["optim_wrapper"],
             param_scheduler=cfg["param_scheduler"],
-            val_evaluator=cfg["val_evaluator"],
+            val_evaluator=cfg["val_evaluator"] if cfg["val_dataloader"] is not None else None,
             test_evaluator=cfg["test_evaluator"] or (cfg["val_evaluator"] if cfg["test_dataloader"] else None),
             default_hooks={
                 "runtime_info": None,
@@ -113,11 +116,21 @@ class Runner(MMRunner):
         return VISUALIZERS.build(cfg)
 
     def build_model(self, model: Any) -> nn.Module:
-        """The trainer, with frozen parts frozen."""
+        """The trainer, with frozen parts frozen; or an OpenMMLab model, with the initial weights that its config names.
+
+        A trainer is initialised when it is built. OpenMMLab models are by `init_weights`, which may read files: that is
+        left out where a checkpoint overwrites all of it, and comes before `load_from`.
+        """
         built = model if isinstance(model, nn.Module) else build(model)
         if isinstance(built, Trainer):
             built.freeze()
             built.precision = self.runtime["precision"]
+            return built
+        overwritten = self.settings["train_dataloader"] is None or self.settings.get("resume_from")
+        if hasattr(built, "init_weights") and not overwritten:
+            built.init_weights()
+        if self.runtime["precision"] != "fp32":
+            keep_boxes_exact(built)
         return built
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
@@ -144,23 +157,27 @@ class Runner(MMRunner):
             model = model.to(self.device)
         if runtime["compile"]:
             options = runtime["compile"] if isinstance(runtime["compile"], dict) else {}
-            for network in model.networks().values() if isinstance(model, Trainer) else (model,):
+            for network in networks(model).values():
                 network.compile(**options)
-        if self.sharded or not dist.is_initialized():
-            return model if dist.is_initialized() else revert_sync_batchnorm(model)
+        if self.sharded:
+            return model
+        if not dist.is_initialized() or self.device.type == "cpu":  # PyTorch synchronises batch norms on GPUs only
+            model = revert_sync_batchnorm(model)
+        if not dist.is_initialized():
+            return model
         return self._data_parallel(model, model_wrapper_cfg)
 
     def _data_parallel(self, model: nn.Module, model_wrapper_cfg: dict | None) -> nn.Module:
         runtime = self.runtime
         if runtime["sync_batchnorm"] and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if not isinstance(model, Trainer):
-            self.cfg["find_unused_parameters"] = bool(runtime["find_unused_parameters"])
+        if model_wrapper_cfg is not None:
             return super().wrap_model(model_wrapper_cfg, model)
         unused = runtime["find_unused_parameters"]
         if unused is None:  # a phase of an adversarial step leaves the other networks' parameters without gradients
             unused = "optimizer" not in (self.settings["optim_wrapper"] or {"optimizer": None})
-        return DataParallelTrainer(
+        wrapper = DataParallelTrainer if isinstance(model, Trainer) else MMDistributedDataParallel
+        return wrapper(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             broadcast_buffers=False,
@@ -215,6 +232,12 @@ class Runner(MMRunner):
             if hasattr(schedule, "resolve"):
                 schedule.resolve(self.train_loop.max_iters, self.train_loop.steps_per_epoch)
         return built
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The run's precision in evaluation, for models that do not see to it themselves as trainers do."""
+        if isinstance(unwrap(self.model), Trainer):
+            return contextlib.nullcontext()
+        return autocast(self.runtime["precision"], self.device.type)
 
     def place(self, batch: Any) -> Any:
         """A batch that the prefetcher has brought to the device, in the run's memory format."""
@@ -291,13 +314,8 @@ class Runner(MMRunner):
     def save_debug_state(self, step: int, terms: dict[str, float], batch: Any) -> Path:
         """What there is to look at after a non-finite loss: weights, optimizer, batch and terms of `step`."""
         path = Path(self.work_dir) / "debug" / f"nonfinite_step_{step:08d}_rank{self.rank}.pt"
-        plain = (
-            {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            if isinstance(batch, dict)
-            else {}
-        )
-        plain = {k: v for k, v in plain.items() if isinstance(v, torch.Tensor | list | str | int | float)}
-        save_atomic({"step": step, "terms": terms, "batch": plain, "model": unwrap(self.model).state_dict()}, path)
+        state = {"step": step, "terms": terms, "batch": _plain(batch), "model": unwrap(self.model).state_dict()}
+        save_atomic(state, path)
         return path
 
     def _scheduler_states(self) -> Any:
@@ -362,9 +380,7 @@ class Runner(MMRunner):
             self.logger.info(load_weights(model, **options))
 
     def _init_model_weights(self) -> None:
-        """Trainers are initialised when they are built, alike on every process, and DDP sees to it."""
-        if not isinstance(unwrap(self.model), Trainer):
-            super()._init_model_weights()
+        """Nothing: `build_model` has done it, alike on every process, and DDP sees to it."""
 
     # ------------------------------------------------------------------ quiet
     def _log_env(self, env_cfg: dict) -> None:
@@ -379,6 +395,22 @@ class Runner(MMRunner):
 
     def _maybe_compile(self, target: str) -> None:
         """Nothing: networks are compiled in place when they are placed."""
+
+
+def _plain(batch: Any) -> Any:
+    """A batch without what `torch.load` would have to trust: tensors, numbers and texts in dicts and lists."""
+    if isinstance(batch, torch.Tensor):
+        return batch.cpu()
+    if isinstance(batch, BaseDataElement):
+        return {**_plain(batch.metainfo), **_plain(dict(batch.items()))}
+    if isinstance(batch, dict):
+        return {str(key): _plain(value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [_plain(value) for value in batch]
+    if batch is None or isinstance(batch, str | int | float):
+        return batch
+    inner = getattr(batch, "tensor", None)  # mmdet's boxes
+    return inner.cpu() if isinstance(inner, torch.Tensor) else repr(batch)
 
 
 def _loop(cfg: dict[str, Any], split: str) -> dict[str, Any] | None:

@@ -352,7 +352,16 @@ class Schedule(_ParamScheduler):
 
     # ------------------------------------------------------------------ lengths
     def _known(self) -> bool:
-        return self._max_steps is not None or self.end != INF
+        return self._max_steps is not None or (
+            self.end != INF and (bool(self._epoch_length) or not self._mixes_units())
+        )
+
+    def _mixes_units(self) -> bool:
+        """Whether a length is given in the other unit, so that steps per epoch are needed."""
+        lengths = [self.total, self.hold, self.lag, *self.options.get("milestones", ())]
+        lengths += [self.options.get(name) for name in ("warmup", "period")]
+        found = (_WITH_UNIT.fullmatch(length) for length in lengths if isinstance(length, str))
+        return any(match is not None and match[2] != self.unit for match in found)
 
     def _resolved(self) -> dict[str, Any]:
         if self._lengths is None:

@@ -122,10 +122,14 @@ class EMAHook(Hook):
 
 
 def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of its ``sample_id``, or of its first tensor; 0 when there is neither."""
+    """Samples in a batch: the length of its ``sample_id`` (``data_samples`` in OpenMMLab's), or of its first tensor.
+
+    0 when there is neither.
+    """
     if isinstance(batch, dict):
-        if "sample_id" in batch:
-            return len(batch["sample_id"])
+        for key in ("sample_id", "data_samples"):
+            if key in batch:
+                return len(batch[key])
         batch = list(batch.values())
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.ndim else 0

@@ -61,7 +61,7 @@ class FiniteCheck:
         if bool(finite):
             return
         terms = {name: float(value) for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-        samples = batch.get("sample_id") if isinstance(batch, dict) else None
+        samples = _names(batch)
         path = self.runner.save_debug_state(step, terms, batch)
         listed = ", ".join(f"{name}={value:.6g}" for name, value in terms.items())
         raise NonFiniteLoss(
@@ -69,3 +69,12 @@ class FiniteCheck:
             f"samples: {samples if samples is not None else 'the batch holds no sample_id'}\n"
             f"model, optimizer and batch are saved in {path}; earlier checkpoints are untouched"
         )
+
+
+def _names(batch: Any) -> list[str] | None:
+    """The batch's sample ids, or the image files of an OpenMMLab batch."""
+    if not isinstance(batch, dict):
+        return None
+    if "data_samples" in batch:
+        return [str(getattr(s, "img_path", getattr(s, "img_id", "?"))) for s in batch["data_samples"]]
+    return batch.get("sample_id")

@@ -306,3 +306,10 @@ def test_stepping_before_the_length_is_known_is_an_error() -> None:
     schedule = Schedule(sgd(), "warmup_cosine", by_epoch=False)
     with pytest.raises(ConfigError, match="length of the run"):
         schedule.step()
+
+
+def test_milestones_in_epochs_wait_until_the_runner_tells_their_length() -> None:
+    optimizer = sgd()
+    schedule = Schedule(optimizer, "multi_step", by_epoch=False, milestones=["2 epochs"], warmup=2, end=20)
+    schedule.resolve(20, 5)
+    assert values(schedule, optimizer, 12) == pytest.approx([0.0, 0.5, *[1.0] * 8, 0.1, 0.1])
