@@ -1,6 +1,7 @@
 """What semantic tokens are compared with: other ways to go on with the same number of layers.
 
 Each control has the layers of a `SemanticTokenGenerator` (`layers`, same parameters) and takes its place in the model.
+Tokens in front of the raster (a class token) stay as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stvit.models.block import block_stack
-from stvit.models.pooling import build_pool
+from stvit.models.pooling import AdaptivePool, WeightedPool, build_pool
 from stvit.models.tokens import stochastic_depth
 
 
@@ -34,7 +35,7 @@ class AllTokens(nn.Module):
         self.layers = block_stack(dim, num_heads, stochastic_depth(drop_path, depth), **options)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Raster tokens `(B, H*W, C)` to as many."""
+        """Raster tokens `(B, H*W, C)` with `hw = (H, W)`, and any before them, to as many."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -65,11 +66,28 @@ class PooledTokens(AllTokens):
         **options: object,
     ) -> None:
         super().__init__(dim, num_heads, depth=depth, drop_path=drop_path, **options)
-        self.pool = build_pool(pool, dim, (grid, grid) if isinstance(grid, int) else tuple(grid))
+        self.pool: AdaptivePool | WeightedPool = build_pool(
+            pool, dim, (grid, grid) if isinstance(grid, int) else tuple(grid)
+        )
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Raster tokens `(B, H*W, C)` with `hw = (H, W)` to `(B, S, C)`."""
-        return super().forward(self.pool(rearrange(x, "b (h w) c -> b h w c", h=hw[0])).flatten(1, 2), hw)
+        """Raster tokens `(B, H*W, C)` with `hw = (H, W)` to `(B, S, C)`; tokens before them stay before these."""
+        first, x = split_prefix(x, hw)
+        centres = self.pool(rearrange(x, "b (h w) c -> b h w c", h=hw[0])).flatten(1, 2)
+        return super().forward(join_prefix(first, centres), hw)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of centres S."""
+        return self.pool.grid[0] * self.pool.grid[1]
+
+    def rates(self, tokens: int) -> list[tuple[int, int]]:
+        """Grids of up to `tokens` centres that are at most twice as wide as high, by rising area."""
+        return near_squares(tokens)
+
+    def set_rate(self, rate: tuple[int, int]) -> None:
+        """Pool to a grid of `(height, width)`."""
+        self.pool.grid = rate
 
 
 class RandomTokens(AllTokens):
@@ -104,13 +122,22 @@ class RandomTokens(AllTokens):
         self.seed = seed
 
     def forward(self, x: Tensor, hw: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
-        """Raster tokens `(B, H*W, C)` to `(B, num_tokens, C)`, still in raster order.
+        """Raster tokens `(B, H*W, C)` to `(B, num_tokens, C)`, still in raster order; tokens before them stay there.
 
         Raises:
             ValueError: fewer tokens come in than are to be kept.
         """
+        first, x = split_prefix(x, hw)
         keep = self.kept(x.shape[0], x.shape[1], x.device, generator)
-        return super().forward(x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1])), hw)
+        return super().forward(join_prefix(first, x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))), hw)
+
+    def rates(self, tokens: int) -> list[int]:
+        """One token to all."""
+        return list(range(1, tokens + 1))
+
+    def set_rate(self, rate: int) -> None:
+        """Keep `rate` tokens."""
+        self.num_tokens = rate
 
     def kept(self, batch: int, total: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """Ascending indices `(batch, num_tokens)` of the tokens that stay, of `total`."""
@@ -123,6 +150,27 @@ class RandomTokens(AllTokens):
         else:
             rank = _hash(torch.arange(total, device=device), self.seed).expand(batch, -1)
         return rank.argsort(dim=1)[:, : self.num_tokens].sort(dim=1).values
+
+
+def split_prefix(x: Tensor, hw: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
+    """Tokens `(B, prefix + H*W, C)` as those in front, `(B, prefix, C)` or None, and the raster `(B, H*W, C)`."""
+    prefix = x.shape[1] - hw[0] * hw[1]
+    return (x[:, :prefix], x[:, prefix:]) if prefix else (None, x)
+
+
+def join_prefix(first: Tensor | None, x: Tensor) -> Tensor:
+    """Inverse of `split_prefix`."""
+    return x if first is None else torch.cat([first, x], dim=1)
+
+
+def near_squares(tokens: int, aspect: float = 2.0) -> list[tuple[int, int]]:
+    """Grids `(height, width)`, height <= width <= aspect * height, of up to `tokens` tokens, by rising area."""
+    grids = {
+        height * width: (height, width)
+        for height in range(1, int(tokens**0.5) + 1)
+        for width in range(height, min(int(aspect * height), tokens // height) + 1)
+    }  # of grids with one area the last, the squarest, stays
+    return [grids[area] for area in sorted(grids)]
 
 
 def _hash(index: Tensor, seed: int) -> Tensor:

@@ -2,10 +2,14 @@
 
     image -> stem + position -> base layers on all N tokens -> reducer: N tokens to S -> tail layers -> mean -> classes
 
-`tokens` chooses the reducer. Everything else stays the same, so the full ViT and the controls are one argument away.
+`tokens` chooses the reducer, or a method that works inside all layers (`stvit.models.reducers`). Everything else stays
+the same, so the full ViT, the controls and the field's other methods are one argument away.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,11 +19,10 @@ from torch.nn.init import trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
 from stvit.models.block import block_stack
-from stvit.models.controls import AllTokens, PooledTokens, RandomTokens
+from stvit.models.controls import RandomTokens
+from stvit.models.reducers import State, build_reducer, match_macs
 from stvit.models.stem import build_stem
 from stvit.models.tokens import SemanticTokenGenerator
-
-TOKENS = ("semantic", "all", "pooled", "random")
 
 
 class SemanticTokenViT(nn.Module):
@@ -40,7 +43,11 @@ class SemanticTokenViT(nn.Module):
         stgm_depth: generation layers; `depth - base_depth - stgm_depth` layers follow on the semantic tokens.
         token_grid: `(height, width)` of the semantic tokens, or one number for a square.
         tokens: what goes on after the base layers: `semantic`; `all` (the full ViT); `pooled` (pooled centres without
-            generation); `random` (as many randomly kept image tokens).
+            generation); `random` (as many randomly kept image tokens). Or a method that reduces tokens all along the
+            full ViT, with the parameters of `all`: `tome`, `evit`, `topk`, `dynamicvit`.
+        token_options: further arguments of that method, e.g. `{"r": 13}` for `tome`; see `stvit.models.reducers`.
+        macs: choose how much the method keeps so that an image of `img_size` costs this many multiply-accumulates
+            (within 1 %), instead of `token_grid` or the method's own argument; not with `semantic` and `all`.
         pool: initial centres: `max`, `avg`, `weighted`, `weighted_offset`, or `none` (global centres only).
         use_global: learned global centres G added in the second generation layer.
         global_in: `query` or `key`, see `SemanticTokenGenerator`.
@@ -48,7 +55,7 @@ class SemanticTokenViT(nn.Module):
         mlp_ratio: hidden width of the MLPs in units of C.
         qkv_bias: bias in query and key/value projections.
         layer_scale: initial value of per-channel scales of residual branches; None for none.
-        class_token: classify a class token instead of the mean; only with `tokens="all"`, which then is DeiT itself.
+        class_token: classify a class token instead of the mean, as DeiT does; not with `tokens="semantic"`.
         stem: `patch` (one projection) or `conv` (3x3 convolutions of stride 2).
         drop_rate: dropout before the classifier, after attention projections and in MLPs.
         attn_drop_rate: dropout on attention weights.
@@ -56,7 +63,7 @@ class SemanticTokenViT(nn.Module):
         norm_eps: epsilon of layer norms.
 
     Raises:
-        ValueError: unknown option or impossible depths.
+        ValueError: unknown option, impossible depths, or a cost that cannot be reached.
     """
 
     def __init__(
@@ -86,6 +93,8 @@ class SemanticTokenViT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-6,
+        token_options: Mapping[str, object] | None = None,
+        macs: float | None = None,
     ) -> None:
         super().__init__()
         if base_depth < 0 or stgm_depth < 1 or base_depth + stgm_depth > depth:
@@ -93,8 +102,11 @@ class SemanticTokenViT(nn.Module):
                 f"base_depth={base_depth} and stgm_depth={stgm_depth} do not fit into depth={depth} layers: "
                 "they must be >= 0 and >= 1 and at most depth together"
             )
-        if class_token and tokens != "all":
-            raise ValueError(f"class_token=True goes with tokens='all' only: tokens={tokens!r} averages its tokens")
+        if class_token and tokens == "semantic":
+            raise ValueError(
+                "class_token=True does not go with tokens='semantic', whose tokens are averaged: choose a method that "
+                "keeps image tokens, or tokens='all'"
+            )
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)
         self.num_classes = num_classes
@@ -117,45 +129,31 @@ class SemanticTokenViT(nn.Module):
             proj_drop=drop_rate,
             norm_eps=norm_eps,
         )
-        layers = dict(depth=stgm_depth, drop_path=rates[base_depth:generated], **block)
         self.base = block_stack(embed_dim, num_heads, rates[:base_depth], **block)
-        if tokens == "semantic":
-            self.reducer = SemanticTokenGenerator(
-                embed_dim,
-                num_heads,
-                grid=self.token_grid,
-                pool=pool,
-                use_global=use_global,
-                global_in=global_in,
-                shortcut=shortcut,
-                **layers,
-            )
-        elif tokens == "all":
-            self.reducer = AllTokens(embed_dim, num_heads, **layers)
-        elif tokens == "pooled":
-            self.reducer = PooledTokens(embed_dim, num_heads, grid=self.token_grid, pool=pool, **layers)
-        elif tokens == "random":
-            self.reducer = RandomTokens(
-                embed_dim, num_heads, num_tokens=self.token_grid[0] * self.token_grid[1], **layers
-            )
-        else:
-            raise ValueError(f"unknown tokens {tokens!r}: use one of {', '.join(TOKENS)}")
+        self.reducer, self.reduction = build_reducer(
+            tokens,
+            embed_dim,
+            num_heads,
+            layers=dict(depth=stgm_depth, drop_path=rates[base_depth:generated], **block),
+            centres=dict(grid=self.token_grid, pool=pool),
+            generation=dict(use_global=use_global, global_in=global_in, shortcut=shortcut),
+            method=dict(depth=depth, class_token=class_token),
+            options=token_options or {},
+        )
         self.tail = block_stack(embed_dim, num_heads, rates[generated:], **block)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
+        if macs is not None:
+            self.match_macs(macs, in_chans)
 
     def init_weights(self) -> None:
         """Linear layers, position, learned tokens: truncated normal of deviation .02; biases 0; the rest as PyTorch."""
         trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    zeros_(module.bias)
+        init_linear(self)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits `(B, num_classes)` of images `(B, in_chans, H, W)`.
@@ -165,16 +163,22 @@ class SemanticTokenViT(nn.Module):
         return self.forward_head(self.forward_features(images, generator))
 
     def forward_features(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Normalised final tokens `(B, S, C)` (`(B, N, C)` with `tokens="all"`).
+        """Normalised final tokens: `(B, S, C)`, or `(B, N, C)` with `tokens="all"`; after a class token, if any.
+
+        Of methods that reduce all along the way it is what they leave, in a form whose plain mean is to be classified:
+        without a class token `tome` gives every image token its merged token back, `(B, N, C)`.
 
         Raises:
             ValueError: a generator was given to a model without random choices.
         """
-        x, hw = self.forward_base(images)
-        if isinstance(self.reducer, RandomTokens):
-            x = self.reducer(x, hw, generator)
-        elif generator is not None:
+        if generator is not None and not isinstance(self.reducer, RandomTokens):
             raise ValueError("generator= is for tokens='random'; this model makes no random choice")
+        if self.reduction is not None:
+            x, state, _ = self._forward_reduced(images)
+            return self.reduction.finish(self.norm(x), state)
+        x, hw = self.forward_base(images)
+        if generator is not None:
+            x = self.reducer(x, hw, generator)
         else:
             x = self._call(self.reducer, x, hw)
         for layer in self.tail:
@@ -184,17 +188,21 @@ class SemanticTokenViT(nn.Module):
     def forward_base(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image tokens after the base layers, `(B, H'*W', C)` in raster order, and their grid `(H', W')`.
 
-        A class token, if there is one, comes first.
+        A class token, if there is one, comes first. Methods that reduce all along the way are not at work here.
         """
+        x, hw = self.forward_stem(images)
+        for layer in self.base:
+            x = self._call(layer, x)
+        return x, hw
+
+    def forward_stem(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Image tokens with their position, `(B, H'*W', C)`, after the class token, if any; and their grid."""
         tokens = self.stem(images)
         hw = (tokens.shape[2], tokens.shape[3])
         x = rearrange(tokens, "b c h w -> b (h w) c")
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x = x + self._position(hw)
-        for layer in self.base:
-            x = self._call(layer, x)
-        return x, hw
+        return x + self._position(hw), hw
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean of the tokens `(B, S, C)` (or the class token), then the classifier unless `pre_logits`."""
@@ -202,16 +210,54 @@ class SemanticTokenViT(nn.Module):
         return x if pre_logits else self.head(self.head_drop(x))
 
     def token_maps(self, images: Tensor) -> Tensor:
-        """Where each semantic token looks: `(B, S, H', W')` on the grid of image tokens, every map sums to 1.
+        """What each remaining token is made of: `(B, S, H', W')` on the grid of image tokens, every map sums to 1.
 
-        The mean attention of the last generation layer on image tokens; enlarge it to the image by interpolation.
+        Of semantic tokens it is where they look: the mean attention of the last generation layer on image tokens. Of
+        tokens that a method kept or merged all along the way, the image tokens in them, evenly. Enlarge it to the image
+        by interpolation.
 
         Raises:
-            ValueError: the model has no semantic tokens.
+            ValueError: nothing is reduced, or by a method that leaves no trace.
         """
+        if self.reduction is not None:
+            x, state, hw = self._forward_reduced(images)
+            return self.reduction.token_maps(x, state, hw)
         if not isinstance(self.reducer, SemanticTokenGenerator):
-            raise ValueError("token maps are the attention of semantic tokens: build the model with tokens='semantic'")
+            raise ValueError(
+                "token maps are the attention of semantic tokens or the members of merged and kept ones: build the "
+                "model with tokens='semantic' or a method such as 'tome'"
+            )
         return self.reducer.token_maps(*self.forward_base(images))
+
+    def auxiliary_losses(self, teacher_tokens: Tensor | None = None, token_weight: float = 0.5) -> dict[str, Tensor]:
+        """Loss terms of the last training pass besides the classifier's, by name (only `dynamicvit` has any).
+
+        They are handed out once: call it after every training pass.
+
+        Args:
+            teacher_tokens: what `forward_features` of the full ViT gives for the same images, for terms that follow it.
+            token_weight: weight of these terms.
+        """
+        return {} if self.reduction is None else self.reduction.auxiliary_losses(teacher_tokens, token_weight)
+
+    def match_macs(self, macs: float, in_chans: int = 3) -> None:
+        """Choose how much the method keeps so that an image of `img_size` costs `macs` multiply-accumulates.
+
+        Raises:
+            ValueError: the method has nothing to choose, or no choice comes within 1 %.
+        """
+        method = self.reducer if self.reduction is None else self.reduction
+        if not hasattr(method, "set_rate"):
+            raise ValueError(
+                f"macs={macs:.4g}: {type(method).__name__} has no rate to choose"
+                + (": choose token_grid" if isinstance(method, SemanticTokenGenerator) else "")
+            )
+
+        def set_rate(model: SemanticTokenViT, rate: object) -> None:
+            (model.reducer if model.reduction is None else model.reduction).set_rate(rate)
+
+        rates = method.rates(self.grid[0] * self.grid[1])
+        match_macs(self, macs, self.img_size, rates=rates, set_rate=set_rate, in_chans=in_chans)
 
     def get_classifier(self) -> nn.Module:
         """The final linear layer (identity when there are no classes)."""
@@ -242,7 +288,12 @@ class SemanticTokenViT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Parameter groups from stem to tail for timm's layer-wise tools, one per layer unless `coarse`."""
         if coarse:
-            return dict(stem=r"^stem|^pos_embed|^cls_token", base=r"^base", generation=r"^reducer", tail=r"^tail|^norm")
+            return dict(
+                stem=r"^stem|^pos_embed|^cls_token",
+                base=r"^base",
+                generation=r"^reducer\.",
+                tail=r"^tail|^norm|^reduction\.",
+            )
         return dict(
             stem=r"^stem|^pos_embed|^cls_token",
             base=r"^base\.(\d+)",
@@ -250,7 +301,7 @@ class SemanticTokenViT(nn.Module):
             generation=[(r"^reducer\.layers\.(\d+)", None), (r"^reducer\.", (0,))],
             tail=r"^tail\.(\d+)",
             # 99999 is timm's mark for "same group as the one before".
-            norm=[(r"^norm", (99999,))],
+            norm=[(r"^norm|^reduction\.", (99999,))],
         )
 
     @torch.jit.ignore
@@ -258,7 +309,15 @@ class SemanticTokenViT(nn.Module):
         """Recompute layers in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
-    def _call(self, module: nn.Module, *inputs: object) -> Tensor:
+    def _forward_reduced(self, images: Tensor) -> tuple[Tensor, State, tuple[int, int]]:
+        """Tokens before the final norm, what the method knows about them, and the grid that they came from."""
+        x, hw = self.forward_stem(images)
+        state = self.reduction.begin(x)
+        for index, layer in enumerate([*self.base, *self.reducer.layers, *self.tail]):
+            x, state = self._call(self.reduction.layer, index, layer, x, state)
+        return x, state, hw
+
+    def _call(self, module: Callable[..., Any], *inputs: object) -> Any:
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
@@ -268,6 +327,15 @@ class SemanticTokenViT(nn.Module):
             return self.pos_embed
         prefix = int(self.cls_token is not None)
         return resample_abs_pos_embed(self.pos_embed, list(hw), list(self.grid), num_prefix_tokens=prefix)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear layers inside `module`: weights from a truncated normal of deviation .02, biases 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                zeros_(part.bias)
 
 
 def stvit_deit_tiny(**options: object) -> SemanticTokenViT:
