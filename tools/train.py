@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import hydra
@@ -45,11 +46,22 @@ def _list(argv: list[str]) -> None:
         print(f"{name:<{width}}  {purpose}")
 
 
+def _complete_experiment(argv: list[str]) -> bool:
+    """Answers the shell for a word that begins with ``experiment=``: Hydra completes no names with a slash."""
+    word = os.environ.get("COMP_LINE", "").rpartition(" ")[2]
+    if not word.startswith("experiment=") or not any(a.startswith("query=") for a in argv):
+        return False
+    print(" ".join(w for w in (f"experiment={name}" for name in experiments(_config_dir(argv))) if w.startswith(word)))
+    return True
+
+
 def main() -> None:
     """Hydra's command line, with ``--list`` and the nearest existing names behind Hydra's error messages."""
     argv = sys.argv[1:]
     if "--list" in argv:
         _list(argv)
+        return
+    if _complete_experiment(argv):
         return
     try:
         train()
