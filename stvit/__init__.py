@@ -27,6 +27,8 @@ _EXPORTS = {
     "ClassificationTrainer": "stvit.trainer",
     "Digits": "stvit.data",
     "GlyphField": "stvit.data",
+    "DistillationTrainer": "stvit.distillation",
+    "sparsify": "stvit.token_reduction",
     "token_picture": "stvit.visualize",
 }
 

@@ -96,7 +96,7 @@ def from_deit(state: Mapping[str, Tensor], model: SemanticTokenViT, *, load_head
     if "pos_embed" in ours:
         ours["pos_embed"] = _fit_position(ours["pos_embed"], model)
     own = model.state_dict()
-    fresh = re.compile(r"reducer\.(pool\.|global_centres$)" + ("" if load_head else r"|head\."))
+    fresh = re.compile(r"reducer\.(pool\.|global_centres$)|reduction\." + ("" if load_head else r"|head\."))
     if not load_head:
         ours = {name: value for name, value in ours.items() if not name.startswith("head.")}
     ours |= {name: value for name, value in own.items() if fresh.match(name) and name not in ours}

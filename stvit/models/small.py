@@ -7,6 +7,7 @@ Everything about semantic tokens is inherited. What differs serves short trainin
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,8 @@ class SmallSemanticTokenViT(SemanticTokenViT):
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         drop_path_rate: float = 0.0,
+        token_options: Mapping[str, object] | None = None,
+        macs: float | None = None,
     ) -> None:
         super().__init__(
             img_size,
@@ -104,8 +107,11 @@ class SmallSemanticTokenViT(SemanticTokenViT):
             layer_scale=layer_scale,
             stem="conv",
             drop_path_rate=drop_path_rate,
+            token_options=token_options,
         )
         self.stem = OverlappingStem(patch_size, in_chans, embed_dim)
+        if macs is not None:
+            self.match_macs(macs, in_chans)
 
     def init_weights(self) -> None:
         """As `SemanticTokenViT`, with the deviations named above; the classifier keeps 0.02."""

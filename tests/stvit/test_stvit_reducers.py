@@ -16,7 +16,7 @@ from stvit.models.reducers import REDUCERS, DynamicViT, EViT, ToMe, TopK, count_
 from stvit.models.reducers.dynamicvit import keep_mask, keep_ratio_loss, kept_token_loss
 from stvit.models.reducers.layerwise import State
 from stvit.models.reducers.tome import bipartite_places, merge_schedule, merge_tokens
-from stvit.sparsify import sparsify
+from stvit.token_reduction import sparsify
 
 TINY = dict(img_size=32, patch_size=4, num_classes=5, embed_dim=32, depth=4, num_heads=2, base_depth=1, token_grid=3)
 METHODS = {
