@@ -54,7 +54,7 @@ class OverlappingStem(nn.Module):
 class SmallSemanticTokenViT(SemanticTokenViT):
     """`SemanticTokenViT` for small images, few channels and short training from scratch.
 
-    - The stem is an `OverlappingStem`.
+    - The stem is an `OverlappingStem`, or with `stem="patch"` the plain projection of patches.
     - Linear layers start with deviation `fan_in ** -0.5`, the position embedding with 0.5. The paper's 0.02 for both is
       near that at 384 channels or more; at 64 it leaves attention uniform and positions unseen for most of a short
       training.
@@ -83,10 +83,13 @@ class SmallSemanticTokenViT(SemanticTokenViT):
         shortcut: bool = True,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
+        stem: str = "overlapping",
         drop_path_rate: float = 0.0,
         token_options: Mapping[str, object] | None = None,
         macs: float | None = None,
     ) -> None:
+        if stem not in ("overlapping", "patch"):
+            raise ValueError(f"unknown stem {stem!r}: use 'overlapping' or 'patch'")
         super().__init__(
             img_size,
             patch_size,
@@ -105,11 +108,12 @@ class SmallSemanticTokenViT(SemanticTokenViT):
             shortcut=shortcut,
             mlp_ratio=mlp_ratio,
             layer_scale=layer_scale,
-            stem="conv",
+            stem="patch",
             drop_path_rate=drop_path_rate,
             token_options=token_options,
         )
-        self.stem = OverlappingStem(patch_size, in_chans, embed_dim)
+        if stem == "overlapping":
+            self.stem = OverlappingStem(patch_size, in_chans, embed_dim)
         if macs is not None:
             self.match_macs(macs, in_chans)
 
