@@ -131,9 +131,18 @@ class Attention(nn.Module):
 
         `grid` is the raster of the tokens, where relative positions are learned and it differs from their window.
         """
+        return self.join(self.mix(q, k, v, mask, grid))
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The first half of `attend`: values mixed by attention, `(B, heads, N, d)`."""
         drop = self.attn_drop if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._with_bias(q, mask, grid), dropout_p=drop)
-        return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._with_bias(q, mask, grid), dropout_p=drop)
+
+    def join(self, mixed: Tensor) -> Tensor:
+        """The second half of `attend`: heads joined and projected, `(B, N, C)`."""
+        return self.proj_drop(self.proj(rearrange(mixed, "b h n d -> b n (h d)")))
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention probabilities `(B, heads, N, M)` in float32 of projected queries and keys, for looking at them."""

@@ -46,8 +46,12 @@ class KeyWindows:
 
     def starts(self, count: int, keys: int, device: torch.device) -> Tensor:
         """First key `(count,)` of every window along an axis with `keys` keys; may be negative."""
-        start = torch.arange(count, device=device) * self.stride - self.before
-        return start.clamp(0, max(keys - self.size, 0)) if self.inside else start
+        return torch.tensor([self.start(i, keys) for i in range(count)], device=device)
+
+    def start(self, index: int, keys: int) -> int:
+        """First key of window `index` along an axis with `keys` keys; may be negative."""
+        start = index * self.stride - self.before
+        return min(max(start, 0), max(keys - self.size, 0)) if self.inside else start
 
     def within(self, count: int, keys: int, device: torch.device) -> Tensor:
         """Boolean `(count, keys)`: which keys of an axis lie in the window."""
@@ -143,6 +147,25 @@ class WindowKeys:
             axes.append(inside & (torch.arange(keys, device=device) < valid))
         return _outer(*axes), None
 
+    def bands(self) -> list[Band]:
+        """The rows of windows, one after the other."""
+        side = self.windows.queries
+        last = self.key_grid[0] if self.released is not None else self.valid[0]
+        bands = []
+        for index in range(self.count[0]):
+            start = self.windows.start(index, self.key_grid[0])
+            queries = (index * side, min((index + 1) * side, self.grid[0]))
+            bands.append(Band(queries, (max(start, 0), min(start + self.windows.size, last))))
+        return bands
+
+
+@dataclass(frozen=True)
+class Band:
+    """A row of windows: `[first, stop)` rows of queries and the rows of keys that any of them sees."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
 
 def dense_mask(keys: WindowKeys, *, device: torch.device) -> Tensor:
     """Mask `(H*W, M)` of one attention of all queries on all keys.
@@ -151,17 +174,28 @@ def dense_mask(keys: WindowKeys, *, device: torch.device) -> Tensor:
     Boolean, or with padding additive: a key that stands for n equal ones has `log n`.
     """
     visible, zeros = keys.visible(device)
-    window = [torch.arange(size, device=device) // keys.windows.queries for size in keys.grid]
-    per_query = rearrange(visible[window[0]][:, window[1]], "h w hk wk -> (h w) (hk wk)")
+    return _per_query(keys, visible, zeros, Band((0, keys.grid[0]), (0, keys.key_grid[0])))
+
+
+def band_masks(keys: WindowKeys, *, device: torch.device) -> tuple[Tensor, ...]:
+    """`dense_mask` of every band by itself: its queries on its rows of keys."""
+    visible, zeros = keys.visible(device)
+    return tuple(_per_query(keys, visible, zeros, band) for band in keys.bands())
+
+
+def _per_query(keys: WindowKeys, visible: Tensor, zeros: Tensor | None, band: Band) -> Tensor:
+    rows = torch.arange(*band.queries, device=visible.device)
+    columns = torch.arange(keys.grid[1], device=visible.device)
+    window = (rows // keys.windows.queries, columns // keys.windows.queries)
+    seen = visible[window[0]][:, window[1], slice(*band.keys)]
+    mask = rearrange(seen, "h w hk wk -> (h w) (hk wk)")
     if keys.own is not None:
         same = [a[:, None] == a for a in window]
-        real = [torch.arange(size, device=device) < n for size, n in zip(keys.grid, keys.own, strict=True)]
-        own = rearrange(_outer(same[0] & real[0], same[1] & real[1]), "h w hk wk -> (h w) (hk wk)")
-        per_query = torch.cat([own, per_query], dim=1)
+        own = _outer(same[0] & (rows < keys.own[0]), same[1] & (columns < keys.own[1]))
+        mask = torch.cat([rearrange(own, "h w hk wk -> (h w) (hk wk)"), mask], dim=1)
     if zeros is None:
-        return per_query
-    extra = zeros.float().log()[window[0]][:, window[1]].reshape(-1, 1)
-    return torch.cat([_additive(per_query), extra], dim=1)
+        return mask
+    return torch.cat([_additive(mask), zeros.float().log()[window[0]][:, window[1]].reshape(-1, 1)], dim=1)
 
 
 def gather_index(keys: WindowKeys, *, device: torch.device) -> tuple[Tensor, Tensor]:

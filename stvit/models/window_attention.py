@@ -14,10 +14,10 @@ from torch import Tensor
 
 from stvit.models.attention import Attention
 from stvit.models.derived import derived
-from stvit.models.key_windows import WindowKeys, dense_mask, gather_index
+from stvit.models.key_windows import WindowKeys, band_masks, dense_mask, gather_index
 from stvit.models.windows import into_windows, out_of_windows
 
-METHODS = ("auto", "gather", "masked", "per_window")
+METHODS = ("auto", "banded", "gather", "masked", "per_window")
 
 
 def window_attention(
@@ -39,9 +39,15 @@ def window_attention(
         keys: which keys are seen by which queries.
         own: `(B, H*W, C)` on the grid of the queries, further keys of their own window; goes with `keys.own`.
         padding: `(C,)`, what normalisation makes of padding; needed where padding is attended (`keys.released`).
-        method: `gather` cuts key windows from the projected keys; `masked` is one dense attention with a mask; `auto`
-            takes the dense one where gathering would not shrink the work to less than half. `per_window` projects the
-            keys of every window anew, as the release does: many times the cost, for comparison. All give the same.
+        method: one of `METHODS`; all give the same.
+
+            - `masked`: one dense attention with a mask;
+            - `banded`: one such attention for every row of windows, on the rows of keys that it sees. Keys are views of
+              the projected map, nothing is copied;
+            - `gather`: key windows are cut from the projected keys: the fewest products, but copies;
+            - `per_window`: the keys of every window are projected anew, as the release does: many times the cost, for
+              comparison;
+            - `auto`: `masked` on small maps, else `gather` on CUDA and `banded` elsewhere.
 
     Returns:
         `(B, H*W, C)`.
@@ -52,12 +58,14 @@ def window_attention(
     if method not in METHODS:
         raise ValueError(f"unknown window attention method {method!r}: use one of {', '.join(METHODS)}")
     if method == "auto":
-        method = "gather" if 2 * keys.windows.size**2 < keys.key_grid[0] * keys.key_grid[1] else "masked"
+        method = choose(keys, x.device.type)
     sources = [y] if own is None else [own, y]
     if keys.released is not None:
         sources.append(padding.expand(x.shape[0], 1, -1))
     if method == "masked":
         return attn.attend(attn.queries(x), *attn.keys_values(*sources), mask=derived(dense_mask, x, keys))
+    if method == "banded":
+        return _banded(attn, x, sources, keys)
 
     index, mask = derived(gather_index, x, keys)
     if method == "gather":
@@ -70,8 +78,32 @@ def window_attention(
     return out_of_windows(out, keys.grid, keys.windows.queries)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def choose(keys: WindowKeys, device: str) -> str:
+    """The method that `auto` stands for."""
+    size, rows, columns = keys.windows.size, *keys.key_grid
+    if device == "cuda":  # launches cost more than copies
+        return "gather" if 2 * size**2 < rows * columns else "masked"
+    return "banded" if keys.count[0] > 2 else "masked"
+
+
+def _banded(attn: Attention, x: Tensor, sources: list[Tensor], keys: WindowKeys) -> Tensor:
+    q = attn.queries(x)
+    pairs = [attn.keys_values(source) for source in sources]
+    masks = derived(band_masks, x, keys)
+    width, key_width = keys.grid[1], keys.key_grid[1]
+    outs = []
+    for band, mask in zip(keys.bands(), masks, strict=True):
+        queries = slice(band.queries[0] * width, band.queries[1] * width)
+        rows = [slice(band.keys[0] * key_width, band.keys[1] * key_width)]
+        rows = [queries, *rows] if keys.own is not None else rows
+        rows += [slice(None)] * (len(sources) - len(rows))
+        k, v = (_joined([pair[i][:, :, r] for pair, r in zip(pairs, rows, strict=True)], dim=2) for i in (0, 1))
+        outs.append(attn.mix(q[:, :, queries], k, v, mask))
+    return attn.join(torch.cat(outs, dim=2))
+
+
+def _joined(parts: list[Tensor], dim: int = 1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _cut(x: Tensor, index: Tensor) -> Tensor:
