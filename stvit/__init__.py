@@ -29,6 +29,15 @@ _EXPORTS = {
     "GlyphField": "stvit.data",
     "DistillationTrainer": "stvit.distillation",
     "sparsify": "stvit.token_reduction",
+    "VideoSwin": "stvit.models.video_swin",
+    "STViTVideoSwin": "stvit.models.stvit_video",
+    "ClipTokenGenerator": "stvit.models.clip_tokens",
+    "VideoClassificationTrainer": "stvit.video",
+    "MovingGlyphs": "stvit.moving_glyphs",
+    "ClipTrainTransform": "stvit.clips",
+    "ClipEvalTransform": "stvit.clips",
+    "ClipViews": "stvit.clips",
+    "MultiViewVideos": "stvit.clips",
     "token_picture": "stvit.visualize",
 }
 

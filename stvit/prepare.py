@@ -13,7 +13,10 @@ from core.errors import ConfigError
 from core.prepare import preparer
 from core.progress import Progress
 from stvit.data import GLYPHS
+from stvit.prepare_clips import moving_glyphs
 from stvit.scenes import Glyph, render_scene
+
+__all__ = ["glyph_coco", "moving_glyphs"]
 
 # Streams of random numbers, apart from those of stvit.data.GlyphField.
 _STREAMS = {"train": 1000, "val": 1001}

@@ -11,7 +11,7 @@ tokens are generated per frame; code and structure were not released. What is bu
 
 As in Video Swin, every second layer has its windows shifted by half in time. s and the base depths are chosen among the
 settings that fit the paper's image models, by multiply-accumulates at 32x224x224: s = 3 with base depths 3 (T) and 11
-(S) gives -27.4 and -27.6 %; s = 4 with 2 and 9 gives -26.2 and -27.3 %.
+(S) gives -27.4 and -27.5 %; s = 4 with 2 and 9 gives -26.1 and -27.3 %.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from stvit.models.video_swin import (
     ClipStage,
     check_size,
     clip_sizes,
+    grid_after,
     merge_slices,
     shifted_blocks,
     stage_plan,
@@ -286,10 +287,8 @@ class STViTVideoSwin(ClipClassifier):
 
     def token_grid(self, clip_size: Size | None = None) -> Size:
         """Slices, rows and columns of the semantic tokens of a clip of `(frames, rows, columns)`."""
-        frames, height, width = self.stem.grid(clip_size or self.clip_size)
-        for _ in self.stages[:-2]:
-            height, width = -(-height // 2), -(-width // 2)
-        return frames, *self.stages[-2].generator.token_grid((height, width))
+        frames, *hw = grid_after(self.stem.grid(clip_size or self.clip_size), len(self.stages) - 2)
+        return frames, *self.stages[-2].generator.token_grid(tuple(hw))
 
 
 def default_base_depth(depth: int) -> int:

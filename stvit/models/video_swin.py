@@ -273,6 +273,19 @@ class VideoSwin(ClipClassifier):
         )
 
 
+    def token_grid(self, clip_size: Size | None = None) -> Size:
+        """Slices, rows and columns of the tokens in the last stage but one, of a clip of `(frames, rows, columns)`."""
+        return grid_after(self.stem.grid(clip_size or self.clip_size), len(self.stages) - 2)
+
+
+def grid_after(grid: Size, mergings: int) -> Size:
+    """A token grid after as many patch mergings."""
+    frames, height, width = grid
+    for _ in range(mergings):
+        height, width = -(-height // 2), -(-width // 2)
+    return frames, height, width
+
+
 def clip_sizes(
     arch: str | None, embed_dim: int, depths: Sequence[int], num_heads: Sequence[int]
 ) -> tuple[int, Sequence[int], Sequence[int]]:
