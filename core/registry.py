@@ -77,6 +77,9 @@ _READ_AROUND: dict[str, frozenset[str]] = {
     "OptimWrapper": frozenset({"paramwise", "paramwise_cfg", "constructor", "params"}),
     "_ParamScheduler": frozenset({"convert_to_iter_based"}),
     "Visualizer": frozenset({"name", "save_dir"}),
+    "_NormBase": frozenset({"requires_grad"}),
+    "GroupNorm": frozenset({"requires_grad"}),
+    "LayerNorm": frozenset({"requires_grad"}),
 }
 
 

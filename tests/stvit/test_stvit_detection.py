@@ -1,0 +1,270 @@
+"""STViT in mmdet's detectors: the paper's configs, data in COCO's format, a run, the backbone in mmdet's own runner."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coding
+from pycocotools.coco import COCO
+
+from core.config import compose
+from core.errors import ConfigError
+from core.inference import infer
+from core.launch import build_trainer, find_checkpoint, run
+from core.prepare import run_task
+from core.profile import count_macs
+from core.weights import model_state
+from stvit.checkpoint import CheckpointMismatch, revert
+from stvit.data import GLYPHS
+from stvit.models import STViTRSwin
+from stvit.openmmlab import STViTRSwinBackbone
+from stvit.scenes import render_scene
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = dict(embed_dim=8, depths=(1, 1, 6, 1), num_heads=(1, 1, 2, 2), window_size=4, per_window=2)
+
+
+# ---------------------------------------------------------------------- data
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small data set as the preparation task writes it."""
+    root = tmp_path_factory.mktemp("glyphs") / "coco"
+    run_task("stvit", "glyph_coco", [f"root={root}", "train=8", "val=3", "size=64", "most=4"])
+    return root
+
+
+def test_the_files_are_coco(data):
+    coco = COCO(str(data / "annotations" / "instances_train2017.json"))
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(GLYPHS)
+    assert len(coco.imgs) == 8 and len(coco.anns) >= 8
+    for entry in coco.imgs.values():
+        with Image.open(data / "train2017" / entry["file_name"]) as picture:
+            assert picture.size == (entry["width"], entry["height"]) == (64, 64) and picture.mode == "RGB"
+    for annotation in coco.anns.values():
+        mask = coco.annToMask(annotation)
+        x, y, w, h = annotation["bbox"]
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        assert (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == (x, y, x + w, y + h)
+        assert annotation["area"] == mask.sum() == coding.area(annotation["segmentation"])
+
+
+def test_the_same_seed_gives_the_same_files_and_what_is_there_stays(data, tmp_path):
+    words = [f"root={tmp_path}", "train=8", "val=3", "size=64", "most=4"]
+    run_task("stvit", "glyph_coco", words)
+    for file in sorted(p for p in data.rglob("*") if p.is_file()):
+        assert file.read_bytes() == (tmp_path / file.relative_to(data)).read_bytes()
+    picture = tmp_path / "train2017" / "000000000001.png"
+    stamp = picture.stat().st_mtime_ns
+    assert run_task("stvit", "glyph_coco", words).count("already there") == 2
+    assert picture.stat().st_mtime_ns == stamp
+    picture.unlink()
+    run_task("stvit", "glyph_coco", words)
+    assert picture.read_bytes() == (data / "train2017" / picture.name).read_bytes()
+    run_task("stvit", "glyph_coco", [*words, "seed=1"])
+    assert picture.read_bytes() != (data / "train2017" / picture.name).read_bytes()
+
+
+def test_another_data_set_is_not_overwritten(tmp_path):
+    theirs = tmp_path / "annotations" / "instances_train2017.json"
+    theirs.parent.mkdir()
+    theirs.write_text(json.dumps({"info": {"description": "COCO 2017 Dataset"}, "images": []}))
+    with pytest.raises(ConfigError, match="another data set"):
+        run_task("stvit", "glyph_coco", [f"root={tmp_path}", "train=1", "val=1"])
+    with pytest.raises(ConfigError, match="at least"):
+        run_task("stvit", "glyph_coco", [f"root={tmp_path / 'new'}", "train=0"])
+
+
+def test_objects_hide_each_other_but_never_wholly():
+    hidden = []
+    for number in range(60):
+        pixels, glyphs = render_scene(np.random.default_rng(number), 64, glyphs=(3, 6))
+        assert pixels.dtype == np.uint8 and pixels.shape == (64, 64, 3)
+        covered = np.zeros((64, 64), int)
+        for glyph in glyphs:
+            covered += glyph.mask
+            assert glyph.mask.any() and glyph.hidden <= 0.6
+            hidden.append(glyph.hidden)
+        assert covered.max() == 1  # a pixel belongs to one object
+        assert not any(glyph.mask[[0, -1]].any() or glyph.mask[:, [0, -1]].any() for glyph in glyphs)
+    assert 0.1 < np.mean([h > 0.05 for h in hidden]) < 0.9
+
+
+# ---------------------------------------------------------------------- the paper's configs
+@pytest.mark.parametrize(
+    ("name", "parameters", "reduction"),
+    [("small", 48_857_862, (0.305, 0.33)), ("base", 86_789_128, (0.319, 0.34))],
+)
+def test_the_backbones_of_table_5(name, parameters, reduction):
+    costs = {}
+    for kind in ("r_swin", "swin"):
+        detector = build_trainer(compose([f"experiment=stvit/coco_cascade_mask_rcnn_{kind}_{name}_3x"]), "meta")
+        backbone = detector.inference_network()
+        (images,) = detector.example_inputs(1, "meta")
+        assert images.shape == (1, 3, 800, 1280)
+        costs[kind] = count_macs(backbone, (images,)).total
+        if kind == "r_swin":
+            assert sum(p.numel() for p in backbone.parameters()) == parameters
+    assert costs["swin"] == pytest.approx({"small": 187.60e9, "base": 331.06e9}[name], rel=1e-4)
+    assert reduction[0] <= 1 - costs["r_swin"] / costs["swin"] <= reduction[1]
+
+
+def test_the_recipe_of_section_4():
+    cfg = compose(["experiment=stvit/coco_cascade_mask_rcnn_r_swin_small_3x"])
+    heads = cfg.model.roi_head.bbox_head
+    assert [list(h.bbox_coder.target_stds) for h in heads] == [
+        [0.1, 0.1, 0.2, 0.2],
+        [0.05, 0.05, 0.1, 0.1],
+        [0.033, 0.033, 0.067, 0.067],
+    ]
+    assert all(h.loss_bbox.type == "mmdet.GIoULoss" and h.loss_bbox.loss_weight == 10 for h in heads)
+    assert all((h.num_shared_convs, h.num_shared_fcs, h.norm_cfg.type) == (4, 1, "SyncBN") for h in heads)
+    assert [r.assigner.pos_iou_thr for r in cfg.model.train_cfg.rcnn] == [0.5, 0.6, 0.7]
+    assert list(cfg.model.roi_head.stage_loss_weights) == [1, 0.5, 0.25]
+    assert cfg.train_cfg.max_epochs == 36 and list(cfg.param_scheduler.milestones) == ["27 epochs", "33 epochs"]
+    assert cfg.optim_wrapper.optimizer.lr == 1e-4 and cfg.model.backbone.drop_path_rate == 0.2
+    base = compose(["experiment=stvit/coco_cascade_mask_rcnn_r_swin_base_3x"])
+    assert base.model.backbone.drop_path_rate == 0.3 and list(base.model.neck.in_channels) == [128, 256, 512, 1024]
+    assert base.model.backbone.type == cfg.model.backbone.type != "stvit.models.SwinTransformer"
+
+
+# ---------------------------------------------------------------------- a run
+SMALL = [
+    "runtime=cpu",
+    "model.backbone.embed_dim=8",
+    "model.backbone.num_heads=[1,1,2,2]",
+    "model.neck.in_channels=[8,16,32,64]",
+    "train_dataloader.batch_size=2",
+    "param_scheduler.warmup=0",
+    "log_every=1",
+]
+
+
+def glyph_cfg(data, *overrides):
+    return compose(["experiment=stvit/glyph_coco", f"train_dataloader.dataset.data_root={data}", *SMALL, *overrides])
+
+
+def test_it_trains_evaluates_resumes_and_infers(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = ["train_cfg.max_epochs=null", "+train_cfg.max_steps=2", "checkpoint.every_steps=1", "checkpoint.keep_last=3"]
+    whole = run(glyph_cfg(data, *steps, "run_dir=whole"))
+    assert whole["steps"] == 2 and {"coco/bbox_mAP", "coco/segm_mAP"} <= whole["metrics"].keys()
+    broken = run(glyph_cfg(data, *steps, "run_dir=broken"))
+    (Path(broken["run_dir"]) / "result.json").unlink()
+    find_checkpoint(broken["run_dir"]).unlink()
+    again = run(glyph_cfg(data, *steps, "resume=broken"))
+    assert "step_00000001" in again["resumed_from"] and again["metrics"] == whole["metrics"]
+    first, second = (model_state(find_checkpoint(r["run_dir"])) for r in (whole, again))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any("generator" in k for k in first) and any("recovery" in k for k in first)
+
+    options = SimpleNamespace(
+        checkpoint="whole", input=str(data / "val2017"), output="shown", device="cpu", config_dir=None
+    )
+    records = infer(["experiment=stvit/glyph_coco", f"train_dataloader.dataset.data_root={data}", *SMALL], options)
+    assert len(records) == 3
+    for record in records:
+        assert all(found["category"] in GLYPHS for found in record["detections"])
+        assert Path(record["pictures"]["detections"]).is_file()
+
+
+def test_semantic_layers_learn_through_the_detector(data):
+    detector = build_trainer(glyph_cfg(data, "model.backbone.img_size=64"))
+    total, _ = detector.parse_losses(detector.losses(detector.example_batch(1, "cpu")))
+    total.backward()
+    backbone = detector.network.backbone
+    for part in (
+        "generator.layers.0.attn.q",
+        "generator.layers.1.attn.kv",
+        "semantic.0.mlp.fc1",
+        "recovery.layer.attn.q",
+    ):
+        gradient = backbone.get_parameter(f"stages.2.units.0.{part}.weight").grad
+        assert gradient is not None and gradient.abs().sum() > 0
+
+
+# ---------------------------------------------------------------------- in OpenMMLab's own hands
+MMDET_CONFIG = """
+custom_imports = dict(imports=['core.mmcv_ops', 'stvit.openmmlab'])
+default_scope = 'mmdet'
+model = dict(
+    type='RetinaNet',
+    data_preprocessor=dict(type='DetDataPreprocessor', mean=[93] * 3, std=[40] * 3, pad_size_divisor=32),
+    backbone=dict(type='vitrine.STViTRSwin', embed_dim=8, depths=(1, 1, 6, 1), num_heads=(1, 1, 2, 2), window_size=4,
+                  per_window=2, frozen_stages=1, init_cfg=dict(type='Pretrained', checkpoint='{weights}')),
+    neck=dict(type='FPN', in_channels=[8, 16, 32, 64], out_channels=16, num_outs=4),
+    bbox_head=dict(type='RetinaHead', num_classes=8, in_channels=16, stacked_convs=1, feat_channels=16,
+                   anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[1.0], strides=[4, 8, 16, 32]),
+                   loss_cls=dict(type='FocalLoss', use_sigmoid=True)),
+    train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0),
+                   sampler=dict(type='PseudoSampler'), allowed_border=-1, pos_weight=-1),
+    test_cfg=dict(nms_pre=100, min_bbox_size=0, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=10))
+classes = dict(classes=('disc', 'ring', 'square', 'frame', 'triangle', 'plus', 'saltire', 'bar'))
+train_dataloader = dict(
+    batch_size=2, sampler=dict(type='DefaultSampler'),
+    dataset=dict(type='CocoDataset', metainfo=classes, data_root='{data}', data_prefix=dict(img='train2017/'),
+                 ann_file='annotations/instances_train2017.json',
+                 pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+                           dict(type='PackDetInputs')]))
+val_dataloader = dict(
+    batch_size=1, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='CocoDataset', metainfo=classes, data_root='{data}', data_prefix=dict(img='val2017/'),
+                 ann_file='annotations/instances_val2017.json', test_mode=True,
+                 pipeline=[dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64)),
+                           dict(type='PackDetInputs', meta_keys=('img_id', 'ori_shape', 'img_shape', 'scale_factor'))]))
+val_evaluator = dict(type='CocoMetric', ann_file='{data}/annotations/instances_val2017.json', metric='bbox')
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
+val_cfg = dict()
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3))
+"""
+
+
+def test_the_backbone_works_in_mmdets_own_runner(data, tmp_path):
+    torch.manual_seed(3)
+    classifier = STViTRSwin(num_classes=5, **TINY)
+    weights = tmp_path / "released.pth"
+    torch.save({"model": revert(classifier.state_dict(), layout="official"), "epoch": 300}, weights)
+    (tmp_path / "config.py").write_text(MMDET_CONFIG.replace("{data}", str(data)).replace("{weights}", str(weights)))
+    code = (
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "from mmengine.config import Config\n"
+        "from mmengine.runner import Runner\n"
+        "cfg = Config.fromfile('config.py')\n"
+        "cfg.work_dir = 'work'\n"
+        "runner = Runner.from_cfg(cfg)\n"
+        "runner.train()\n"
+        "backbone = runner.model.train().backbone\n"
+        "assert not backbone.stem.training and backbone.stages[2].training\n"
+        "torch.save(backbone.state_dict(), 'after.pth')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "bbox_mAP" in done.stdout + done.stderr
+    after = torch.load(tmp_path / "after.pth", weights_only=True)
+    before = classifier.state_dict()
+    frozen = "stages.0.blocks.0.attn.qkv.weight"
+    assert torch.equal(after[frozen], before[frozen])  # loaded from the released layout, and frozen
+    trained = "stages.2.units.0.recovery.layer.attn.q.weight"
+    assert not torch.equal(after[trained], before[trained])
+    torch.testing.assert_close(
+        after[trained], before[trained], atol=0.01, rtol=0
+    )  # two steps away from what was loaded
+
+
+def test_init_cfg_that_cannot_be_meant_or_does_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="Pretrained"):
+        STViTRSwinBackbone(**TINY, init_cfg=dict(type="Xavier"))
+    torch.save({"model": STViTRSwin(num_classes=5, **{**TINY, "embed_dim": 16}).state_dict()}, tmp_path / "other.pth")
+    backbone = STViTRSwinBackbone(**TINY, init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "other.pth")))
+    with pytest.raises(CheckpointMismatch):
+        backbone.init_weights()
+    plain = STViTRSwinBackbone(**TINY)
+    before = {k: v.clone() for k, v in plain.state_dict().items()}
+    plain.init_weights()
+    assert all(torch.equal(v, before[k]) for k, v in plain.state_dict().items())
