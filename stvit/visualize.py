@@ -131,7 +131,9 @@ def _regions(rgb: Tensor, maps: Tensor, colours: np.ndarray) -> np.ndarray:
     """The image in grey, tinted with the colour of the token that looks most at each position: `(B, H, W, 3)`."""
     owner, total = assignment(maps)
     tint = torch.from_numpy(colours).float()[owner]
-    strength = (total / total.amax(dim=(1, 2), keepdim=True)).sqrt()[..., None]
+    # A quantile, not the maximum: all tokens often share one peak, beside which everything else would be black.
+    ceiling = total.flatten(1).quantile(0.9, dim=1)[:, None, None].clamp_min(1e-6)
+    strength = (total / ceiling).clamp(max=1).sqrt()[..., None]
     grey = rgb.mean(dim=1)[..., None]
     return ((0.35 + 0.65 * grey) * tint * strength + grey * (1 - strength) * 0.6).clamp(0, 1).numpy()
 
