@@ -2,13 +2,16 @@
 
     from stvit import SemanticTokenViT, stvit_deit_small
 
-Names are loaded when they are first used: the networks alone need neither the engine nor data.
+Names are loaded when they are first used: the networks alone need neither the engine nor data. The models are known to
+timm (`timm.create_model("stvit_deit_small_patch16_224")`) and OpenMMLab (`type="vitrine.STViTRSwin"`).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from stvit.registration import register_models
 
 # Exported name -> module that defines it.
 _EXPORTS = {
@@ -18,9 +21,18 @@ _EXPORTS = {
     "WindowTokenGenerator": "stvit.models",
     "TokenRecovery": "stvit.models",
     "WindowTokenRecovery": "stvit.models",
+    "SwinTransformer": "stvit.models",
+    "STViTSwin": "stvit.models",
+    "STViTRSwin": "stvit.models",
     "stvit_deit_tiny": "stvit.models",
     "stvit_deit_small": "stvit.models",
     "stvit_deit_base": "stvit.models",
+    "stvit_swin_tiny": "stvit.models",
+    "stvit_swin_small": "stvit.models",
+    "stvit_swin_base": "stvit.models",
+    "stvit_r_swin_tiny": "stvit.models",
+    "stvit_r_swin_small": "stvit.models",
+    "stvit_r_swin_base": "stvit.models",
     "classification_loss": "stvit.losses",
     "label_smoothing_cross_entropy": "stvit.losses",
     "soft_target_cross_entropy": "stvit.losses",
@@ -54,3 +66,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS})
+
+
+register_models()

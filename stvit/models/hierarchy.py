@@ -303,6 +303,28 @@ class HierarchicalTransformer(nn.Module):
 
     # ------------------------------------------------------------------ timm's contract
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the maps `indices` of `forward_intermediates` do not need.
+
+        Args:
+            indices: stages; a number takes the last ones.
+            prune_norm: drop the final norm too (it goes with the last stage anyway).
+            prune_head: drop the classifier.
+
+        Returns:
+            The stages kept, counted from the first.
+        """
+        self._needs_classifier("prune_intermediate_layers")
+        take = taken(indices, len(self.stages))
+        if prune_head:
+            self.num_classes, self.head = 0, nn.Identity()
+        if prune_norm or max(take) < len(self.stages) - 1:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: max(take) + 1]
+        return take
+
     def get_classifier(self) -> nn.Module:
         """The final linear layer (identity when there are no classes)."""
         return self.head

@@ -6,7 +6,7 @@ reads the whole image. Its local form for window attention is `WindowTokenGenera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
@@ -102,10 +102,15 @@ class SemanticTokenGenerator(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Semantic tokens `(B, S, C)` of raster tokens `x` `(B, H*W, C)` with `hw = (H, W)`."""
+        *_, tokens = self.steps(x, hw)
+        return tokens
+
+    def steps(self, x: Tensor, hw: tuple[int, int]) -> Iterator[Tensor]:
+        """The semantic tokens `(B, S, C)` after every layer; the last ones are what `forward` returns."""
         tokens = self.centres(x, hw)
         for index, layer in enumerate(self.layers):
             tokens = layer(*self._inputs(index, tokens, x))
-        return tokens
+            yield tokens
 
     def token_maps(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """What each semantic token is made of: `(B, S, H, W)`, float32, every map sums to 1.

@@ -8,7 +8,7 @@ the same, so the full ViT, the controls and the field's other methods are one ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.nn.init import trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
 from stvit.models.block import block_stack
-from stvit.models.controls import RandomTokens
+from stvit.models.controls import AllTokens, RandomTokens
+from stvit.models.hierarchy import taken
 from stvit.models.reducers import State, build_reducer, match_macs
 from stvit.models.stem import build_stem
 from stvit.models.tokens import SemanticTokenGenerator
@@ -184,6 +185,85 @@ class SemanticTokenViT(nn.Module):
         for layer in self.tail:
             x = self._call(layer, x)
         return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
+        """Tokens after layers on the way, as maps (timm's interface).
+
+        Image tokens lie on the grid of patches, semantic tokens on theirs, so maps change size at the first generation
+        layer.
+
+        Args:
+            images: `(B, in_chans, H, W)`.
+            indices: layers, generation and tail layers counted on from the base layers; a number takes the last ones,
+                None all.
+            return_prefix_tokens: return pairs of a map and the class token `(B, 0 or 1, C)`.
+            norm: apply the final norm to each.
+            stop_early: leave out layers after the last one asked for.
+            output_fmt: `NCHW` (maps) or `NLC` (tokens in raster order).
+            intermediates_only: return them alone.
+
+        Returns:
+            The maps, or the final tokens `(B, S, C)` (normalised) and the maps.
+
+        Raises:
+            ValueError: another format; or a method whose tokens lie on no grid.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: maps come as 'NCHW', tokens as 'NLC'")
+        if self.reduction is not None or type(self.reducer) not in (SemanticTokenGenerator, AllTokens):
+            raise ValueError("maps on the way exist with tokens='semantic' and 'all': other methods leave the grid")
+        take = taken(indices, len(self.feature_info))
+        found: dict[int, Any] = {}
+        for index, (x, grid) in enumerate(self._steps(images)):
+            if index in take:
+                tokens = self.norm(x) if norm else x
+                first = tokens.shape[1] - grid[0] * grid[1]
+                prefix, tokens = tokens[:, :first], tokens[:, first:]
+                if output_fmt == "NCHW":
+                    tokens = rearrange(tokens, "b (h w) c -> b c h w", h=grid[0]).contiguous()
+                found[index] = (tokens, prefix) if return_prefix_tokens else tokens
+            if stop_early and index == max(take):
+                break
+        intermediates = [found[index] for index in take]
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    @property
+    def feature_info(self) -> list[dict[str, object]]:
+        """Channels, pixels per token side and module of what `forward_intermediates` gives, by layer."""
+        patch = self.img_size[0] / self.grid[0]
+        semantic = self.img_size[0] / self.token_grid[0] if isinstance(self.reducer, SemanticTokenGenerator) else patch
+        places = [f"base.{i}" for i in range(len(self.base))]
+        places += [f"reducer.layers.{i}" for i in range(len(self.reducer.layers))]
+        places += [f"tail.{i}" for i in range(len(self.tail))]
+        return [
+            dict(num_chs=self.embed_dim, reduction=patch if i < len(self.base) else semantic, module=module)
+            for i, module in enumerate(places)
+        ]
+
+    def _steps(self, images: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Tokens and their grid after every layer; tokens lie on grids only with the methods that do so."""
+        x, hw = self.forward_stem(images)
+        for layer in self.base:
+            x = self._call(layer, x)
+            yield x, hw
+        layers = [*self.reducer.layers, *self.tail]
+        if isinstance(self.reducer, SemanticTokenGenerator):
+            steps = self.reducer.steps(x, hw)
+            hw, layers = self.reducer.grid, self.tail
+            for x in steps:
+                yield x, hw
+        for layer in layers:
+            x = self._call(layer, x)
+            yield x, hw
 
     def forward_base(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image tokens after the base layers, `(B, H'*W', C)` in raster order, and their grid `(H', W')`.

@@ -1,0 +1,179 @@
+"""The models under timm's names: `timm.create_model("stvit_r_swin_small_window7_224")`.
+
+`import stvit` is enough to have them. Every argument of our constructors can be given to `create_model`. Weights come
+from any file that `stvit.checkpoint` reads, so that plain DeiT and Swin checkpoints are a start:
+
+    timm.create_model("stvit_deit_small_patch16_224", pretrained=True,
+                      pretrained_cfg_overlay=dict(file="deit_small_patch16_224.pth"))
+
+`pretrained=True` alone loads the released weights of STViT-R-Swin-S and -B; none exist for the others.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from stvit.models import SemanticTokenViT, STViTRSwin, STViTSwin
+
+__all__: list[str] = []  # timm adds the names that are registered
+
+
+def _cfg(first_conv: str, **more: object) -> dict[str, object]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": "head",
+        "license": "mit",
+    } | more
+
+
+def _released(filename: str) -> dict[str, object]:
+    return _cfg("stem.stages.0.conv", hf_hub_id="csncsn/STViT-R", hf_hub_filename=filename)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "stvit_deit_tiny_patch16_224.untrained": _cfg("stem.proj"),
+        "stvit_deit_small_patch16_224.untrained": _cfg("stem.proj"),
+        "stvit_deit_base_patch16_224.untrained": _cfg("stem.proj"),
+        "stvit_swin_tiny_window7_224.untrained": _cfg("stem.stages.0.conv"),
+        "stvit_swin_small_window7_224.untrained": _cfg("stem.stages.0.conv"),
+        "stvit_swin_base_window7_224.untrained": _cfg("stem.stages.0.conv"),
+        "stvit_r_swin_tiny_window7_224.untrained": _cfg("stem.stages.0.conv"),
+        "stvit_r_swin_small_window7_224.in1k": _released("STViT-R-Swin-S.pth"),
+        "stvit_r_swin_base_window7_224.in1k": _released("STViT-R-Swin-B.pth"),
+    }
+)
+
+
+@register_model
+def stvit_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> SemanticTokenViT:
+    """STViT-DeiT-T: 16 semantic tokens after 4 layers; arguments as in `SemanticTokenViT`."""
+    return _create("stvit_deit_tiny_patch16_224", "stvit_deit_tiny", pretrained, kwargs)
+
+
+@register_model
+def stvit_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> SemanticTokenViT:
+    """STViT-DeiT-S: 16 semantic tokens after 4 layers; arguments as in `SemanticTokenViT`."""
+    return _create("stvit_deit_small_patch16_224", "stvit_deit_small", pretrained, kwargs)
+
+
+@register_model
+def stvit_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> SemanticTokenViT:
+    """STViT-DeiT-B: 16 semantic tokens after 4 layers; arguments as in `SemanticTokenViT`."""
+    return _create("stvit_deit_base_patch16_224", "stvit_deit_base", pretrained, kwargs)
+
+
+@register_model
+def stvit_swin_tiny_window7_224(pretrained: bool = False, **kwargs: Any) -> STViTSwin:
+    """STViT-Swin-T: 16 semantic tokens per window; arguments as in `STViTSwin`."""
+    return _create("stvit_swin_tiny_window7_224", "stvit_swin_tiny", pretrained, kwargs)
+
+
+@register_model
+def stvit_swin_small_window7_224(pretrained: bool = False, **kwargs: Any) -> STViTSwin:
+    """STViT-Swin-S: 16 semantic tokens per window; arguments as in `STViTSwin`."""
+    return _create("stvit_swin_small_window7_224", "stvit_swin_small", pretrained, kwargs)
+
+
+@register_model
+def stvit_swin_base_window7_224(pretrained: bool = False, **kwargs: Any) -> STViTSwin:
+    """STViT-Swin-B: 16 semantic tokens per window; arguments as in `STViTSwin`."""
+    return _create("stvit_swin_base_window7_224", "stvit_swin_base", pretrained, kwargs)
+
+
+@register_model
+def stvit_r_swin_tiny_window7_224(pretrained: bool = False, **kwargs: Any) -> STViTRSwin:
+    """STViT-R-Swin-T; arguments as in `STViTRSwin`; with `features_only=True` maps of the four stages."""
+    return _create("stvit_r_swin_tiny_window7_224", "stvit_r_swin_tiny", pretrained, kwargs)
+
+
+@register_model
+def stvit_r_swin_small_window7_224(pretrained: bool = False, **kwargs: Any) -> STViTRSwin:
+    """STViT-R-Swin-S; arguments as in `STViTRSwin`; with `features_only=True` maps of the four stages."""
+    return _create("stvit_r_swin_small_window7_224", "stvit_r_swin_small", pretrained, kwargs)
+
+
+@register_model
+def stvit_r_swin_base_window7_224(pretrained: bool = False, **kwargs: Any) -> STViTRSwin:
+    """STViT-R-Swin-B; arguments as in `STViTRSwin`; with `features_only=True` maps of the four stages."""
+    return _create("stvit_r_swin_base_window7_224", "stvit_r_swin_base", pretrained, kwargs)
+
+
+def _create(variant: str, build: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
+    import stvit.models  # here, because this module may be imported while stvit.models is
+
+    if kwargs.get("features_only") and "_r_" not in variant:
+        raise ValueError(
+            f"{variant} has no features_only: its semantic tokens lie on no pyramid of maps. Use the stvit_r_swin_* "
+            "models, whose maps keep their resolution, or forward_intermediates"
+        )
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if "stem" in kwargs:
+        overlay.setdefault("first_conv", {"patch": "stem.proj", "conv": "stem.stages.0.conv"}.get(kwargs["stem"]))
+    if pretrained:
+        overlay |= _weights(variant, kwargs.get("pretrained_cfg"), overlay)
+    model = build_model_with_cfg(
+        getattr(stvit.models, build),
+        variant,
+        pretrained,
+        pretrained_filter_fn=_ours,
+        pretrained_cfg_overlay=overlay,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **kwargs,
+    )
+    model.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+def _weights(variant: str, cfg: Any, overlay: Mapping[str, Any]) -> dict[str, object]:
+    """The content of the weight file, read as data: published files hold more than timm would read.
+
+    Empty where timm itself knows what to do (a state dict, a URL, nothing).
+    """
+    found = resolve_pretrained_cfg(variant, pretrained_cfg=cfg, pretrained_cfg_overlay=dict(overlay))
+    if found.state_dict or not (found.file or found.hf_hub_id):
+        return {}
+    path = found.file
+    if not path:
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(found.hf_hub_id, filename=found.hf_hub_filename or "pytorch_model.bin")
+    from core.checkpoint import load_official
+
+    return {"state_dict": load_official(path)}
+
+
+def _ours(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The checkpoint under our names, with its own classifier and input channels; timm adapts these afterwards."""
+    from stvit.checkpoint import convert, from_deit
+    from stvit.checkpoint.state import unwrap
+    from stvit.models import SemanticTokenViT
+
+    state = unwrap(state)
+    template = copy.deepcopy(model)
+    head = next((state[name] for name in ("head.weight", "head.fc.weight") if name in state), None)
+    if head is not None:
+        template.reset_classifier(len(head))
+    stems = ("patch_embed.proj.weight", "patch_embed.proj.0.c.weight", "stem.proj.weight", "stem.stages.0.conv.weight")
+    first = template.get_submodule(model.pretrained_cfg["first_conv"])
+    for name in stems:
+        if name in state and state[name].shape[2:] == first.weight.shape[2:]:
+            first.weight.data = first.weight.data.new_empty(state[name].shape)
+    convert_to = from_deit if isinstance(template, SemanticTokenViT) else convert
+    return convert_to(state, template, load_head=head is not None)
