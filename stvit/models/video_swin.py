@@ -272,7 +272,6 @@ class VideoSwin(ClipClassifier):
             init_std=init_std,
         )
 
-
     def token_grid(self, clip_size: Size | None = None) -> Size:
         """Slices, rows and columns of the tokens in the last stage but one, of a clip of `(frames, rows, columns)`."""
         return grid_after(self.stem.grid(clip_size or self.clip_size), len(self.stages) - 2)

@@ -151,7 +151,8 @@ def glyph_cfg(data, *overrides):
 
 def test_it_trains_evaluates_resumes_and_infers(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    steps = ["train_cfg.max_epochs=null", "+train_cfg.max_steps=2", "checkpoint.every_steps=1", "checkpoint.keep_last=3"]
+    steps = ["train_cfg.max_epochs=null", "+train_cfg.max_steps=2"]
+    steps += ["checkpoint.every_steps=1", "checkpoint.keep_last=3"]
     whole = run(glyph_cfg(data, *steps, "run_dir=whole"))
     assert whole["steps"] == 2 and {"coco/bbox_mAP", "coco/segm_mAP"} <= whole["metrics"].keys()
     broken = run(glyph_cfg(data, *steps, "run_dir=broken"))
