@@ -86,6 +86,7 @@ def evaluate(cfg: DictConfig | dict[str, Any], checkpoint: str | Path | None, sp
     plain["ema"] = None
     if checkpoint is not None:
         plain["load_from"] = {"path": str(find_checkpoint(checkpoint))}
+    plain["runs_dir"] = str(Path(plain["runs_dir"]) / "evaluations")  # apart from the runs that were trained
     plain["run_dir"] = str(_choose_run_dir(plain))
     runner = _runner(plain)
     return runner.test() if split == "test" else runner.val()
