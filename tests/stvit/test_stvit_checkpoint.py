@@ -189,7 +189,7 @@ def test_unknown_targets_layouts_and_states_are_refused() -> None:
     with pytest.raises(CheckpointMismatch, match="pos_embed"):
         convert({"conv1.weight": torch.zeros(1)}, "vit")
     with pytest.raises(ValueError, match="reference, deit, official, timm"):
-        revert({}, layout="timm")
+        revert({}, layout="torch")
     with pytest.raises(CheckpointMismatch, match="global_center"):
         revert(tiny().state_dict(), layout="deit")
 
