@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
-from mmengine.registry import VISUALIZERS
+from mmengine.registry import PARAM_SCHEDULERS, VISUALIZERS
 from mmengine.runner import Runner as MMRunner
 from mmengine.structures import BaseDataElement
 from torch import nn
@@ -231,6 +231,18 @@ class Runner(MMRunner):
         for schedule in (s for group in groups for s in group):
             if hasattr(schedule, "resolve"):
                 schedule.resolve(self.train_loop.max_iters, self.train_loop.steps_per_epoch)
+        return built
+
+    def _build_param_scheduler(self, scheduler: Any, optim_wrapper: Any) -> list[Any]:
+        """As mmengine, which asks for the number of batches of an endless sampler."""
+        loop, built = self.train_loop, []
+        for cfg in scheduler if isinstance(scheduler, list | tuple) else [scheduler]:
+            if not isinstance(cfg, dict):
+                built.append(cfg)
+                continue
+            end = loop.max_epochs if cfg.get("by_epoch", True) else loop.max_iters
+            given = {"optimizer": optim_wrapper, "epoch_length": loop.steps_per_epoch}
+            built.append(PARAM_SCHEDULERS.build({"end": end, **cfg}, default_args=given))
         return built
 
     def autocast(self) -> contextlib.AbstractContextManager:

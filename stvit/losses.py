@@ -1,6 +1,7 @@
-"""Classification losses of STViT (section 4.1 of the paper): DeiT's and Swin's recipe, without auxiliary terms.
+"""Losses of STViT: DeiT's and Swin's recipe for classification (section 4.1 of the paper), without auxiliary terms, and
+the cross-entropy per pixel of semantic segmentation.
 
-Both are computed in float32, also under autocast: a softmax over a thousand classes loses accuracy in half precision.
+All are computed in float32, also under autocast: a softmax over a thousand classes loses accuracy in half precision.
 """
 
 from __future__ import annotations
@@ -49,3 +50,22 @@ def classification_loss(logits: Tensor, target: Tensor, smoothing: float = 0.1) 
     if target.is_floating_point():
         return soft_target_cross_entropy(logits, target)
     return label_smoothing_cross_entropy(logits, target, smoothing)
+
+
+#: Label of pixels that count neither in the loss nor in the evaluation.
+IGNORE = 255
+
+
+def segmentation_loss(scores: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy over the pixels that are not `IGNORE`; 0 where there are none.
+
+    Args:
+        scores: `(B, K, H, W)`.
+        mask: `(B, H, W)` int64.
+
+    Returns:
+        A scalar in float32.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        total = F.cross_entropy(scores.float(), mask, ignore_index=IGNORE, reduction="sum")
+        return total / (mask != IGNORE).sum().clamp(min=1)
