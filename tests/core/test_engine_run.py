@@ -77,6 +77,14 @@ def test_clipping_is_logged(tiny):
     assert norms and all(norm > 0.001 for norm in norms)  # the norm before it was cut
 
 
+def test_an_endless_sampler_goes_with_a_schedule_in_steps(tiny):
+    endless = ["+train_dataloader.sampler={type: core.data.TrainSampler, infinite: true}", "train_cfg.max_epochs=null"]
+    result = tiny(*endless, "+train_cfg.max_steps=12")
+    log = [json.loads(line) for line in (Path(result["run_dir"]) / "log.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["lr"] for line in log if "lr" in line}
+    assert result["steps"] == 12 and rates[3] > rates[6] > rates[9] > rates[12] > 0.0001
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(tiny, precision):
     result = tiny(f"runtime.precision={precision}", "train_cfg.max_epochs=3")
