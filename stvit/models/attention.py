@@ -153,6 +153,8 @@ class Attention(nn.Module):
         return scores.softmax(dim=-1)
 
     def _with_bias(self, q: Tensor, mask: Tensor | None, grid: tuple[int, int] | None = None) -> Tensor | None:
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)  # a float32 mask on float64 queries is misread by the fused kernel
         if self.relative_position_bias_table is None:
             return mask
         window = self.relative_window
