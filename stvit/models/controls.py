@@ -148,7 +148,7 @@ class RandomTokens(AllTokens):
         elif self.training:
             rank = torch.rand(batch, total, device=device)
         else:
-            rank = _hash(torch.arange(total, device=device), self.seed).expand(batch, -1)
+            rank = scattered(torch.arange(total, device=device), self.seed).expand(batch, -1)
         return rank.argsort(dim=1)[:, : self.num_tokens].sort(dim=1).values
 
 
@@ -173,8 +173,8 @@ def near_squares(tokens: int, aspect: float = 2.0) -> list[tuple[int, int]]:
     return [grids[area] for area in sorted(grids)]
 
 
-def _hash(index: Tensor, seed: int) -> Tensor:
-    """Mix integers to 32 well-scattered bits (multiply, xor, shift): random numbers without random state.
+def scattered(index: Tensor, seed: int) -> Tensor:
+    """Integers mixed to 32 well-scattered bits (multiply, xor, shift): random numbers without random state.
 
     Unlike a seeded generator it is plain tensor arithmetic, so that evaluation can be compiled and exported.
     """

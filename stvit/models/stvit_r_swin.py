@@ -17,10 +17,11 @@ from stvit.models.dumbbell import SemanticLayers, SemanticStage, SemanticUnit, u
 from stvit.models.hierarchy import HierarchicalTransformer, SwinStage, depth_rates, sizes_of
 from stvit.models.merging import PatchMerging
 from stvit.models.recovery import WindowTokenRecovery
+from stvit.models.reducers.windowed import build_window_tokens
 from stvit.models.stem import build_stem
 from stvit.models.stvit_swin import per_layer
 from stvit.models.swin_block import SwinBlock
-from stvit.models.window_tokens import TokenGrid, WindowTokenGenerator, check_mask_mode
+from stvit.models.window_tokens import TokenGrid, check_mask_mode
 
 # Side of the key windows: first generation layer, further ones, recovery (the last in semantic tokens); None: global.
 KEY_WINDOWS: dict[str, tuple[int | None, int | None, int | None]] = {
@@ -47,6 +48,8 @@ class STViTRSwin(HierarchicalTransformer):
             `semantic_depth` + 1.
         num_heads: attention heads of the four stages.
         window_size: side of the windows in tokens.
+        tokens: what image tokens are recovered from: `semantic`; or, for comparison, `pooled` or `random`, see
+            `STViTSwin`.
         per_window: semantic tokens per window side.
         key_mode: `concat` or `window`, see `WindowTokenGenerator`; None: `window` with `features_only`.
         key_windows: sides of the key windows of the first generation layer, of further ones, and of recovery; None for
@@ -96,6 +99,7 @@ class STViTRSwin(HierarchicalTransformer):
         depths: Sequence[int] = (2, 2, 18, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window_size: int = 7,
+        tokens: str = "semantic",
         per_window: int = 3,
         key_mode: str | None = None,
         key_windows: Sequence[int | None] | None = None,
@@ -145,7 +149,7 @@ class STViTRSwin(HierarchicalTransformer):
             norm_eps=norm_eps,
         )
         swin = dict(window=window_size, fixed_window=key_mode == "window", layer_scale=layer_scale_swin, **layer)
-        tokens = dict(layer_scale=layer_scale, **layer)
+        cross = dict(layer_scale=layer_scale, **layer)
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         grid = TokenGrid(tuple(-(-side // (4 * patch_size)) for side in size), window_size, per_window)
 
@@ -158,23 +162,28 @@ class STViTRSwin(HierarchicalTransformer):
             units.append(
                 SemanticUnit(
                     [SwinBlock(dims[2], num_heads[2], drop_path=rate, **swin) for rate in base],
-                    WindowTokenGenerator(
+                    build_window_tokens(
+                        tokens,
                         dims[2],
                         num_heads[2],
+                        generation=dict(
+                            key_windows=per_layer((first, further), stgm_depth),
+                            key_mode=key_mode,
+                            mask_mode=mask_mode,
+                            shortcut=key_mode == "window" if shortcut is None else shortcut,
+                            use_conv_pos=use_conv_pos,
+                            use_global=use_global and (index == 0 or global_in == "both-units"),
+                            global_in=global_in,
+                            global_grid=grid.size,
+                            method=attn_impl,
+                        ),
+                        local_global=local_global,
                         window=window_size,
                         per_window=per_window,
-                        key_windows=per_layer((first, further), stgm_depth),
-                        key_mode=key_mode,
-                        mask_mode=mask_mode,
-                        pool=pool,
-                        shortcut=key_mode == "window" if shortcut is None else shortcut,
-                        use_conv_pos=use_conv_pos,
-                        use_global=use_global and (index == 0 or global_in == "both-units"),
-                        global_in=global_in,
-                        global_grid=grid.size,
+                        # Where tokens are reused, units behind the first have nothing to pool.
+                        pool=None if recover == "reuse" and index else pool,
                         drop_path=generated,
-                        method=attn_impl,
-                        **tokens,
+                        **cross,
                     ),
                     SemanticLayers(
                         dims[2],
@@ -184,7 +193,7 @@ class STViTRSwin(HierarchicalTransformer):
                         local_global=local_global,
                         relative_grid=grid.size if relative_pos else None,
                         exact=mask_mode == "exact",
-                        **tokens,
+                        **cross,
                     ),
                     WindowTokenRecovery(
                         dims[2],
@@ -195,7 +204,7 @@ class STViTRSwin(HierarchicalTransformer):
                         mask_mode=mask_mode,
                         method=attn_impl,
                         drop_path=last[0],
-                        **tokens,
+                        **cross,
                     )
                     if last
                     else None,

@@ -17,9 +17,10 @@ from stvit.models.block import block_stack
 from stvit.models.dumbbell import SemanticLayers, SemanticStage, SemanticUnit
 from stvit.models.hierarchy import HierarchicalTransformer, SwinStage, call, depth_rates, merge, sizes_of
 from stvit.models.merging import PatchMerging
+from stvit.models.reducers.windowed import build_window_tokens
 from stvit.models.stem import build_stem
 from stvit.models.swin_block import SwinBlock
-from stvit.models.window_tokens import TokenGrid, WindowTokenGenerator
+from stvit.models.window_tokens import TokenGrid
 
 
 class GlobalStage(nn.Module):
@@ -62,6 +63,8 @@ class STViTSwin(HierarchicalTransformer):
         depths: layers of the four stages.
         num_heads: attention heads of the four stages.
         window_size: side of the windows in tokens.
+        tokens: what the windows' tokens are: `semantic`; or, for comparison, `pooled` (centres without generation) or
+            `random` (one random image token per cell). Methods that break the grid of windows are refused.
         per_window: semantic tokens per window side.
         base_depth: Swin layers of stage 3 before generation; None: half of the stage's layers after a third of it,
             that is 2 of 6 and 9 of 18.
@@ -103,6 +106,7 @@ class STViTSwin(HierarchicalTransformer):
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window_size: int = 7,
+        tokens: str = "semantic",
         per_window: int = 4,
         base_depth: int | None = None,
         stgm_depth: int = 2,
@@ -157,21 +161,25 @@ class STViTSwin(HierarchicalTransformer):
                 )
                 for i, rate in enumerate(rates[2][:base_depth])
             ],
-            WindowTokenGenerator(
+            build_window_tokens(
+                tokens,
                 dims[2],
                 num_heads[2],
+                generation=dict(
+                    key_windows=per_layer(key_windows, stgm_depth),
+                    key_mode="concat",
+                    shortcut=shortcut,
+                    use_conv_pos=use_conv_pos,
+                    use_global=use_global,
+                    global_in=global_in,
+                    global_grid=grid.size,
+                    method=attn_impl,
+                ),
+                local_global=local_global,
                 window=window_size,
                 per_window=per_window,
-                key_windows=per_layer(key_windows, stgm_depth),
-                key_mode="concat",
                 pool=pool,
-                shortcut=shortcut,
-                use_conv_pos=use_conv_pos,
-                use_global=use_global,
-                global_in=global_in,
-                global_grid=grid.size,
                 drop_path=rates[2][base_depth:first],
-                method=attn_impl,
                 layer_scale=layer_scale,
                 **layer,
             ),

@@ -142,7 +142,7 @@ class WindowTokenGenerator(nn.Module):
         key_windows: side of the key window of each layer in image tokens, one per layer; None: all image tokens.
         key_mode: `window` or `concat`.
         mask_mode: `exact`, `official` or `none`; the latter two concern `key_mode="window"`.
-        pool: as in `SemanticTokenGenerator`, applied to every window.
+        pool: as in `SemanticTokenGenerator`, applied to every window. None: none, `forward` starts from given tokens.
         shortcut: whether layer 1 keeps its residual, the pooled centres.
         use_conv_pos: adds a depth-wise 3x3 convolution of each window's centres to them, as a position encoding.
         use_global: whether there are global centres.
@@ -166,7 +166,7 @@ class WindowTokenGenerator(nn.Module):
         key_windows: Sequence[int | None] = (14, 21),
         key_mode: str = "window",
         mask_mode: str = "exact",
-        pool: str = "max",
+        pool: str | None = "max",
         shortcut: bool = True,
         use_conv_pos: bool = False,
         use_global: bool = False,
@@ -189,7 +189,7 @@ class WindowTokenGenerator(nn.Module):
         self.per_window = per_window
         self.concat = key_mode == "concat"
         self.mask_mode = "exact" if self.concat else check_mask_mode(mask_mode)
-        self.pool = build_pool(pool, dim, (per_window, per_window))
+        self.pool = None if pool is None else build_pool(pool, dim, (per_window, per_window))
         self.conv_pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if use_conv_pos else None
         self.global_in = global_in
         self.global_grid = global_grid
@@ -219,7 +219,13 @@ class WindowTokenGenerator(nn.Module):
         return self.tokens_of(hw).valid
 
     def centres(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Initial centres of raster tokens `x` `(B, H*W, C)`, raster order of `token_grid(hw)`: `(B, S, C)`."""
+        """Initial centres of raster tokens `x` `(B, H*W, C)`, raster order of `token_grid(hw)`: `(B, S, C)`.
+
+        Raises:
+            ValueError: the generator was built without pooling.
+        """
+        if self.pool is None:
+            raise ValueError("a generator with pool=None starts from given tokens: pass them, or name a pooling")
         padded = self.tokens_of(hw).padded
         windows = rearrange(into_windows(x, hw, self.window), "n (h w) c -> n h w c", h=self.window)
         valid = None
