@@ -2,7 +2,7 @@
 
 .. code-block:: python
 
-    custom_imports = dict(imports=["core.mmcv_ops", "stvit.openmmlab"])  # core.mmcv_ops: where mmcv is mmcv-lite
+    custom_imports = dict(imports=["stvit"])
     model = dict(
         backbone=dict(
             _delete_=True,

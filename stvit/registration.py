@@ -16,8 +16,9 @@ from typing import Any
 
 # Module that has to be complete -> module of ours that registers the models with it.
 _REGISTRATIONS = {"timm.models": "stvit.timm", "core.registry": "stvit.openmmlab"}
-# Our registries are children of mmengine's: who uses mmengine needs them.
-_IMPLIES = {"mmengine.registry": "core.registry"}
+# Our registries are children of mmengine's: who uses mmengine needs them. mmdet reads mmcv's compiled operators, which
+# mmcv-lite has not, when it is imported: ours have to be in their place by then.
+_IMPLIES = {"mmengine.registry": "core.registry", "mmcv": "core.mmcv_ops"}
 
 
 def register_models() -> None:

@@ -191,7 +191,7 @@ def test_semantic_layers_learn_through_the_detector(data):
 
 # ---------------------------------------------------------------------- in OpenMMLab's own hands
 MMDET_CONFIG = """
-custom_imports = dict(imports=['core.mmcv_ops', 'stvit.openmmlab'])
+custom_imports = dict(imports=['stvit'])
 default_scope = 'mmdet'
 model = dict(
     type='RetinaNet',
@@ -227,10 +227,10 @@ optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3))
 
 def test_the_backbone_works_in_mmdets_own_runner(data, tmp_path):
     torch.manual_seed(3)
-    classifier = STViTRSwin(num_classes=5, **TINY)
-    weights = tmp_path / "released.pth"
-    torch.save({"model": revert(classifier.state_dict(), layout="official"), "epoch": 300}, weights)
-    (tmp_path / "config.py").write_text(MMDET_CONFIG.replace("{data}", str(data)).replace("{weights}", str(weights)))
+    before = STViTRSwin(features_only=True, **TINY).state_dict()
+    torch.save(before, tmp_path / "ours.pth")
+    text = MMDET_CONFIG.replace("{data}", str(data)).replace("{weights}", str(tmp_path / "ours.pth"))
+    (tmp_path / "config.py").write_text(text)
     code = (
         "import torch\n"
         "torch.set_num_threads(1)\n"
@@ -240,22 +240,52 @@ def test_the_backbone_works_in_mmdets_own_runner(data, tmp_path):
         "cfg.work_dir = 'work'\n"
         "runner = Runner.from_cfg(cfg)\n"
         "runner.train()\n"
-        "backbone = runner.model.train().backbone\n"
-        "assert not backbone.stem.training and backbone.stages[2].training\n"
-        "torch.save(backbone.state_dict(), 'after.pth')\n"
+        "torch.save(runner.model.backbone.state_dict(), 'after.pth')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "bbox_mAP" in done.stdout + done.stderr
     after = torch.load(tmp_path / "after.pth", weights_only=True)
-    before = classifier.state_dict()
-    frozen = "stages.0.blocks.0.attn.qkv.weight"
-    assert torch.equal(after[frozen], before[frozen])  # loaded from the released layout, and frozen
-    trained = "stages.2.units.0.recovery.layer.attn.q.weight"
-    assert not torch.equal(after[trained], before[trained])
-    torch.testing.assert_close(
-        after[trained], before[trained], atol=0.01, rtol=0
-    )  # two steps away from what was loaded
+    frozen = [k for k in before if k.startswith(("stem.", "stages.0.", "norms.0."))]
+    assert any("running_mean" in k for k in frozen) and any("qkv" in k for k in frozen)
+    for key in frozen:
+        assert torch.equal(after[key], before[key])  # loaded, and neither trained nor counted by batch norm since
+    for key in ("stages.2.units.0.generator.layers.0.attn.q.weight", "stages.2.units.0.recovery.layer.attn.q.weight"):
+        assert not torch.equal(after[key], before[key])
+        torch.testing.assert_close(after[key], before[key], atol=0.01, rtol=0)  # two steps away from what was loaded
+
+
+def test_frozen_stages_stay_frozen_in_training_mode():
+    backbone = STViTRSwinBackbone(**TINY, frozen_stages=1)
+    assert backbone.train() is backbone and backbone.eval() is backbone and backbone.train(True) is backbone
+    fixed = [backbone.stem, backbone.stages[0], backbone.norms["0"]]
+    assert not any(module.training for part in fixed for module in part.modules())
+    assert all(stage.training for stage in backbone.stages[1:]) and backbone.norms["1"].training
+    fixed = {id(p) for part in fixed for p in part.parameters()}
+    assert all(p.requires_grad == (id(p) not in fixed) for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("kind", ["released classifier", "our backbone", "our detector", "released detector"])
+def test_init_cfg_reads_weights_of_either_layout(kind, tmp_path):
+    torch.manual_seed(3)
+    dense = STViTRSwin(features_only=True, **TINY).state_dict()
+    classifier = STViTRSwin(num_classes=5, **TINY).state_dict()
+    ours = {f"backbone.{k}": v for k, v in dense.items()} | {"neck.fpn_convs.0.conv.bias": torch.ones(16)}
+    theirs = {f"backbone.{k}": v for k, v in revert(dense, layout="official").items()}
+    content = {
+        "released classifier": {"model": revert(classifier, layout="official"), "epoch": 300},
+        "our backbone": dense,
+        "our detector": {"state_dict": ours},
+        "released detector": {"state_dict": theirs | {"neck.fpn_convs.0.conv.bias": torch.ones(16)}},
+    }
+    torch.save(content[kind], tmp_path / "weights.pth")
+    backbone = STViTRSwinBackbone(**TINY, init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "weights.pth")))
+    fresh = {k: v.clone() for k, v in backbone.state_dict().items()}
+    backbone.init_weights()
+    loaded = backbone.state_dict()
+    expected = {k: classifier.get(k, fresh[k]) for k in fresh} if "classifier" in kind else dense
+    assert loaded.keys() == expected.keys() and all(torch.equal(v, expected[k]) for k, v in loaded.items())
+    assert not torch.equal(loaded["stages.0.blocks.0.attn.qkv.weight"], fresh["stages.0.blocks.0.attn.qkv.weight"])
 
 
 def test_init_cfg_that_cannot_be_meant_or_does_not_fit(tmp_path):
