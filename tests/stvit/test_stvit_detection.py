@@ -1,6 +1,7 @@
 """STViT in mmdet's detectors: the paper's configs, data in COCO's format, a run, the backbone in mmdet's own runner."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from PIL import Image
 from pycocotools import mask as coding
 from pycocotools.coco import COCO
 
-from core.config import compose
+from core.config import compose, to_dict
 from core.errors import ConfigError
 from core.inference import infer
 from core.launch import build_trainer, find_checkpoint, run
+from core.param_groups import OptimConstructor
 from core.prepare import run_task
 from core.profile import count_macs
+from core.schedules import Schedule
 from core.weights import model_state
 from stvit.checkpoint import CheckpointMismatch, revert
 from stvit.data import GLYPHS
@@ -123,14 +126,93 @@ def test_the_recipe_of_section_4():
         [0.033, 0.033, 0.067, 0.067],
     ]
     assert all(h.loss_bbox.type == "mmdet.GIoULoss" and h.loss_bbox.loss_weight == 10 for h in heads)
+    assert all(h.reg_decoded_bbox and not h.reg_class_agnostic for h in heads)
     assert all((h.num_shared_convs, h.num_shared_fcs, h.norm_cfg.type) == (4, 1, "SyncBN") for h in heads)
+    assert cfg.model.rpn_head.loss_bbox.type == "mmdet.SmoothL1Loss"
+    assert cfg.model.rpn_head.loss_bbox.beta == pytest.approx(1 / 9)
     assert [r.assigner.pos_iou_thr for r in cfg.model.train_cfg.rcnn] == [0.5, 0.6, 0.7]
     assert list(cfg.model.roi_head.stage_loss_weights) == [1, 0.5, 0.25]
-    assert cfg.train_cfg.max_epochs == 36 and list(cfg.param_scheduler.milestones) == ["27 epochs", "33 epochs"]
-    assert cfg.optim_wrapper.optimizer.lr == 1e-4 and cfg.model.backbone.drop_path_rate == 0.2
+    assert (cfg.model.neck.out_channels, cfg.model.neck.num_outs) == (256, 5)
+    assert cfg.model.backbone.drop_path_rate == 0.2 and cfg.model.backbone.frozen_stages == -1
+    assert cfg.train_dataloader.batch_size * 8 == 16 and cfg.model.data_preprocessor.pad_size_divisor == 32
     base = compose(["experiment=stvit/coco_cascade_mask_rcnn_r_swin_base_3x"])
     assert base.model.backbone.drop_path_rate == 0.3 and list(base.model.neck.in_channels) == [128, 256, 512, 1024]
     assert base.model.backbone.type == cfg.model.backbone.type != "stvit.models.SwinTransformer"
+
+
+@pytest.mark.parametrize(("detector", "epochs", "steps"), [("cascade_mask", 36, (27, 33)), ("mask", 12, (8, 11))])
+def test_the_schedule_of_section_4(detector, epochs, steps):
+    cfg = compose([f"experiment=stvit/coco_{detector}_rcnn_r_swin_small_{epochs // 12}x"])
+    assert cfg.train_cfg.max_epochs == epochs and cfg.optim_wrapper.get("clip_grad") is None
+    options = {k: v for k, v in to_dict(cfg)["param_scheduler"].items() if k != "type"}
+    schedule = Schedule(
+        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], cfg.optim_wrapper.optimizer.lr), **options
+    )
+    schedule.resolve(epochs * 1000, 1000)
+    assert schedule.at(0) == pytest.approx(1e-7) and schedule.at(250) == pytest.approx((1e-4 + 1e-7) / 2)
+    for epoch, rate in ((1, 1e-4), (steps[0], 1e-5), (steps[1], 1e-6)):
+        assert schedule.at(1000 * epoch) == pytest.approx(rate)
+        assert epoch == 1 or schedule.at(1000 * epoch - 1) == pytest.approx(10 * rate)
+
+
+def test_the_sizes_of_section_4():
+    cfg = to_dict(compose(["experiment=stvit/coco_cascade_mask_rcnn_r_swin_small_3x"]))
+    steps = {step["type"].split(".")[-1]: step for step in cfg["train_dataloader"]["dataset"]["pipeline"]}
+    assert steps["RandomFlip"]["prob"] == 0.5
+    whole, cropped = steps["RandomChoice"]["transforms"]
+    sizes = [[side, 1333] for side in range(480, 801, 32)]
+    assert whole[0]["scales"] == cropped[2]["scales"] == sizes and whole[0]["keep_ratio"]
+    assert cropped[0]["scales"] == [[400, 1333], [500, 1333], [600, 1333]]
+    assert (cropped[1]["crop_type"], cropped[1]["crop_size"]) == ("absolute_range", [384, 600])
+    resize = next(step for step in cfg["val_dataloader"]["dataset"]["pipeline"] if step["type"].endswith("Resize"))
+    assert (resize["scale"], resize["keep_ratio"]) == ([1333, 800], True)
+
+
+def test_decay_is_chosen_by_name_as_in_the_release():
+    cfg = compose(["experiment=stvit/coco_cascade_mask_rcnn_r_swin_small_3x"])
+    detector = build_trainer(cfg, "meta").network
+    groups = OptimConstructor(to_dict(cfg)["optim_wrapper"])(detector).optimizer.param_groups
+    assert all((g["lr"], g["betas"]) == (1e-4, (0.9, 0.999)) for g in groups)
+    decays = {name: g["weight_decay"] for g in groups for name in g["param_names"]}
+    spared = {name for name, decay in decays.items() if decay == 0}
+    assert {decays[name] for name in decays.keys() - spared} == {0.05} and len(decays) == 492
+    # What the release calls `norm`, `norm1`, ... and position tables; not `bn`, biases or layer scales.
+    named = {n for n in decays if re.search(r"relative_position_bias_table|(^|\.)norms?\d*\.", n)}
+    assert spared == {n for n in named if not n.startswith("backbone.stem.")}
+    assert decays["backbone.stem.stages.0.norm.weight"] and decays["roi_head.bbox_head.0.shared_convs.0.bn.weight"]
+
+
+def test_a_reduced_cascade_trains_with_the_recipe_of_coco(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = compose(
+        [
+            "experiment=stvit/coco_cascade_mask_rcnn_r_swin_small_3x",
+            "runtime=cpu",
+            f"train_dataloader.dataset.data_root={data}",
+            f"+train_dataloader.dataset.metainfo={{classes: [{', '.join(GLYPHS)}]}}",
+            "train_dataloader.batch_size=1",
+            "train_dataloader.num_workers=0",
+            "val_dataloader=null",
+            "val_evaluator=null",
+            "train_cfg.max_epochs=null",
+            "+train_cfg.max_steps=1",
+            "model.backbone.arch=null",
+            "+model.backbone.embed_dim=8",
+            "+model.backbone.num_heads=[1,1,2,2]",
+            "+model.backbone.depths=[1,1,6,1]",
+            "model.neck={in_channels: [8, 16, 32, 64], out_channels: 16}",
+            "model.rpn_head={in_channels: 16, feat_channels: 16}",
+            "model.roi_head.bbox_roi_extractor.out_channels=16",
+            "model.roi_head.mask_roi_extractor.out_channels=16",
+            "model.roi_head.mask_head={in_channels: 16, conv_out_channels: 16, num_classes: 8}",
+        ]
+    )
+    for head in cfg.model.roi_head.bbox_head:
+        head.update(in_channels=16, conv_out_channels=16, fc_out_channels=32, num_classes=8)
+    result = run(cfg)
+    assert result["status"] == "finished" and result["steps"] == 1
+    (line,) = (json.loads(text) for text in (Path(result["run_dir"]) / "log.jsonl").read_text().splitlines()[-1:])
+    assert {f"s{stage}.loss_{kind}" for stage in range(3) for kind in ("cls", "bbox", "mask")} <= line.keys()
 
 
 # ---------------------------------------------------------------------- a run
