@@ -108,6 +108,13 @@ def video_weights(
     return _fit(ours, {name: value for name, value in own.items() if name in ours or name not in lacking}, model)
 
 
+def is_video(state: Mapping[str, Tensor]) -> bool:
+    """Whether there are patches with an axis of time, in any layout."""
+    return any(
+        v.ndim == 5 and re.fullmatch(r"(backbone\.)?(patch_embed|stem)\.proj\.weight", n) for n, v in state.items()
+    )
+
+
 def _on_meta(name: str) -> ClipClassifier:
     if name not in VIDEO_TARGETS:
         raise ValueError(f"unknown target {name!r}: use one of {', '.join(VIDEO_TARGETS)}, or pass the model")
