@@ -1,5 +1,7 @@
 """A paper's central statement in miniature: ``claim.yaml``, checked word by word, and the rule that decides it.
 
+A paper with more than one statement has a ``claim_NAME.yaml`` for each further one.
+
 A comparison holds when the lower end of ``mean difference - 2 standard errors`` (paired over seeds, n - 1) lies above
 its threshold: 0 for "better", ``by`` for "better by", ``-within`` for "not worse by more than", log(``factor``) for "at
 least so many times". One rule for all four, so that noise argues against every claim in the same way; with the default
@@ -20,6 +22,7 @@ from core.figures import MeasureSettings
 from core.results import digest
 from core.table_file import Reader, table_id
 
+CLAIM = "claim"
 ROLES = ("ours", "baseline", "ablation", "control")
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
@@ -86,7 +89,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """A whole ``claim.yaml``; see `load_claim`."""
+    """A whole claim file; see `load_claim`."""
 
     path: Path
     id: str
@@ -113,6 +116,11 @@ class Claim:
     def hash(self) -> str:
         """Changes with anything in the definition that can change a verdict."""
         return digest({k: v for k, v in self.definition().items() if k not in ("statement", "setting")})
+
+
+def is_claim(path: Path) -> bool:
+    """Whether a file in ``tables/`` is a claim: ``claim.yaml`` or ``claim_NAME.yaml``; all others are tables."""
+    return path.stem == CLAIM or path.stem.startswith(f"{CLAIM}_")
 
 
 _KEYS = ("statement", "metric", "direction", "seeds", "rows", "comparisons", "setting", "report", "profile")

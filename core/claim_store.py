@@ -1,4 +1,4 @@
-"""``results/claims/PAPER.json``: a claim's evidence, kept with the project so that it outlives the runs' folders."""
+"""``results/claims/``: a claim's evidence, kept with the project so that it outlives the runs' folders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.claim_file import CLAIM
 from core.errors import ConfigError
 
 # What is kept of a run's result.json: figures and provenance, no place on a machine.
@@ -44,9 +45,12 @@ class ClaimStore:
 
     @classmethod
     def of(cls, claim: Path) -> ClaimStore:
-        """``results/claims/PAPER.json`` beside the paper's folder, for ``PAPER/tables/claim.yaml``."""
+        """``results/claims/PAPER.json`` beside the paper's folder, for ``PAPER/tables/claim.yaml``.
+
+        ``PAPER_NAME.json`` for ``PAPER/tables/claim_NAME.yaml``.
+        """
         paper = claim.resolve().parents[1]
-        return cls(paper.parent / "results" / "claims" / f"{paper.name}.json")
+        return cls(paper.parent / "results" / "claims" / f"{paper.name}{claim.stem.removeprefix(CLAIM)}.json")
 
     def read(self) -> dict[str, Any] | None:
         """The stored record; None where there is none.

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.claim_file import OPEN, Claim, ClaimRow, Comparison, load_claim, overall
+from core.claim_file import OPEN, Claim, ClaimRow, Comparison, is_claim, load_claim, overall
 from core.claim_report import comparison_columns, comparison_record, comparison_row, rows_table, verdicts_table
 from core.claim_store import ClaimStore, run_record
 from core.comparison import Paired
@@ -27,7 +27,7 @@ class Evidence:
 
     Args:
         claim: the claim.
-        store: its ``results/claims/PAPER.json``.
+        store: its file in ``results/claims/``.
         compose: overrides -> resolved config.
         runs_dir: where finished runs are looked for.
         overrides: added to every row's (device, threads, ...).
@@ -210,15 +210,13 @@ def show_claim(
 
 
 def claims_table(paths: Mapping[str, Path], *, compose: Compose) -> Table:
-    """``tools/table.py claims``: what the stored results say about every paper's claim.
+    """``tools/table.py claims``: what the stored results say about every paper's claims.
 
     A result whose definition, or whose experiments' configs, have changed since is marked as stale.
     """
-    from core.tables import CLAIM
-
     rows = []
     for name, path in paths.items():
-        if path.stem != CLAIM:
+        if not is_claim(path):
             continue
         claim = load_claim(path)
         record = ClaimStore.of(path).read()
@@ -237,7 +235,7 @@ def claims_table(paths: Mapping[str, Path], *, compose: Compose) -> Table:
 def stale(claim: Claim, record: Mapping[str, Any], compose: Compose) -> str | None:
     """Why a stored record no longer speaks for the claim as it is now; None when it does."""
     if record["definition_hash"] != claim.hash():
-        return "stale: claim.yaml has changed since"
+        return f"stale: {claim.path.name} has changed since"
     for row in claim.rows:
         words = [f"experiment={row.experiment}", *row.overrides, *record["overrides"], f"seed={claim.seeds[0]}"]
         try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.claim_file import is_claim, load_claim
 from core.comparison import mean_and_deviation
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, Measured, measure
@@ -21,14 +22,13 @@ from core.results import Compose, Results, Runner, composer, fingerprint, first_
 from core.table_file import ColumnSpec, RowSpec, TableSpec, load_table, table_id
 
 SHOW = ("both", "paper", "ours")
-CLAIM = "claim"
 
 
 @dataclass
 class Options:
     """Options of ``tools/table.py``."""
 
-    table: str = field(default="list", metadata={"help": "PAPER/NAME, PAPER/claim, list or claims"})
+    table: str = field(default="list", metadata={"help": "PAPER/NAME, PAPER/claim, PAPER/claim_NAME, list or claims"})
     format: str | None = field(default=None, metadata={"help": "text, md, csv, json or png"})
     output: str | None = field(default=None, metadata={"help": "file instead of standard output"})
     run: bool = field(default=False, metadata={"help": "train what is missing"})
@@ -63,11 +63,9 @@ def default_roots() -> list[Path]:
 
 def list_tables(paths: Mapping[str, Path]) -> Table:
     """All tables and claims with what they are about."""
-    from core.claims import load_claim
-
     rows = []
     for name, path in paths.items():
-        if path.stem == CLAIM:
+        if is_claim(path):
             claim = load_claim(path)
             rows.append(Row({"table": name, "about": claim.statement, "rows": len(claim.rows)}))
             continue
@@ -396,7 +394,7 @@ def main(argv: list[str], doc: str) -> None:
         choices = ["list", "claims", *paths]
         raise ConfigError(f"no table '{options.table}'{nearest(options.table, choices)} (table.py list shows all)")
     path, compose = paths[options.table], composer(options.config_dir)
-    if path.stem == CLAIM:
+    if is_claim(path):
         from core.claims import show_claim
 
         tables, failed = show_claim(path, options, overrides, compose=compose, runner=run, build=build_trainer)

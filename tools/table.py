@@ -7,7 +7,7 @@
   python tools/table.py stvit/imagenet_deit measure=true         measure throughput and memory columns here
   python tools/table.py stvit/claim run=true                     train the claim's rows, judge, store results/claims/
   python tools/table.py stvit/claim run=true only='random tokens'
-  python tools/table.py claims                                   every paper's claim as last stored
+  python tools/table.py claims                                   every paper's claims as last stored
 
 Figures of runs come from the result.json files below runs_dir whose config is the row's; a run copied from a cluster
 counts. What nobody knows stays an empty cell. Marks on the paper's figures say where they were read.

@@ -13,7 +13,7 @@ from core.comparison import Paired, mean_and_deviation
 from core.errors import ConfigError
 from core.launch import build_trainer
 from core.render import as_dict, render_all
-from core.tables import Options, find_tables
+from core.tables import Options, find_tables, list_tables
 
 CLAIM = """
 statement: Deep is better than shallow.
@@ -30,6 +30,13 @@ comparisons:
   - {better: deep, than: full, metric: macs, direction: lower, factor: 1.4}
 setting: [fixed before the seeds were run]
 report: [macs, seen]
+"""
+TABLE = """
+title: sizes
+columns:
+  parameters: {label: parameters, needs: none}
+rows:
+  - {label: deep, experiment: mine/tiny}
 """
 SCORES = {4: (0.90, 0.92, 0.91), 6: (0.91, 0.92, 0.915), 1: (0.80, 0.83, 0.81)}
 
@@ -287,6 +294,31 @@ def test_claims_shows_what_is_stored_and_what_is_stale(path, lab, tmp_path, monk
     compose = lab.compose
     lab.compose = lambda overrides: compose([*overrides, "optim_wrapper.optimizer.lr=0.5"])
     assert states(tmp_path, lab) == ["stale: the config of row 'deep' has changed since"] * 3
+
+
+def test_a_paper_can_have_further_claims(path, lab, tmp_path):
+    further = path.with_name("claim_cheap.yaml")
+    further.write_text(CLAIM.replace("Deep is better", "Deep is cheaper").replace("within: 0.02", "within: 0.5"))
+    (path.parent / "claims_of_others.yaml").write_text(TABLE)  # a table: only claim.yaml and claim_NAME.yaml are claims
+    assert states(tmp_path, lab) == ["missing", "missing"]
+    show(path, lab, run=True)
+    first = stored(tmp_path)
+    show(further, lab, run=True)
+    assert len(lab.trained) == 9  # rows of another claim with the same configs are no reason to train again
+    assert stored(tmp_path) == first
+    second = json.loads((tmp_path / "results" / "claims" / "mine_cheap.json").read_text())
+    assert (first["claim"], second["claim"]) == ("mine/claim", "mine/claim_cheap")
+    assert second["command"] == "python tools/table.py mine/claim_cheap run=true"
+    assert (first["comparisons"][1]["margin"], second["comparisons"][1]["margin"]) == (0.02, 0.5)
+    assert states(tmp_path, lab) == ["current"] * 6
+    further.write_text(further.read_text().replace("within: 0.5", "within: 0.4"))
+    assert states(tmp_path, lab) == ["current"] * 3 + ["stale: claim_cheap.yaml has changed since"] * 3
+    listed = as_dict(list_tables(find_tables([tmp_path])))["rows"]
+    assert [(row["table"]["value"], row["about"]["value"]) for row in listed] == [
+        ("mine/claim", "Deep is better than shallow."),
+        ("mine/claim_cheap", "Deep is cheaper than shallow."),
+        ("mine/claims_of_others", "sizes"),
+    ]
 
 
 def test_a_changed_config_is_trained_again(path, lab, tmp_path):
