@@ -144,10 +144,20 @@ class SegmentationEval:
         short: short side of a picture after resizing.
         longest: longest side that it may have.
         divisor: sides are rounded to multiples of it.
+        mean: of the channels, in units of [0, 1].
+        std: deviation of the channels.
     """
 
-    def __init__(self, short: int = 512, longest: int = 2048, divisor: int = 32) -> None:
+    def __init__(
+        self,
+        short: int = 512,
+        longest: int = 2048,
+        divisor: int = 32,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+    ) -> None:
         self.short, self.longest, self.divisor = short, longest, divisor
+        self.mean, self.std = tuple(mean), tuple(std)
 
     def __call__(self, pair: Pair | Any) -> tuple[Tensor, Tensor] | Tensor:
         """Image `(3, H, W)` float32 normalised and mask `(h, w)` int64; of a PIL image alone the image."""
@@ -159,7 +169,7 @@ class SegmentationEval:
         """`(3, H, W)` uint8 resized and normalised."""
         shape = fitted_size(image.shape[-2:], self.short, self.longest)
         shape = [max(1, round(side / self.divisor)) * self.divisor for side in shape]
-        return normalised(F.resize(image, shape, antialias=True))
+        return normalised(F.resize(image, shape, antialias=True), self.mean, self.std)
 
 
 def fitted_size(size: Sequence[int], short: int, longest: int) -> list[int]:
@@ -168,6 +178,6 @@ def fitted_size(size: Sequence[int], short: int, longest: int) -> list[int]:
     return [max(1, round(factor * side)) for side in size]
 
 
-def normalised(image: Tensor) -> Tensor:
-    """uint8 `(3, H, W)` to float32 with ImageNet's mean and deviation."""
-    return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(MEAN), list(STD))
+def normalised(image: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """uint8 `(3, H, W)` to float32 by the channels' mean and deviation in units of [0, 1]."""
+    return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(mean), list(std))

@@ -129,6 +129,8 @@ def _shuffled_rows(labels: np.ndarray) -> np.ndarray:
 GLYPHS = ("disc", "ring", "square", "frame", "triangle", "plus", "saltire", "bar")
 _FIELD_SPLITS = {"train": (0, 4096), "test": (1, 1024), "val": (2, 1024)}
 _ATTEMPTS = 1000
+#: Colours of glyphs and background, noise included, are nearly all within these bounds.
+DARKEST, BRIGHTEST = -0.9, 2.0
 
 
 class GlyphField(Dataset):
@@ -201,6 +203,11 @@ class GlyphField(Dataset):
         if self.mask:
             sample["mask"] = _as_long(mask)
         return sample
+
+
+def to_pixels(colours: np.ndarray) -> np.ndarray:
+    """Rendered colours as uint8 of the same shape; the few outside of `DARKEST` to `BRIGHTEST` are cut off."""
+    return np.round(255 * np.clip((colours - DARKEST) / (BRIGHTEST - DARKEST), 0, 1)).astype(np.uint8)
 
 
 def _as_long(mask: np.ndarray) -> Tensor:

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stvit.data import GLYPHS, _colour, _gratings, _inside, _unit_coordinates
+from stvit.data import GLYPHS, _colour, _gratings, _inside, _unit_coordinates, to_pixels
 
 #: Directions of motion, (x, y) with y down; class = direction * shapes + shape.
 DIRECTIONS = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}
 #: Mean and deviation of the pixels in [0, 1].
 GLYPHS_MEAN, GLYPHS_STD = 0.35, 0.15
-# Colours of GlyphField, background and noise included, are nearly all within these bounds.
-_DARKEST, _BRIGHTEST = -0.9, 2.0
 # Streams of random numbers, apart from those of other data sets made here.
 _STREAMS = {"train": (2000, 2048), "val": (2001, 512), "test": (2002, 512)}
 
@@ -130,8 +128,7 @@ def sample_clip(
         clip[frame] = background
         clip[frame][:, _inside(shape, *_unit_coordinates(dx, dy, r, angle))] = colour
     clip += noise * rng.standard_normal(clip.shape, dtype=np.float32)
-    pixels = np.clip((clip - _DARKEST) / (_BRIGHTEST - _DARKEST), 0, 1)
-    return np.round(255 * pixels).astype(np.uint8).transpose(0, 2, 3, 1), label
+    return to_pixels(clip.transpose(0, 2, 3, 1)), label
 
 
 def sample_label(split: str, seed: int, index: int, shapes: int = 4) -> int:

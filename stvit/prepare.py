@@ -14,9 +14,10 @@ from core.prepare import preparer
 from core.progress import Progress
 from stvit.data import GLYPHS
 from stvit.prepare_clips import moving_glyphs
+from stvit.prepare_glyphs import glyph_pictures
 from stvit.scenes import Glyph, render_scene
 
-__all__ = ["glyph_coco", "moving_glyphs"]
+__all__ = ["glyph_coco", "glyph_pictures", "moving_glyphs"]
 
 # Streams of random numbers, apart from those of stvit.data.GlyphField.
 _STREAMS = {"train": 1000, "val": 1001}

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stvit.data import GLYPHS, _colour, _gratings, _inside, _stroke, _unit_coordinates
-
-# Floating-point colours of GlyphField, background and noise included, are nearly all within these bounds.
-_DARKEST, _BRIGHTEST = -0.9, 2.0
+from stvit.data import GLYPHS, _colour, _gratings, _inside, _stroke, _unit_coordinates, to_pixels
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,11 @@ def render_scene(
         whole.append(mask)
         shapes.append(shape)
     image = image + 0.15 * rng.standard_normal(image.shape, dtype=np.float32)
-    pixels = np.clip((image - _DARKEST) / (_BRIGHTEST - _DARKEST), 0, 1).transpose(1, 2, 0)
     found = []
     for index, (shape, mask) in enumerate(zip(shapes, whole, strict=True)):
         visible = _visible(mask, whole[index + 1 :])
         found.append(Glyph(shape, visible, 1 - visible.sum() / mask.sum()))
-    return np.round(255 * pixels).astype(np.uint8), found
+    return to_pixels(image.transpose(1, 2, 0)), found
 
 
 def _place(

@@ -126,6 +126,8 @@ class FCNHead(nn.Module):
 class PatchHead(nn.Module):
     """Scores of every pixel of a patch from its token alone: what the backbone does not know, the head cannot add.
 
+    For backbones that normalise their maps.
+
     Args:
         in_channels: channels of the last map.
         num_classes: K.
@@ -134,13 +136,12 @@ class PatchHead(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, patch_size: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(1, in_channels)
         self.classifier = nn.Conv2d(in_channels, num_classes * patch_size**2, 1)
         self.shuffle = nn.PixelShuffle(patch_size)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps to scores `(B, K, p H, p W)`."""
-        return self.shuffle(self.classifier(self.norm(maps[-1])))
+        return self.shuffle(self.classifier(maps[-1]))
 
 
 class SegmentationNetwork(nn.Module):

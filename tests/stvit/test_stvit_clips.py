@@ -162,6 +162,24 @@ def test_losses_take_every_view_as_a_sample():
     assert trainer.example_batch(2, "cpu")["video"].shape == (2, 3, 2, 4, 4)
 
 
+def test_films_show_the_first_frame_of_every_slice_of_the_middle_view(monkeypatch):
+    shown = []
+
+    def picture(frame, maps, captions):
+        shown.append((float(frame.mean()), tuple(maps.shape)))
+        return np.zeros((2, 2, 3), np.uint8)
+
+    monkeypatch.setattr("stvit.visualize.token_picture", picture)
+    sizes = dict(patch_size=(2, 2, 2), window=(4, 7, 7), embed_dim=8, depths=(4, 1), num_heads=(2, 2), base_depth=1)
+    network = STViTVideoSwin((8, 28, 28), num_classes=3, **sizes)
+    views = torch.arange(3.0)[:, None, None, None, None] * 10 + torch.arange(8.0)[:, None, None]
+    trainer = VideoClassificationTrainer(network, views=lambda path: views.expand(3, 3, 8, 28, 28)).eval()
+    assert trainer.infer("any.mp4").pictures["tokens"].shape == (4, 2, 2, 3)
+    assert shown == [(10.0 + frame, (1, 36, 14, 14)) for frame in (0, 2, 4, 6)]
+    with pytest.raises(ValueError, match=r"model\.views"):
+        VideoClassificationTrainer(network).infer("any.mp4")
+
+
 # ---------------------------------------------------------------------------- moving glyphs
 
 

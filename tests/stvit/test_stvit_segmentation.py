@@ -13,14 +13,17 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from core.config import compose, to_dict
 from core.data import MissingDataError
+from core.errors import ConfigError
 from core.inference import infer
 from core.launch import build_trainer, run
+from core.prepare import run_task
 from core.profile import count_macs
 from core.registry import build
 from stvit.ade20k import ADE20K, SegmentationEval, SegmentationTrain, fitted_size
+from stvit.data import BRIGHTEST, DARKEST, GLYPHS, GlyphField
 from stvit.losses import IGNORE, segmentation_loss
 from stvit.models import STViTRSwin
-from stvit.models.recovery_vit import RecoveryViT
+from stvit.models.recovery_vit import RecoveryViT, UpsampleRecovery
 from stvit.models.segmentation import FCNHead, PatchHead, PyramidPooling, SegmentationNetwork, UperHead
 from stvit.segmentation import SegmentationTrainer, colours
 
@@ -39,6 +42,11 @@ def test_uper_head_reads_every_level_and_answers_at_the_finest():
     assert scores.shape == (2, 5, 16, 16)
     scores.square().sum().backward()
     assert all(level.grad.abs().sum() > 0 for level in levels)
+    with torch.no_grad():
+        head.fuse.conv.weight[:, 8:] = 0  # the finest level alone is read: the others come down the pyramid
+    again = maps()
+    head(again).square().sum().backward()
+    assert all(level.grad.abs().sum() > 0 for level in again)
 
 
 def test_uper_head_has_the_published_number_of_parameters():
@@ -62,7 +70,7 @@ def test_auxiliary_and_patch_heads():
     x = torch.randn(1, 10, 3, 2, requires_grad=True)
     scores = head([x])
     assert scores.shape == (1, 5, 12, 8)
-    (gradient,) = torch.autograd.grad(head.shuffle(head.classifier(x))[0, :, 5, 6].sum(), x)
+    (gradient,) = torch.autograd.grad(scores[0, :, 5, 6].sum(), x)
     assert gradient[0, :, 1, 1].abs().sum() > 0 and gradient.count_nonzero() == 10  # its own token alone
 
 
@@ -87,6 +95,34 @@ def test_recovery_vit_gives_every_token_back_at_any_size(tokens):
     model.train()
     model(torch.randn(2, 3, 28, 28))[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_pooled_tokens_are_enlarged_and_added():
+    module, x = UpsampleRecovery(4), torch.randn(2, 24, 4)
+    tokens = torch.tensor([[1.0], [3.0]]).repeat(2, 1, 4)  # 1 x 2 tokens over 4 x 6 positions
+    with torch.no_grad():
+        nn.init.zeros_(module.mlp.fc2.weight)
+        nn.init.zeros_(module.mlp.fc2.bias)
+        added = (module(x, tokens, (4, 6), (1, 2)) - x).reshape(2, 4, 6, 4)
+        columns = torch.tensor([1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3])
+        assert torch.allclose(added, columns[None, None, :, None].expand(2, 4, 6, 4), atol=1e-6)
+        nn.init.ones_(module.mlp.fc2.bias)
+        assert torch.allclose(
+            module(x, tokens, (4, 6), (1, 2)) - x - added.flatten(1, 2), torch.ones(2, 24, 4), atol=1e-6
+        )
+
+
+def test_positions_stretch_to_other_sizes_along_their_own_axes():
+    model = RecoveryViT(**{**SMALL, "units": 0})
+    model.norm = nn.Identity()
+    with torch.no_grad():
+        for parameter in model.stem.parameters():
+            parameter.zero_()
+        rows, columns = torch.meshgrid(torch.arange(7.0), torch.arange(7.0), indexing="ij")
+        model.pos_embed[0, :, 0], model.pos_embed[0, :, 1] = rows.flatten(), columns.flatten()
+        (grid,) = model(torch.zeros(1, 3, 40, 24))
+    assert torch.allclose(grid[0, 0], grid[0, 0, :, :1].expand(10, 6), atol=1e-4) and (grid[0, 0].diff(dim=0) > 0).all()
+    assert torch.allclose(grid[0, 1], grid[0, 1, :1].expand(10, 6), atol=1e-4) and (grid[0, 1].diff(dim=1) > 0).all()
 
 
 def test_what_reaches_a_token_from_afar():
@@ -148,10 +184,12 @@ class Constant(nn.Module):
 def test_losses_weigh_the_auxiliary_head():
     trainer = SegmentationTrainer(Constant(), auxiliary_weight=0.4)
     batch = {"image": torch.randn(2, 3, 8, 8), "mask": torch.randint(3, (2, 8, 8))}
+    batch["mask"][0, :5] = IGNORE
     terms = trainer.losses(batch)
     torch.testing.assert_close(terms["loss_seg"], segmentation_loss(batch["image"], batch["mask"]))
     torch.testing.assert_close(terms["loss_aux"], 0.4 * segmentation_loss(batch["image"].flip(1), batch["mask"]))
-    assert terms["accuracy"] == (batch["image"].argmax(1) == batch["mask"]).float().mean()
+    known = batch["mask"] != IGNORE
+    assert terms["accuracy"] == (batch["image"].argmax(1) == batch["mask"])[known].float().mean()
 
 
 def test_scales_and_mirroring_average_probabilities_at_the_masks_size():
@@ -337,8 +375,8 @@ def test_upernet_trains_on_ade20k_evaluates_and_infers(ade, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["glyph_seg", "glyph_seg_pooled", "glyph_seg_full"])
 def test_the_dense_stand_in_learns(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    overrides = ["runtime=cpu", "+train_dataloader.dataset.count=128", "+val_dataloader.dataset.count=64"]
-    overrides += ["train_dataloader.batch_size=32", "train_cfg.max_epochs=2", "log_every=1"]
+    overrides = ["runtime=cpu", "train_dataloader.dataset.count=128", "test_dataloader.dataset.count=64"]
+    overrides += ["train_cfg.max_epochs=2", "log_every=1"]
     result = run(compose([f"experiment=stvit/{name}", *overrides]))
     losses = [json.loads(line) for line in (Path(result["run_dir"]) / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in losses if "loss" in line]
@@ -349,3 +387,28 @@ def test_published_sizes_of_the_backbones():
     for size, parameters in (("small", 48_857_862), ("base", 86_789_128)):
         trainer = build_trainer(compose([f"experiment=stvit/ade20k_upernet_r_swin_{size}"]), "meta")
         assert sum(p.numel() for p in trainer.network.backbone.parameters()) == parameters
+
+
+def test_glyphs_as_files_are_the_pictures_of_the_data_set_and_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = run_task("stvit", "glyph_pictures", ["root=glyphs", "count=3", "seed=5"])
+    assert "3 pictures" in text
+    field = GlyphField("test", count=3, seed=5, mask=True)
+    trainer = build_trainer(compose(["experiment=stvit/glyph_seg"])).eval()
+    assert trainer.classes == ["background", *GLYPHS]
+    for index in range(3):
+        sample = field[index]
+        with Image.open(f"glyphs/images/{index:06d}.png") as file:
+            image = trainer.transform(file.convert("RGB"))
+        inside = sample["image"].clamp(DARKEST, BRIGHTEST)
+        assert (image - inside).abs().max() < 0.51 * (BRIGHTEST - DARKEST) / 255
+        with Image.open(f"glyphs/masks/{index:06d}.png") as file:
+            assert np.array_equal(np.array(file), sample["mask"].numpy())
+    with pytest.raises(ConfigError, match="count is at least 1"):
+        run_task("stvit", "glyph_pictures", ["root=glyphs", "count=0"])
+    with pytest.raises(ConfigError, match="no split 'dev'"):
+        run_task("stvit", "glyph_pictures", ["root=glyphs", "split=dev"])
+    Image.new("RGB", (60, 29)).save("glyphs/images/wide.png")
+    inference = trainer.infer(Path("glyphs/images/wide.png"))
+    assert inference.pictures["labels"].shape == (29, 60)
+    assert {entry["class"] for entry in inference.record["classes"]} <= set(trainer.classes)
