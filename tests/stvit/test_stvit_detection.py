@@ -337,6 +337,31 @@ def test_the_backbone_works_in_mmdets_own_runner(data, tmp_path):
         torch.testing.assert_close(after[key], before[key], atol=0.01, rtol=0)  # two steps away from what was loaded
 
 
+def test_one_of_mmdets_own_configs_takes_the_backbone(tmp_path):
+    """The card's lines; here the backbone is smaller."""
+    (tmp_path / "mine.py").write_text(
+        "_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'\n"
+        "custom_imports = dict(imports=['stvit'])\n"
+        "model = dict(\n"
+        "    backbone=dict(_delete_=True, type='vitrine.STViTRSwin', embed_dim=8, depths=(1, 1, 6, 1),\n"
+        "                  num_heads=(1, 1, 2, 2)),\n"
+        "    neck=dict(in_channels=[8, 16, 32, 64]))\n"
+    )
+    code = (
+        "import torch\n"
+        "from mmengine.config import Config\n"
+        "from mmengine.registry import MODELS, init_default_scope\n"
+        "cfg = Config.fromfile('mine.py')\n"
+        "init_default_scope(cfg.default_scope)\n"
+        "maps = MODELS.build(cfg.model).extract_feat(torch.zeros(1, 3, 64, 96))\n"
+        "print([tuple(m.shape) for m in maps])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    sides = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    assert done.stdout.strip().splitlines()[-1] == str([(1, 256, *side) for side in sides])
+
+
 def test_frozen_stages_stay_frozen_in_training_mode():
     backbone = STViTRSwinBackbone(**TINY, frozen_stages=1)
     assert backbone.train() is backbone and backbone.eval() is backbone and backbone.train(True) is backbone
