@@ -255,6 +255,7 @@ class Detector(Trainer):
         from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
         shown = found[found.scores >= self.show_above]
+        shown = shown[shown.scores.argsort()]  # the best are drawn last
         picture = torch.from_numpy(image.copy()).permute(2, 0, 1)
         factor = max(1, round(_LEGIBLE / max(image.shape[:2])))
         picture = resize(picture, [factor * n for n in image.shape[:2]], antialias=True)
@@ -262,14 +263,33 @@ class Detector(Trainer):
             return picture.permute(1, 2, 0).numpy()
         colours = [_colour(label) for label in shown.labels.tolist()]
         if "masks" in shown:
-            masks = shown.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            masks = shown.masks.bool()
+            # torchvision blackens what several masks have: a pixel is left to the best of them.
+            masks = masks & (masks.flip(0).cumsum(0).flip(0) == 1)
+            masks = masks.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
             picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
         names = [
             f"{classes[label]} {score:.2f}"
             for label, score in zip(shown.labels.tolist(), shown.scores.tolist(), strict=True)
         ]
-        picture = draw_bounding_boxes(picture, shown.bboxes * factor, names, colors=colours, width=2)
+        picture = draw_bounding_boxes(
+            picture,
+            shown.bboxes * factor,
+            names,
+            colors=colours,
+            width=2,
+            font=_font(),
+            font_size=max(10, max(picture.shape[1:]) // 36),
+            fill_labels=True,
+        )
         return picture.permute(1, 2, 0).numpy()
+
+
+def _font() -> str:
+    """A font file that can be drawn in any size; it comes with matplotlib."""
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
 
 def _run_lengths(mask: Tensor) -> dict[str, Any]:

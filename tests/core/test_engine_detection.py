@@ -362,6 +362,25 @@ def test_drawing_shows_what_scores_high_and_only_that(site):
     assert picture[15 * factor, 20 * factor].any() and not picture[50 * factor, 50 * factor].any()
 
 
+@pytest.mark.parametrize("scores", [[0.9, 0.6], [0.6, 0.9]])
+def test_where_masks_overlap_the_better_one_is_drawn(site, scores):
+    from mmengine.structures import InstanceData
+
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, 10:50, 10:40] = masks[1, 10:50, 30:60] = True
+    found = InstanceData(
+        bboxes=torch.tensor([[10.0, 10, 40, 50], [30, 10, 60, 50]]),
+        labels=torch.tensor([0, 1]),
+        scores=torch.tensor(scores),
+        masks=masks,
+    )
+    picture = build_trainer(cfg(site))._draw(np.zeros((64, 64, 3), np.uint8), found, CLASSES)
+    factor = len(picture) // 64
+    left, both, right = (picture[40 * factor, x * factor].tolist() for x in (20, 35, 50))
+    assert any(left) and any(right) and left != right
+    assert both == (left if scores[0] > scores[1] else right)
+
+
 def test_the_tools_view_of_a_detector(site):
     view = build_trainer(cfg(site), device="meta")
     assert isinstance(view, Detector) and view.inference_network() is view.network.backbone
