@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,19 @@ class SegmentationTrainer(Trainer):
 
     # ------------------------------------------------------------------ pictures
     def media(self, batch: Batch) -> dict[str, Any]:
-        """Images, predictions and truth of a batch side by side: `{"segmentation": (height, width, 3) uint8}`."""
+        """A column for every image: itself, prediction, truth. `{"segmentation": (height, width, 3) uint8}`."""
         size = batch["image"].shape[-2:]
         predicted = self.probabilities(batch["image"], size).argmax(dim=1)
         truths = F.interpolate(batch["mask"][:, None].float(), size=size)[:, 0].long()
-        rows = []
+        columns = []
         for image, found, truth in zip(batch["image"], predicted, truths, strict=True):
             picture = _as_picture(image)
-            rows.append(np.concatenate([_fitted(p, 160) for p in (picture, colours(found), colours(truth))], axis=1))
-        return {"segmentation": np.concatenate(rows, axis=0)}
+            parts = (picture, laid_over(picture, found), laid_over(picture, truth))
+            columns.append(np.concatenate([_fitted(part, 160) for part in parts], axis=0))
+        return {"segmentation": np.concatenate(columns, axis=1)}
 
     def infer(self, file: Path) -> Inference:
-        """The classes in an image file with their share of its area; the classes' colours laid over it.
+        """The classes in an image file with their share of its area; beside it, their colours laid over it.
 
         Raises:
             ValueError: the trainer was built without a `transform`.
@@ -135,22 +137,36 @@ class SegmentationTrainer(Trainer):
             ],
         }
         plain = np.asarray(picture)
-        blend = np.round(0.5 * plain + 0.5 * colours(found)).astype(np.uint8)
-        return Inference(record, {"segmentation": _fitted(blend, 480), "labels": found.numpy().astype(np.uint8)})
+        beside = np.concatenate([plain, laid_over(plain, found)], axis=1)
+        return Inference(record, {"segmentation": _fitted(beside, 960), "labels": found.numpy().astype(np.uint8)})
 
     def _name(self, index: int) -> str:
         return str(index) if self.classes is None else self.classes[index]
 
 
 def colours(mask: Tensor) -> np.ndarray:
-    """uint8 `(H, W, 3)`: a colour per class (class 0 and `IGNORE` black), as PASCAL VOC colours its classes."""
-    index = np.arange(256)
+    """uint8 `(H, W, 3)`: a colour per class (class 0 and `IGNORE` black)."""
+    return _palette()[mask.cpu().numpy().astype(np.uint8)]
+
+
+def laid_over(picture: np.ndarray, mask: Tensor) -> np.ndarray:
+    """The classes' colours over a picture uint8 `(H, W, 3)` in grey; class 0 and `IGNORE` leave it darker."""
+    grey = picture.mean(axis=-1, keepdims=True)
+    return np.round(0.35 * grey + 0.65 * colours(mask)).astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _palette() -> np.ndarray:
+    """uint8 `(256, 3)`: from black on, each colour of a grid in turn that is farthest from all before it."""
+    steps = np.round(np.linspace(0, 255, 7)).astype(int)
+    grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     palette = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    palette[IGNORE] = 0
-    return palette[mask.cpu().numpy().astype(np.uint8)]
+    distance = np.linalg.norm(grid, axis=1)
+    distance[np.ptp(grid, axis=1) < 64] = 0  # greys could be mistaken for the picture
+    for index in range(1, IGNORE):
+        palette[index] = grid[distance.argmax()]
+        distance = np.minimum(distance, np.linalg.norm(grid - palette[index].astype(int), axis=1))
+    return palette
 
 
 def _as_picture(image: Tensor) -> np.ndarray:

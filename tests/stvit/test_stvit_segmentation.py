@@ -151,6 +151,9 @@ def test_fewer_tokens_cost_less_and_all_variants_share_the_stem():
         with torch.device("meta"):
             model = RecoveryViT(patch_size=16, tokens=tokens, units=2)
             cost[tokens] = count_macs(model, (torch.zeros(1, 3, 224, 224),)).total
+            if tokens == "semantic":
+                first, second = (unit.reducer.global_centres for unit in model.units)
+                assert first.shape == (1, 16, 384) and second is None  # global centres enter the first unit alone
     assert cost["pooled"] < cost["semantic"] < 0.65 * cost["all"]
     with pytest.raises(ValueError, match="semantic, pooled, all"):
         RecoveryViT(**SMALL, tokens="sematic")
