@@ -287,8 +287,9 @@ def test_residual_of_the_first_layer_can_be_left_out():
     assert torch.equal(module(x), module.centres(x))
 
 
-def test_token_maps_say_where_a_token_looks():
-    module = generator()
+@pytest.mark.parametrize("concat", [True, False])
+def test_token_maps_say_where_a_token_looks(concat):
+    module = generator(concat=concat)
     x = torch.randn(1, 6, 17, 14, 8)
     maps = module.token_maps(x)
     assert maps.shape == (1, 6, math.prod(module.token_grid((17, 14))), 17, 14)
@@ -296,13 +297,10 @@ def test_token_maps_say_where_a_token_looks():
     # By hand for one token: attention of the second layer on its own slice.
     layer, tokens = module.layers[1], module.layers[0](module.centres(x), x)
     q = layer.attn.queries(layer.norm1(tokens[:, 4, 1, 2])[:, None])
-    k, _ = layer.attn.keys_values(layer.norm1(x[:, 4, :14].flatten(1, 2)))
-    by_hand = (q @ k.transpose(-2, -1) / 2).softmax(-1)  # 4 channels a head
-    whole = torch.cat([layer.norm1(tokens[:, 4:, :6, :6].flatten(1, 3)), layer.norm1(x[:, 4:, :14].flatten(1, 3))], 1)
-    k_all, _ = layer.attn.keys_values(whole)
-    share = (q @ k_all.transpose(-2, -1) / 2).softmax(-1)[..., 2 * 36 :][..., :196]
+    sources = [tokens[:, 4:, :6, :6].flatten(1, 3)] * concat + [x[:, 4:, :14].flatten(1, 3)]
+    k, _ = layer.attn.keys_values(layer.norm1(torch.cat(sources, dim=1)))
+    share = (q @ k.transpose(-2, -1) / 2).softmax(-1)[..., 2 * 36 * concat :][..., :196]  # 4 channels a head
     expected = share.mean(1)[0, 0] / share.mean(1).sum()
-    assert by_hand.shape[-1] == 196
     assert torch.allclose(maps[0, 4, 1 * 6 + 2, :14].flatten(), expected, atol=1e-6)
     assert not maps[0, 4, 8, 14:].any()
 
