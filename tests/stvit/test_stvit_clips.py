@@ -294,6 +294,7 @@ def test_steps_on_files_and_several_views(glyph_files, tmp_path, monkeypatch):
     assert result["steps"] == 3
     assert result["metrics"]["top1"] * 3 == pytest.approx(round(result["metrics"]["top1"] * 3), abs=1e-4)
     trainer = build_trainer(config).eval()
+    assert tuple(trainer.classes) == class_names(4)
     inference = trainer.infer(next(glyph_files.rglob("val/*/*.mp4")))
     assert inference.record["views"] == 3 and len(inference.record["top"]) == 5
     film = inference.pictures["tokens"]
