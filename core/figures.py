@@ -21,6 +21,7 @@ COMPUTED = {
     "trainable": "its trainable parameters",
     "trainable_share": "their share in per cent",
     "macs": "multiply-accumulates of one sample's forward pass",
+    "macs/NAME": "the same inside NAME, a child that the inference network calls",
     "parameters/NAME, trainable/NAME": "the same of one of trainer.networks()",
 }
 MEASURED = {
@@ -58,8 +59,8 @@ class Figures:
             self._cache[key] = _cheap_figures(trainer, cfg)
             self._lazy_macs[key] = trainer
         known = self._cache[key]
-        if name == "macs" and "macs" not in known:
-            known["macs"] = _macs(self._lazy_macs.pop(key))
+        if name.partition("/")[0] == "macs" and "macs" not in known:
+            known |= _macs(self._lazy_macs.pop(key))
         if name not in known:
             from core.registry import nearest
 
@@ -96,10 +97,13 @@ def _inference_network(trainer: Any) -> Any | None:
         return None
 
 
-def _macs(trainer: Any) -> int:
+def _macs(trainer: Any) -> dict[str, int]:
     from core.profile import count_macs
 
-    return count_macs(trainer.inference_network(), trainer.example_inputs(1, "meta")).total
+    network = trainer.inference_network()
+    counted = count_macs(network, trainer.example_inputs(1, "meta"))
+    called = [name for name, _ in network.named_children() if name in counted.by_module]
+    return {"macs": counted.total, **{f"macs/{name}": counted.by_module[name] for name in called}}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.trainer import Batch
-from stvit.losses import classification_loss
 from stvit.trainer import ClassificationTrainer
 
 
@@ -46,23 +44,15 @@ class DistillationTrainer(ClassificationTrainer):
         if teacher_weights is not None and next(teacher.parameters()).device.type != "meta":
             load_teacher(teacher, teacher_weights)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss_cls`, `loss_distill`, the network's own terms, and `accuracy` where targets are not mixed."""
-        if self.mix is not None:
-            batch = self.mix(batch)
-        logits = self.network(batch["image"])
+    def further_losses(self, images: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """`loss_distill`, and the network's own terms, which may follow the teacher's tokens, too."""
         with torch.no_grad():
-            tokens = self.teacher.forward_features(batch["image"])
+            tokens = self.teacher.forward_features(images)
             guide = self.teacher.forward_head(tokens)
-        terms = {
-            "loss_cls": classification_loss(logits, batch.get("target", batch["label"]), self.smoothing),
-            "loss_distill": self.logit_weight * logit_divergence(logits, guide),
-        }
+        terms = {"loss_distill": self.logit_weight * logit_divergence(logits, guide)}
         if hasattr(self.network, "auxiliary_losses"):
             follow = {"teacher_tokens": tokens, "token_weight": self.token_weight} if self.token_weight else {}
             terms |= self.network.auxiliary_losses(**follow)
-        if "target" not in batch:
-            terms["accuracy"] = (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
         return terms
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ from torch import Tensor, nn
 
 from core.trainer import Batch, Inference, Trainer
 from stvit.losses import classification_loss
-from stvit.models import AllTokens, SemanticTokenGenerator, SemanticTokenViT
+from stvit.models import SemanticTokenGenerator, SemanticTokenViT
 
 
 class ClassificationTrainer(Trainer):
-    """Cross-entropy of an image classifier; no auxiliary losses, no distillation (section 4.1 of the paper).
+    """Cross-entropy of an image classifier, without distillation (section 4.1 of the paper).
 
     Args:
-        network: from images `(B, C, H, W)` to logits `(B, classes)`.
+        network: from images `(B, C, H, W)` to logits `(B, classes)`. Loss terms that its tokens ask for besides
+            (`auxiliary_losses()`) are added; semantic tokens ask for none.
         smoothing: label smoothing where labels are integers; mixed targets carry their own.
         mix: mixup and CutMix of a training batch (`core.data.Mix`); None for none.
         input_shape: `(C, H, W)` of an input; None: colour images of the network's `img_size`.
@@ -49,15 +49,20 @@ class ClassificationTrainer(Trainer):
         self.input_shape = None if input_shape is None else tuple(input_shape)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss_cls`, and the share of right answers of this batch, `accuracy` (only where targets are not mixed)."""
+        """`loss_cls`, `further_losses`, and where targets are not mixed the share of right answers, `accuracy`."""
         if self.mix is not None:
             batch = self.mix(batch)
         logits = self.network(batch["image"])
         target = batch.get("target", batch["label"])
         terms = {"loss_cls": classification_loss(logits, target, self.smoothing)}
+        terms |= self.further_losses(batch["image"], logits)
         if "target" not in batch:
             terms["accuracy"] = (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
         return terms
+
+    def further_losses(self, images: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """Terms besides the classifier's, by name: those of the network's pass over `images` `(B, C, H, W)`."""
+        return self.network.auxiliary_losses() if hasattr(self.network, "auxiliary_losses") else {}
 
     def predict(self, batch: Batch) -> dict[str, Any]:
         """The batch's `label` and `sample_id` with `logits` `(B, classes)`."""
@@ -76,11 +81,8 @@ class ClassificationTrainer(Trainer):
         return {"tokens": self.token_picture(batch["image"], captions)}
 
     def table_figures(self, cfg: Any) -> dict[str, int | str]:
-        """Figures for tables: `tokens`, those after the reduction (after the base layers)."""
-        if not isinstance(self.network, SemanticTokenViT):
-            return {}
-        keeps_all = type(self.network.reducer) is AllTokens
-        return {"tokens": math.prod(self.network.grid if keeps_all else self.network.token_grid)}
+        """Figures for tables: `tokens`, those that are left behind the last layer."""
+        return {"tokens": self.network.remaining_tokens()} if isinstance(self.network, SemanticTokenViT) else {}
 
     def shows_tokens(self) -> bool:
         """Whether the network has semantic tokens to look at."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from stvit.models.dumbbell import SemanticLayers, SemanticStage, SemanticUnit, unit_layout
-from stvit.models.hierarchy import HierarchicalTransformer, SwinStage, depth_rates, sizes_of
+from stvit.models.hierarchy import ARCHS, HierarchicalTransformer, SwinStage, depth_rates, sizes_of
 from stvit.models.merging import PatchMerging
 from stvit.models.recovery import WindowTokenRecovery
 from stvit.models.reducers.windowed import build_window_tokens
@@ -236,14 +236,14 @@ class STViTRSwin(HierarchicalTransformer):
 
 def stvit_r_swin_tiny(**options: object) -> STViTRSwin:
     """STViT-R-Swin-T; `options` as in `STViTRSwin`."""
-    return STViTRSwin(**(dict(arch="tiny") | options))
+    return STViTRSwin(**(ARCHS["tiny"] | options))
 
 
 def stvit_r_swin_small(**options: object) -> STViTRSwin:
     """STViT-R-Swin-S; `options` as in `STViTRSwin`."""
-    return STViTRSwin(**(dict(arch="small") | options))
+    return STViTRSwin(**(ARCHS["small"] | options))
 
 
 def stvit_r_swin_base(**options: object) -> STViTRSwin:
     """STViT-R-Swin-B; `options` as in `STViTRSwin`."""
-    return STViTRSwin(**(dict(arch="base") | options))
+    return STViTRSwin(**(ARCHS["base"] | options))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stvit.models.block import block_stack
 from stvit.models.dumbbell import SemanticLayers, SemanticStage, SemanticUnit
-from stvit.models.hierarchy import HierarchicalTransformer, SwinStage, call, depth_rates, merge, sizes_of
+from stvit.models.hierarchy import ARCHS, HierarchicalTransformer, SwinStage, call, depth_rates, merge, sizes_of
 from stvit.models.merging import PatchMerging
 from stvit.models.reducers.windowed import build_window_tokens
 from stvit.models.stem import build_stem
@@ -234,14 +234,14 @@ def per_layer(values: Sequence[int | None], depth: int) -> tuple[int | None, ...
 
 def stvit_swin_tiny(**options: object) -> STViTSwin:
     """STViT-Swin-T; `options` as in `STViTSwin`."""
-    return STViTSwin(**(dict(arch="tiny") | options))
+    return STViTSwin(**(ARCHS["tiny"] | options))
 
 
 def stvit_swin_small(**options: object) -> STViTSwin:
     """STViT-Swin-S; `options` as in `STViTSwin`."""
-    return STViTSwin(**(dict(arch="small") | options))
+    return STViTSwin(**(ARCHS["small"] | options))
 
 
 def stvit_swin_base(**options: object) -> STViTSwin:
     """STViT-Swin-B; `options` as in `STViTSwin`."""
-    return STViTSwin(**(dict(arch="base") | options))
+    return STViTSwin(**(ARCHS["base"] | options))

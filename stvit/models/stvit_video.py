@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stvit.models.clip_block import ClipBlock
 from stvit.models.clip_tokens import ClipTokenGenerator
 from stvit.models.clip_windows import Size
-from stvit.models.hierarchy import call
+from stvit.models.hierarchy import ARCHS, call
 from stvit.models.merging import PatchMerging
 from stvit.models.video_swin import (
     ClipClassifier,
@@ -298,14 +298,14 @@ def default_base_depth(depth: int) -> int:
 
 def stvit_video_swin_tiny(**options: object) -> STViTVideoSwin:
     """STViT-Video-Swin-T; `options` as in `STViTVideoSwin`."""
-    return STViTVideoSwin(**(dict(arch="tiny") | options))
+    return STViTVideoSwin(**(ARCHS["tiny"] | options))
 
 
 def stvit_video_swin_small(**options: object) -> STViTVideoSwin:
     """STViT-Video-Swin-S; `options` as in `STViTVideoSwin`."""
-    return STViTVideoSwin(**(dict(arch="small") | options))
+    return STViTVideoSwin(**(ARCHS["small"] | options))
 
 
 def stvit_video_swin_base(**options: object) -> STViTVideoSwin:
     """STViT-Video-Swin-B; `options` as in `STViTVideoSwin`."""
-    return STViTVideoSwin(**(dict(arch="base") | options))
+    return STViTVideoSwin(**(ARCHS["base"] | options))

@@ -11,7 +11,7 @@ from torch.nn.init import trunc_normal_, zeros_
 
 from stvit.models.clip_block import ClipBlock, half_shift
 from stvit.models.clip_windows import Size, pad_clip
-from stvit.models.hierarchy import call, depth_rates, sizes_of
+from stvit.models.hierarchy import ARCHS, call, depth_rates, sizes_of
 from stvit.models.merging import PatchMerging
 from stvit.models.windows import padded_size
 
@@ -323,14 +323,14 @@ def check_size(name: str, sides: Sequence[int]) -> Size:
 
 def video_swin_tiny(**options: object) -> VideoSwin:
     """Video Swin-T; `options` as in `VideoSwin`."""
-    return VideoSwin(**(dict(arch="tiny") | options))
+    return VideoSwin(**(ARCHS["tiny"] | options))
 
 
 def video_swin_small(**options: object) -> VideoSwin:
     """Video Swin-S; `options` as in `VideoSwin`."""
-    return VideoSwin(**(dict(arch="small") | options))
+    return VideoSwin(**(ARCHS["small"] | options))
 
 
 def video_swin_base(**options: object) -> VideoSwin:
     """Video Swin-B; `options` as in `VideoSwin`."""
-    return VideoSwin(**(dict(arch="base") | options))
+    return VideoSwin(**(ARCHS["base"] | options))

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from stvit.models.block import block_stack
 from stvit.models.controls import AllTokens, RandomTokens
 from stvit.models.hierarchy import taken
-from stvit.models.reducers import State, build_reducer, match_macs
+from stvit.models.reducers import State, build_reducer, match_macs, on_meta
 from stvit.models.stem import build_stem
 from stvit.models.tokens import SemanticTokenGenerator
 
@@ -309,6 +309,14 @@ class SemanticTokenViT(nn.Module):
             )
         return self.reducer.token_maps(*self.forward_base(images))
 
+    def remaining_tokens(self) -> int:
+        """Tokens behind the last layer of an image of `img_size` in evaluation, a class token not counted."""
+        if self.reduction is None:
+            return self.grid[0] * self.grid[1] if type(self.reducer) is AllTokens else self.reducer.num_tokens
+        with torch.no_grad():
+            x, _ = on_meta(self)._reduced(torch.empty_like(self.pos_embed, device="meta"))
+        return x.shape[1] - self.reduction.prefix
+
     def auxiliary_losses(self, teacher_tokens: Tensor | None = None, token_weight: float = 0.5) -> dict[str, Tensor]:
         """Loss terms of the last training pass besides the classifier's, by name (only `dynamicvit` has any).
 
@@ -392,10 +400,14 @@ class SemanticTokenViT(nn.Module):
     def _forward_reduced(self, images: Tensor) -> tuple[Tensor, State, tuple[int, int]]:
         """Tokens before the final norm, what the method knows about them, and the grid that they came from."""
         x, hw = self.forward_stem(images)
+        return *self._reduced(x), hw
+
+    def _reduced(self, x: Tensor) -> tuple[Tensor, State]:
+        """All layers, with the method at work inside them."""
         state = self.reduction.begin(x)
         for index, layer in enumerate([*self.base, *self.reducer.layers, *self.tail]):
             x, state = self._call(self.reduction.layer, index, layer, x, state)
-        return x, state, hw
+        return x, state
 
     def _call(self, module: Callable[..., Any], *inputs: object) -> Any:
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -217,6 +217,25 @@ def test_a_trainer_adds_its_own_figures(path, lab, monkeypatch):
         shown(path, lab)
 
 
+def test_costs_of_a_part(path, lab):
+    path.write_text(
+        """
+title: T
+columns:
+  stem: {needs: none, of: macs/stem}
+  macs: {needs: none}
+  head: {needs: none, of: macs/head}
+rows: [{label: r, experiment: mine/tiny}]
+"""
+    )
+    cells, _ = shown(path, lab)
+    costs = [cells["r", f"{key}:ours"]["value"] for key in ("stem", "macs", "head")]
+    assert costs == [8 * 16, 8 * 16 + 2 * 16 * 16 + 16 * 2, 16 * 2]
+    path.write_text("title: T\ncolumns: {macs/neck: {needs: none}}\nrows: [{label: r, experiment: mine/tiny}]\n")
+    with pytest.raises(ConfigError, match=r"no figure 'macs/neck'.*there are: .*macs, macs/head, macs/stem"):
+        shown(path, lab)
+
+
 def test_every_config_is_built_once(path, lab):
     built = []
 

@@ -15,13 +15,14 @@ from core.launch import build_trainer, run
 from core.param_groups import OptimConstructor
 from stvit import ClassificationTrainer, Digits, SmallSemanticTokenViT, label_smoothing_cross_entropy
 from stvit.losses import soft_target_cross_entropy
+from stvit.models.reducers import count_macs
 from stvit.visualize import assignment, token_colours, token_picture
 
 TINY = dict(embed_dim=16, depth=4, num_heads=2)
 
 
 def tiny(**options: object) -> ClassificationTrainer:
-    network = {key: options.pop(key) for key in ("tokens", "token_grid") if key in options}
+    network = {key: options.pop(key) for key in ("tokens", "token_grid", "token_options", "macs") if key in options}
     return ClassificationTrainer(SmallSemanticTokenViT(**TINY, **network), input_shape=(1, 28, 28), **options)
 
 
@@ -34,7 +35,7 @@ def digits(count: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("tokens", ["semantic", "all", "pooled", "random"])
+@pytest.mark.parametrize("tokens", ["semantic", "all", "pooled", "random", "dynamicvit"])
 def test_steps_reduce_the_loss(tokens: str) -> None:
     trainer, batch = tiny(tokens=tokens), digits(20)
     optimizer = {"optimizer": {"type": "torch.optim.AdamW", "lr": 3e-3}, "clip_grad": {"max_norm": 5.0}}
@@ -60,6 +61,29 @@ def test_loss_is_label_smoothing_or_soft_targets() -> None:
     assert "accuracy" not in terms, "a mixed image has no one right answer"
 
 
+def test_the_networks_own_terms_are_part_of_the_loss() -> None:
+    trainer, batch = (
+        tiny(tokens="dynamicvit", token_options={"keep_ratio": 0.3, "ratio_weight": 7.0}).train(),
+        digits(8),
+    )
+    torch.manual_seed(3)
+    terms = trainer.losses(batch)
+    assert set(terms) == {"loss_cls", "loss_keep_ratio", "accuracy"}
+    torch.manual_seed(3)
+    trainer.network(batch["image"])
+    torch.testing.assert_close(terms["loss_keep_ratio"], trainer.network.auxiliary_losses()["loss_keep_ratio"])
+    assert terms["loss_keep_ratio"] > 0
+    total, logged = trainer.parse_losses(terms)
+    torch.testing.assert_close(total, terms["loss_cls"] + terms["loss_keep_ratio"])
+    assert "loss_keep_ratio" in logged
+    # Without the classifier's term the decisions still learn how many tokens they are to keep.
+    terms["loss_keep_ratio"].backward()
+    assert all(p.grad is not None for p in trainer.network.reduction.parameters())
+    assert trainer.network.head.weight.grad is None
+    for tokens in ("semantic", "tome"):
+        assert set(tiny(tokens=tokens).train().losses(batch)) == {"loss_cls", "accuracy"}
+
+
 def test_prediction_has_what_metrics_read() -> None:
     trainer, batch = tiny().eval(), digits(4)
     predicted = trainer.val_step(batch)
@@ -74,6 +98,36 @@ def test_table_figures_count_tokens() -> None:
     assert tiny(token_grid=3).table_figures({})["tokens"] == 9
     assert tiny(tokens="random").table_figures({})["tokens"] == 16
     assert tiny(tokens="all").table_figures({})["tokens"] == 196
+    assert tiny(tokens="pooled", token_grid=5).table_figures({})["tokens"] == 25
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "left"),
+    [
+        ("tome", {"r": 10}, 196 - 4 * 10),
+        ("tome", {"r": 90}, 14),  # half of the tokens at most: 106, 53, 27, 14
+        # Decisions at layers 1, 2 and 3 of 4.
+        ("evit", {"keep_rate": 0.5, "score": "norm"}, 27),  # 196 to 98 + 1, 50 + 1, 26 + 1, with the fused token
+        ("topk", {"keep_rate": 0.5}, 25),  # 98, 49, 25
+        ("dynamicvit", {"keep_ratio": 0.5}, 24),  # an eighth of 196, rounded down
+    ],
+)
+def test_methods_along_the_way_count_the_tokens_that_are_left(tokens: str, options: dict, left: int) -> None:
+    trainer = tiny(tokens=tokens, token_options=options).train()
+    assert trainer.table_figures({}) == {"tokens": left}
+    # As many as really come out of the last layer.
+    seen = []
+    network = trainer.eval().network
+    network.tail[-1].register_forward_hook(lambda layer, given, tokens: seen.append(tokens.shape[1]))
+    network(torch.randn(1, 1, 28, 28))
+    assert seen == [left] and trainer.train().network.training
+
+
+def test_matched_costs_change_the_tokens_that_are_counted() -> None:
+    full = count_macs(tiny(tokens="all").network, (28, 28), 1)
+    counted = {t: tiny(tokens=t, macs=0.7 * full).table_figures({})["tokens"] for t in ("random", "pooled", "topk")}
+    for tokens, left in counted.items():
+        assert 16 < left < 196, tokens
 
 
 def test_media_shows_semantic_tokens_and_nothing_else() -> None:

@@ -16,7 +16,7 @@ from stvit.models.controls import AllTokens, PooledTokens, RandomTokens
 from stvit.models.reducers.dynamicvit import DynamicViT
 from stvit.models.reducers.evit import EViT, TopK
 from stvit.models.reducers.layerwise import LayerReducer, State
-from stvit.models.reducers.matching import count_macs, match_macs
+from stvit.models.reducers.matching import count_macs, match_macs, on_meta
 from stvit.models.reducers.tome import ToMe
 from stvit.models.tokens import SemanticTokenGenerator
 
@@ -43,6 +43,7 @@ __all__ = [
     "count_macs",
     "find_reducer",
     "match_macs",
+    "on_meta",
 ]
 
 

@@ -19,7 +19,7 @@ def count_macs(model: nn.Module, size: tuple[int, int], in_chans: int = 3) -> in
 
     Counted on a copy on the meta device: no memory, no arithmetic.
     """
-    return _count(_on_meta(model), size, in_chans)
+    return _count(on_meta(model), size, in_chans)
 
 
 def match_macs(
@@ -49,7 +49,7 @@ def match_macs(
     Raises:
         ValueError: no rate comes near enough; says what can be reached.
     """
-    probe = _on_meta(model)
+    probe = on_meta(model)
     costs: dict[int, int] = {}
 
     def cost(index: int) -> int:
@@ -89,8 +89,8 @@ def _nearest(excess: Callable[[int], float], last: int, enough: float) -> int:
     return min((low, high), key=lambda index: abs(excess(index)))
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without memory, in evaluation mode."""
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, without memory, in evaluation mode."""
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
