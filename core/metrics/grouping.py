@@ -225,9 +225,8 @@ class ClusterMIoU(Metric):
             ValueError: shapes differ, or labels are out of range.
         """
         valid = None if self.ignore is None else _picture(target) != self.ignore
-        self.table += contingency(
-            _picture(prediction), _picture(target), self.num_clusters, self.num_classes, valid
-        ).sum(dim=0)
+        tables = contingency(_picture(target), _picture(prediction), self.num_classes, self.num_clusters, valid)
+        self.table += tables.sum(dim=0).T
 
     def compute(self) -> Tensor:
         """The mean over classes."""
