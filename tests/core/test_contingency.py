@@ -190,6 +190,12 @@ def test_clusters_find_their_classes_one_to_one_or_each_by_itself():
     assert class_iou(table, torch.tensor([0, 0])).tolist() == pytest.approx([90 / 91, 0])
 
 
+def test_one_to_one_matching_maximises_overlap_not_pixels():
+    # The diagonal has 12 of 23 pixels but overlaps of 12/23 and 0; the other pairing has 8/20 and 3/15.
+    table = torch.tensor([[12, 8], [3, 0]])
+    assert match_clusters(table, "hungarian").tolist() == [1, 0]
+
+
 def test_more_clusters_than_classes_are_merged():
     table = torch.tensor([[5, 0], [4, 1], [0, 8]])
     assert match_clusters(table).tolist() == [0, 0, 1]
@@ -267,6 +273,12 @@ def test_single_scores_are_those_of_the_tables():
     ):
         metric.update(prediction, truth)
         assert float(metric.compute()) == pytest.approx(float(want.mean()), abs=1e-12)
+    shares = recovered(table)
+    corloc = GroupingScores(("corloc", "recovery"))
+    corloc.update(prediction, truth)
+    found = {name: float(v) for name, v in corloc.compute().items()}
+    assert found == pytest.approx({"corloc": float((shares > 0).double().mean()), "recovery": float(shares.mean())})
+    assert found["corloc"] > found["recovery"] > 0
     metric = ForegroundIoU()
     metric.update(prediction, truth)
     found = {name: float(v) for name, v in metric.compute().items()}
@@ -283,6 +295,11 @@ def test_void_pixels_and_an_ignored_label_are_the_same():
     counted.update(prediction, truth.masked_fill(void, 255))
     assert by_mask.compute() == by_label.compute()
     assert float(counted.compute()["ari"]) != pytest.approx(float(by_mask.compute()["ari"]), abs=1e-3)
+    # Both at once.
+    both = GroupingScores(names, ignore=255)
+    first, second = void & (truth > 1), void & (truth <= 1)
+    both.update(prediction, truth.masked_fill(first, 255), second)
+    assert both.compute() == by_label.compute()
     # An image that is void throughout does not count at all.
     by_mask.update(prediction, truth, torch.ones_like(void))
     assert by_mask.compute() == by_label.compute()
