@@ -510,7 +510,7 @@ def test_scenes_depend_on_seed_split_and_number_alone():
     before = few[0]["image"].clone()
     few[0]["image"].zero_()
     assert torch.equal(Blobworld("val", count=2)[0]["image"], before)
-    assert (len(Blobworld("train")), len(Blobworld("val")), len(Blobworld("test"))) == (500, 80, 80)
+    assert [len(Blobworld(split, size=8)) for split in ("train", "val", "test")] == [500, 80, 80]
 
 
 def test_scenes_have_two_to_four_objects_of_different_categories():

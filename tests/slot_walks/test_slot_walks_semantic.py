@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -54,6 +55,15 @@ def test_kmeans_is_repeatable_and_its_best_restart_counts():
     singles = [score(seed=seed, restarts=1) for seed in range(6)]
     assert len({round(s, 6) for s in singles}) > 1
     assert score(seed=0, restarts=20) >= max(singles) - 1e-3 > min(singles)
+
+
+def test_spread_starts_find_small_bundles_at_once():
+    # One bundle has nearly all vectors: starts drawn evenly would nearly all lie in it.
+    vectors, labels = bundles(clusters=4, each=100, spread=0.01)
+    kept = (labels == 0) | (torch.arange(len(labels)) < 12)
+    for seed in range(10):
+        found, _ = spherical_kmeans(vectors[kept], 4, seed=seed, restarts=1)
+        assert len({(int(a), int(b)) for a, b in zip(found, labels[kept], strict=True)}) == 4
 
 
 def test_kmeans_keeps_every_cluster_in_use():
@@ -136,6 +146,7 @@ def test_matching_and_seeds_are_chosen():
     assert figures["miou_majority"] != figures["miou_hungarian"]
     singles = [evaluated(everything, seeds=1, seed=seed)["miou"] for seed in range(5)]
     assert figures["miou"] == pytest.approx(sum(singles) / 5)
+    assert figures["miou_std"] == pytest.approx(statistics.stdev(singles))
     assert evaluated(everything, prefix="voc", seeds=1).keys() == {
         "voc/miou",
         "voc/miou_majority",
