@@ -56,9 +56,9 @@ def token_labels(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     if height % grid[0] or width % grid[1]:
         raise ValueError(f"a label map of {height} x {width} cannot be cut into {grid[0]} x {grid[1]} equal patches")
     patches = rearrange(mask.long(), "b (h p) (w q) -> b (h w) (p q)", h=grid[0], w=grid[1])
-    # torch.mode is slow on short rows and its choice among equals is its own; counts are exact.
     labels, compact = torch.unique(patches, return_inverse=True)
-    counts = F.one_hot(compact, len(labels)).sum(dim=2)
+    counts = torch.zeros(*patches.shape[:2], len(labels), device=mask.device)
+    counts.scatter_add_(2, compact, torch.ones_like(compact, dtype=counts.dtype))
     return labels[counts.argmax(dim=2)]
 
 
@@ -74,15 +74,14 @@ def pair_shares(features: Tensor, labels: Tensor, threshold: float = 0.7) -> tup
         Share of the pairs of one object, and of two, that reach the threshold, `(B,)` each; a part is no pair with
         itself, and a share of no pairs is 0.
     """
-    parts = unit(features)
-    joined = parts @ parts.transpose(1, 2) >= threshold
-    same = labels[:, :, None] == labels[:, None, :]
-    other = ~torch.eye(parts.shape[1], dtype=torch.bool, device=parts.device)
-
-    def share(pairs: Tensor) -> Tensor:
-        return (joined & pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
-
-    return share(same & other), share(~same)
+    shares = []
+    for parts, label in zip(unit(features), labels, strict=True):  # one N x N at a time
+        joined = parts @ parts.T >= threshold
+        same = label[:, None] == label
+        pairs = torch.stack([same.fill_diagonal_(False), label[:, None] != label])
+        shares.append((joined & pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1))
+    within, between = torch.stack(shares, dim=1)
+    return within, between
 
 
 def affinity_gap(features: Tensor, labels: Tensor, threshold: float = 0.7) -> Tensor:

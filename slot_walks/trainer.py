@@ -32,7 +32,8 @@ class SlotTrainer(Trainer):
         decoder_weight: weight of the reconstruction beside the walks.
         mask_source: what masks are read from: `walk`, the part-to-slot transition; `attention`, the slot attention;
             `product`, the two multiplied; `decoder`. None: `walk` if the signal has walks, else `decoder`.
-        draws: how often each picture's slots are drawn in evaluation; 1 for starts that are not sampled.
+        draws: how often each picture's slots are drawn in evaluation. A start that is not sampled is run once, and its
+            result stands for all draws.
         noise_seed: of these draws.
         num_slots: K in evaluation; None: as in training.
         input_shape: `(3, H, W)` of an input, for profiles; None: that of the network's `feature_grid`.
@@ -69,8 +70,7 @@ class SlotTrainer(Trainer):
         if draws < 1:
             raise ValueError(f"draws={draws}: at least one is needed")
         self.mask_source, self.noise_seed, self.num_slots = source, noise_seed, num_slots
-        # A start that is not sampled gives the same result every time.
-        self.draws = draws if network.encoder.init.samples else 1
+        self.draws = draws
         self.input_shape = self._example_shape() if input_shape is None else tuple(input_shape)
 
     # ------------------------------------------------------------------ training
@@ -110,7 +110,7 @@ class SlotTrainer(Trainer):
         first = None
         winners = []
         features = grid = None
-        for draw in range(self.draws):
+        for draw in range(self.draws if self.network.encoder.init.samples else 1):
             output = self._forward(
                 batch,
                 features,
@@ -126,7 +126,7 @@ class SlotTrainer(Trainer):
         output, assignment, regions = first
         predicted = {key: value for key, value in batch.items() if key not in ("image", "features", "noise")}
         predicted |= {
-            "segments": winners[0] if self.draws == 1 else torch.stack(winners, dim=1),
+            "segments": winners[0] if self.draws == 1 else torch.stack(winners, dim=1).expand(-1, self.draws, -1, -1),
             "slots": output.slots,
             "assignment": assignment,
             "effective_slots": effective_slots(assignment),
