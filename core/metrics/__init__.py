@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from core.metrics.bridge import TorchMetrics
+from core.metrics.contingency import adjusted_rand, contingency
 from core.metrics.grouped import GroupedAccuracy
+from core.metrics.grouping import ARI, BestOverlap, ClusterMIoU, ForegroundIoU, GroupingScores, SegCover
 
-__all__ = ["GroupedAccuracy", "TorchMetrics"]
+__all__ = [
+    "ARI",
+    "BestOverlap",
+    "ClusterMIoU",
+    "ForegroundIoU",
+    "GroupedAccuracy",
+    "GroupingScores",
+    "SegCover",
+    "TorchMetrics",
+    "adjusted_rand",
+    "contingency",
+]

@@ -48,11 +48,12 @@ def test_every_paper_is_inside_every_contract():
 
 
 def test_a_paper_imported_by_the_engine_is_noticed(tmp_path):
-    for package in ("core", "stvit", "stvit/models"):
+    for package in ("core", *(folder for paper in present() for folder in (paper, f"{paper}/models"))):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
-    for module in ("trainer", "data", "losses", "checkpoint"):
-        (tmp_path / "stvit" / f"{module}.py").write_text("")
+    for paper in present():
+        for module in ("trainer", "data", "losses", "checkpoint"):
+            (tmp_path / paper / f"{module}.py").write_text("")
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     assert lint(tmp_path).returncode == 0
     (tmp_path / "core" / "bad.py").write_text("def f():\n    import stvit.models\n")
