@@ -75,7 +75,9 @@ def cells_of(x: Tensor, hw: tuple[int, int], window: int, per_window: int) -> li
     return cells
 
 
-@pytest.mark.parametrize(("hw", "window", "per_window"), [((8, 8), 4, 2), ((14, 14), 7, 3), ((9, 6), 4, 3)])
+@pytest.mark.parametrize(
+    ("hw", "window", "per_window"), [((8, 8), 4, 2), ((14, 14), 7, 3), ((9, 6), 4, 3), ((7, 11), 4, 2)]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_random_tokens_are_one_of_every_cell(hw: tuple[int, int], window: int, per_window: int, training: bool) -> None:
     control = RandomWindowTokens(4, 1, window=window, per_window=per_window).train(training)
