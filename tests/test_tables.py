@@ -7,7 +7,8 @@ hand within 1 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -110,14 +111,13 @@ UNSURE = ("uncertain", "from memory")
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[tuple[str, str], object]]:
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], dict[tuple[str, str], object]]]:
     """From a table's name to its cells as the tool makes them without runs: (row, column:side) -> value."""
     figures = Figures(build_trainer)
     compose_once = cache(lambda words: compose(list(words)))
     results = Results(tmp_path_factory.mktemp("runs"), composer(None))
 
-    @cache
-    def cells_of(name: str) -> dict[tuple[str, str], object]:
+    def count(name: str) -> dict[tuple[str, str], object]:
         evaluation = Evaluation(
             load_table(PATHS[name]),
             compose=lambda words: compose_once(tuple(words)),
@@ -132,7 +132,10 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[tupl
             if key != "section"
         }
 
-    return cells_of
+    # In a thread, whose stack starts afresh: below pytest's own calls Python 3.11 maps and unmaps a piece of its stack
+    # at every other call of the hot loops, which costs a quarter of the time.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        yield cache(lambda name: thread.submit(count, name).result())
 
 
 def test_there_are_tables_of_the_papers() -> None:
