@@ -1,33 +1,42 @@
 """What walks cost: the loss over blocks of rows against the plain one, cached features against live, and decoders.
 
-  python benchmarks/slot_walks.py [batch=4] [grid=14] [slots=7] [device=cpu] [parts=[loss,step]] [rounds=7]
+  python benchmarks/slot_walks.py [batch=4] [grid=14] [slots=7] [device=cpu] [parts=[loss,step,cache]] [rounds=7]
 
 `loss` measures forward and backward of the P-W-P and W-P-W walks alone: seconds, and the peak of tensors alive. `step`
 measures a training step (backbone, slots, signal, backward; no optimizer) of DINO ViT-S/8 with random weights: walks on
-pictures, walks on cached features, and the decoders on cached features. All candidates take turns in one process;
-ratios are medians over rounds.
+pictures, walks on cached features, and the decoders on cached features. `cache` trains from files with Adam: JPEG
+pictures that are drawn for it, through reader, loader and backbone, against features that `FeatureCache` keeps; and it
+compares their losses. All candidates take turns in one process; ratios are medians over rounds.
 
-The paper's memory at evaluation size: batch=32 grid=40 parts=[loss].
+Memory at evaluation size: batch=32 grid=40 parts=[loss]. Features at training size: grid=28 parts=[cache].
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from scipy.io import savemat
 from torch import Tensor, nn
 
 # This file has the name of the package that it measures: look for that in the repository, not beside the file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.cli import parse, run
+from core.data import build_loader, to_device
 from core.profile import benchmark, device_name, peak_memory
-from slot_walks import SlotEncoder, SlotTrainer, SlotWalker, WalkLoss, dino_vits8
+from slot_walks import FeatureCache, SlotEncoder, SlotTrainer, SlotWalker, WalkLoss, dino_vits8
+from slot_walks.data import Flowers, Square
+from slot_walks.data.standin import draw_scene
 
 CHANNELS = 384
 
@@ -40,7 +49,7 @@ class Options:
     grid: int = field(default=14, metadata={"help": "patches along a side: 28 for 224 pixels, 40 for 320"})
     slots: int = 7
     device: str = "cpu"
-    parts: list[str] = field(default_factory=lambda: ["loss", "step"])
+    parts: list[str] = field(default_factory=lambda: ["loss", "step", "cache"])
     rounds: int = 7
     threads: int = 1
     output: str | None = None
@@ -104,7 +113,66 @@ def measure_step(options: Options) -> dict[str, Any]:
     }
 
 
-PARTS = {"loss": measure_loss, "step": measure_step}
+def training(kept: bool, dtype: str, root: Path, options: Options) -> Iterator[float]:
+    """Endless training steps from files, with the loss of each."""
+    torch.manual_seed(0)
+    network = SlotWalker(dino_vits8(), SlotEncoder(num_slots=options.slots, init="learned"), feature_grid=options.grid)
+    cache = FeatureCache(root / "features", dtype, batch_size=options.batch) if kept else None
+    trainer = SlotTrainer(network, cache=cache).to(options.device)
+    data = Flowers(root, "train", transform=Square(8 * options.grid), masks=False)
+    loader = build_loader(
+        {"dataset": trainer.training_data(data), "batch_size": options.batch, "drop_last": True}, seed=0, training=True
+    )
+    trainer.train()
+    optimizer = torch.optim.Adam([p for p in trainer.parameters() if p.requires_grad], lr=4e-4)
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        for fetched in loader:
+            optimizer.zero_grad()
+            total, _ = trainer.parse_losses(trainer.losses(to_device(fetched.data, torch.device(options.device))))
+            total.backward()
+            optimizer.step()
+            yield float(total.detach())
+
+
+def measure_cache(options: Options) -> dict[str, Any]:
+    """Pictures a second of both ways, and the largest relative difference of their losses over the same steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        draw_flowers(root, count=4 * options.batch)
+        ways = {"pictures": (False, "float32"), "float32": (True, "float32"), "float16": (True, "float16")}
+        runs = {name: training(*way, root, options) for name, way in ways.items()}
+        losses: dict[str, list[float]] = {name: [] for name in ways}
+        passes = {name: partial(_advance, runs[name], losses[name]) for name in ways}
+        timed = benchmark(
+            passes, device=options.device, repeats=options.rounds, warmup=1, min_time=0.0, threads=options.threads
+        )
+    steps = min(len(each) for each in losses.values())
+    return {
+        "pictures_per_second": {name: round(options.batch / timed.time(name).median, 2) for name in ways},
+        "times_pictures": {name: round(timed.speedup(name, "pictures").median, 2) for name in ways},
+        "steps_compared": steps,
+        "largest_difference_of_losses": {
+            name: max(abs(a / b - 1) for a, b in zip(losses[name], losses["pictures"], strict=False))
+            for name in ("float32", "float16")
+        },
+    }
+
+
+def _advance(steps: Iterator[float], losses: list[float]) -> None:
+    losses.append(next(steps))
+
+
+def draw_flowers(root: Path, count: int) -> None:
+    """Scenes as JPEG files of 256 pixels a side in the layout of Flowers."""
+    (root / "jpg").mkdir()
+    for number in range(1, count + 1):
+        pixels = (255 * draw_scene(number, size=256).image).astype("uint8")
+        Image.fromarray(pixels).save(root / "jpg" / f"image_{number:05d}.jpg", quality=95)
+    savemat(root / "setid.mat", {"tstid": [list(range(1, count + 1))]})
+
+
+PARTS = {"loss": measure_loss, "step": measure_step, "cache": measure_cache}
 
 
 def main(argv: list[str]) -> None:

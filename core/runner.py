@@ -27,7 +27,7 @@ from core.hooks.checkpoint import CheckpointHook
 from core.optim import autocast
 from core.parallel import full_model_state, load_full_model_state, shard
 from core.randomness import random_state, set_random_state
-from core.registry import LOOPS, build
+from core.registry import DATASETS, LOOPS, build
 from core.trainer import DataParallelTrainer, Trainer, unwrap
 
 FORMAT = 1
@@ -185,11 +185,17 @@ class Runner(MMRunner):
         )
 
     def build_dataloader(self, dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:
-        """See `core.data.loader.build_loader`; training loaders are those of the config's `train_dataloader`."""
+        """See `core.data.loader.build_loader`; training loaders are those of the config's `train_dataloader`.
+
+        A trainer may put what it derived from a training set in the set's place (`core.Trainer.training_data`).
+        """
         if not isinstance(dataloader, dict):
             return dataloader
         training = dataloader is self._train_dataloader
         cfg = dict(dataloader)
+        trainer = unwrap(self.model)
+        if training and isinstance(trainer, Trainer):
+            cfg["dataset"] = trainer.training_data(build(cfg["dataset"], DATASETS))
         if self.runtime["debug"]:
             cfg["num_workers"] = 0
         return build_loader(cfg, seed=self.seed, training=training)

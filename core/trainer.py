@@ -68,6 +68,13 @@ class Trainer(BaseModel):
         """The prediction for a user's own file, with pictures that explain it."""
         raise ConfigError(f"{type(self).__name__} offers no inference on single files")
 
+    def training_data(self, dataset: Any) -> Any:
+        """What is trained on in place of a training data set: itself, or what a frozen part makes of it, kept on disk.
+
+        Called once, with the model on its device and in its precision, by every process.
+        """
+        return dataset
+
     # ------------------------------------------------------------------ steps
     def train_step(self, data: Batch, optim_wrapper: Any) -> dict[str, Tensor]:
         """One update from one batch; returns detached loss terms (still on the device)."""

@@ -43,6 +43,7 @@ _EXPORTS = {
     "token_labels": "slot_walks.diagnostics",
     "sample_noise": "slot_walks.draws",
     "SlotTrainer": "slot_walks.trainer",
+    "FeatureCache": "slot_walks.cache",
     "Birds": "slot_walks.data",
     "Dogs": "slot_walks.data",
     "Cars": "slot_walks.data",

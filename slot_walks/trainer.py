@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from core.trainer import Batch, Trainer
+from slot_walks.cache import FeatureCache
 from slot_walks.diagnostics import effective_slots, pair_shares, token_labels, usage_entropy
 from slot_walks.draws import sample_noise
 from slot_walks.losses import WalkLoss, reconstruction_loss
@@ -37,6 +39,7 @@ class SlotTrainer(Trainer):
         noise_seed: of these draws.
         num_slots: K in evaluation; None: as in training.
         input_shape: `(3, H, W)` of an input, for profiles; None: that of the network's `feature_grid`.
+        cache: where features of the training pictures are kept; None: the backbone runs in every step.
         frozen: see `core.Trainer`; the backbone is frozen anyway.
 
     Raises:
@@ -53,9 +56,11 @@ class SlotTrainer(Trainer):
         noise_seed: int = 0,
         num_slots: int | None = None,
         input_shape: Sequence[int] | None = None,
+        cache: FeatureCache | None = None,
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__(frozen)
+        self.cache = cache
         self.network = network
         self.loss = WalkLoss() if loss is None else loss
         self.decoder_weight = decoder_weight
@@ -74,6 +79,12 @@ class SlotTrainer(Trainer):
         self.input_shape = self._example_shape() if input_shape is None else tuple(input_shape)
 
     # ------------------------------------------------------------------ training
+    def training_data(self, dataset: Dataset) -> Dataset:
+        """The features of a data set's pictures where there is a `cache`, which is filled first."""
+        if self.cache is None or self.network.backbone is None:
+            return dataset
+        return self.cache.fill(dataset, self.network.backbone, self.autocast, precision=self.precision)
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_wpw`, `loss_pwp` (weighted) and `loss_reconstruction`, as the signal says, with what tells of progress.
 

@@ -3,13 +3,15 @@
 Every transform is called as `transform(image, masks)` with a PIL image and label maps `{name: (H, W) int32}`; it
 returns the image `(3, h, w)` float32 and the maps `{name: (h, w) int64}`. Called with a picture alone it returns the
 image alone. Pictures are resized by PIL, which rounds to 8 bits, before they become floats; label maps by nearest
-pixel. All are dataclasses: their repr says everything that they do, which is what a feature cache records.
+pixel. All are dataclasses: their repr says everything that they do, which is what a feature cache records. Those for
+training say what they make of a picture, too: `views()` are transforms without chance, one for each outcome (None: too
+many), and `choose()` draws one of them as a call would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -81,6 +83,14 @@ class Square:
         image = F.resize(image, [self.size, self.size], F.InterpolationMode.BILINEAR)
         return _finish(image, _each(masks, lambda mask: _nearest(mask, [self.size, self.size])), self.normalize)
 
+    def views(self) -> list[Square]:
+        """Itself."""
+        return [self]
+
+    def choose(self) -> int:
+        """The only view."""
+        return 0
+
 
 @dataclass
 class CropTrain:
@@ -124,6 +134,14 @@ class CropTrain:
             image = F.horizontal_flip(image)
             cut = {name: mask[:, ::-1] for name, mask in cut.items()}
         return _finish(image, None if masks is None else cut, self.normalize)
+
+    def views(self) -> list[CropTrain] | None:
+        """The central crop as it is and mirrored; None for random crops."""
+        return None if self.crop == "random" else [replace(self, flip=float(flip)) for flip in (0, 1)]
+
+    def choose(self) -> int:
+        """1 for the mirrored one."""
+        return int(float(torch.rand(())) < self.flip)
 
 
 @dataclass

@@ -1,0 +1,234 @@
+"""Features that are kept train as the pictures do, are computed once, and are never read as others."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from core.config import compose
+from core.data import build_loader
+from core.errors import ConfigError, VitrineError
+from core.launch import run
+from slot_walks import DinoViT, FeatureCache, SlotEncoder, SlotTrainer, SlotWalker
+from slot_walks.data import CropTrain, Flowers, Square
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory) -> Path:
+    """Six training pictures, two for validation, in the layout of Flowers."""
+    root = tmp_path_factory.mktemp("Flowers")
+    generator = torch.Generator().manual_seed(0)
+    for folder, name in (("jpg", "image"), ("segmim", "segmim")):
+        (root / folder).mkdir()
+        for i in range(1, 9):
+            pixels = torch.randint(0, 256, (40, 50, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / folder / f"{name}_{i:05d}.jpg")
+    savemat(root / "setid.mat", {"trnid": [[7]], "valid": [[7, 8]], "tstid": [list(range(1, 7))]})
+    return root
+
+
+def vit(seed: int = 0, **options: object) -> DinoViT:
+    torch.manual_seed(seed)
+    return DinoViT(**(dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2) | options))
+
+
+class Counting(DinoViT):
+    """Counts the pictures that it sees."""
+
+    seen: ClassVar[list[int]] = []
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(image))
+        return super().forward(image)
+
+
+def batches(dataset: object, epochs: int = 1) -> list[dict]:
+    loader = build_loader({"dataset": dataset, "batch_size": 3}, seed=5, training=True)
+    found = []
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        found += [fetched.data for fetched in loader]
+    return found
+
+
+@pytest.mark.parametrize("transform", [Square(32), CropTrain(short=32, size=32, crop="center", flip=0.5)])
+def test_exact_features_give_the_same_epochs_and_losses_as_pictures(flowers, tmp_path, transform) -> None:
+    data, backbone = Flowers(flowers, "train", transform=transform, masks=False), vit()
+    torch.manual_seed(1)
+    trainer = SlotTrainer(
+        SlotWalker(backbone, SlotEncoder(in_dim=16, dim=16, num_slots=3), feature_grid=4),
+        cache=FeatureCache(tmp_path, dtype="float32"),
+    )
+    live, kept = batches(data, epochs=3), batches(trainer.training_data(data), epochs=3)
+    assert len(live) == len(kept) == 6
+    for pictures, features in zip(live, kept, strict=True):
+        assert "image" not in features and list(pictures["sample_id"]) == list(features["sample_id"])
+        torch.testing.assert_close(trainer.network.features(pictures["image"])[0], features["features"].flatten(1, 2))
+        noise = torch.randn(3, 3, 16)
+        one, other = (trainer.losses({**batch, "noise": noise}) for batch in (pictures, features))
+        for name in ("loss_wpw", "loss_pwp"):
+            torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-7)
+
+
+def test_flips_are_kept_and_vary_from_epoch_to_epoch(flowers, tmp_path) -> None:
+    data = Flowers(flowers, "train", transform=CropTrain(32, 32, "center", 0.5), masks=False)
+    kept = FeatureCache(tmp_path, "float32").fill(data, vit())
+    assert len(kept) == 6 and len(kept.cache) == 12
+    seen = {}
+    for batch in batches(kept, epochs=6):
+        for name, features in zip(batch["sample_id"], batch["features"], strict=True):
+            seen.setdefault(name, set()).add(round(float(features[0, 0].sum()), 3))
+    assert {len(views) for views in seen.values()} == {2}
+
+
+def test_half_precision_is_close_and_half_the_size(flowers, tmp_path) -> None:
+    data = Flowers(flowers, "train", transform=Square(32), masks=False)
+    exact, half = (FeatureCache(tmp_path / dtype, dtype).fill(data, vit()) for dtype in ("float32", "float16"))
+    a, b = exact[0]["features"], half[0]["features"]
+    assert b.dtype == torch.float16 and b.shape == (4, 4, 16)
+    torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-4)
+    assert not torch.equal(a, b.float())
+
+
+def test_what_is_there_is_not_computed_again(flowers, tmp_path) -> None:
+    data = Flowers(flowers, "train", transform=Square(32), masks=False)
+    torch.manual_seed(0)
+    backbone = Counting(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    first = FeatureCache(tmp_path).fill(data, backbone)
+    assert sum(backbone.seen) == 6
+    again = FeatureCache(tmp_path).fill(data, backbone)
+    assert sum(backbone.seen) == 6
+    assert torch.equal(first[3]["features"], again[3]["features"])
+
+
+def test_other_weights_settings_files_and_sizes_are_kept_apart(flowers, tmp_path) -> None:
+    def folder(backbone: DinoViT, root: Path = flowers, size: int = 32, **options: object) -> str:
+        data = Flowers(root, "train", transform=Square(size), masks=False, **options)
+        return FeatureCache(tmp_path / "cache").fill(data, backbone).cache.folder.name
+
+    moved = Path(shutil.copytree(flowers, tmp_path / "moved"))  # copies keep the time of change
+    assert folder(vit()) == folder(vit(), moved)
+    Image.new("RGB", (40, 50), "red").save(moved / "jpg" / "image_00003.jpg")
+    names = [folder(vit()), folder(vit(seed=1)), folder(vit(final_norm=True)), folder(vit(num_heads=4))]
+    names += [folder(vit(), moved), folder(vit(), size=40), folder(vit(), flowers_mask="tolerant")]
+    assert len(set(names)) == len(names)
+
+
+def test_random_crops_are_refused_or_limited(flowers, tmp_path) -> None:
+    data = Flowers(flowers, "train", transform=CropTrain(32, 24), masks=False)
+    with pytest.raises(ConfigError, match=r"cropped at random.*model\.cache\.crops=8.*model\.cache=null"):
+        FeatureCache(tmp_path).fill(data, vit())
+    kept = FeatureCache(tmp_path, "float32", crops=3).fill(data, vit())
+    again = FeatureCache(tmp_path / "again", "float32", crops=3).fill(data, vit())
+    views = [kept.cache[f"0-{view}"]["features"] for view in range(3)]
+    assert not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
+    assert all(torch.equal(view, again.cache[f"0-{i}"]["features"]) for i, view in enumerate(views))
+    torch.manual_seed(0)
+    drawn = [kept[0]["features"] for _ in range(40)]
+    assert all(any(torch.equal(view, one) for one in drawn) for view in views)
+
+
+def test_data_of_unknown_augmentation_is_refused(flowers, tmp_path) -> None:
+    data = Flowers(flowers, "train", transform=lambda image, maps: (image, maps), masks=False)
+    with pytest.raises(ConfigError, match=r"does not say how many views.*model\.cache=null"):
+        FeatureCache(tmp_path).fill(data, vit())
+
+
+def test_what_does_not_fit_is_refused_before_or_while_it_is_written(flowers, tmp_path, monkeypatch) -> None:
+    data, large = Flowers(flowers, "train", transform=Square(32), masks=False), vit()
+    large.blocks[-1].mlp.fc2.bias.data.fill_(1e5)
+    with pytest.raises(VitrineError, match=r"do(es)? not hold.*model\.cache\.dtype=float32"):
+        FeatureCache(tmp_path).fill(data, large)
+    FeatureCache(tmp_path, "float32").fill(data, large)
+    usage = namedtuple("usage", "total used free")(0, 0, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(VitrineError, match=r"features of 6 views need .* GB.*model\.cache\.folder="):
+        FeatureCache(tmp_path / "other").fill(data, vit())
+    for options, message in ((dict(dtype="int8"), "use float16"), (dict(crops=0), "at least one crop")):
+        with pytest.raises(ValueError, match=message):
+            FeatureCache(tmp_path, **options)
+
+
+# ---------------------------------------------------------------------- through the launcher
+SMALL = [
+    "experiment=slot_walks/flowers",
+    "train_dataloader.num_workers=0",
+    "val_dataloader.num_workers=0",
+    "model.cache.num_workers=0",
+    "model.cache.dtype=float32",
+    "model.draws=1",
+    "train_dataloader.dataset.transform.size=32",
+    "model.input_shape=[3,32,32]",
+    "model.network.feature_grid=4",
+    "model.network.backbone.img_size=32",
+    "model.network.backbone.embed_dim=16",
+    "model.network.backbone.depth=2",
+    "model.network.backbone.num_heads=2",
+    "model.network.encoder.in_dim=16",
+    "model.network.encoder.dim=16",
+    "train_cfg.max_steps=4",
+    "param_scheduler.warmup=1",
+    "log_every=1",
+]
+
+
+def logged(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss_pwp"] for line in lines if "loss_pwp" in line]
+
+
+def overrides(flowers: Path, tmp_path: Path, name: str) -> list[str]:
+    weights = tmp_path / "vit.pth"
+    if not weights.is_file():
+        torch.save(vit().state_dict(), weights)
+    return [
+        *SMALL,
+        f"train_dataloader.dataset.root={flowers}",
+        f"model.network.backbone.weights={weights}",
+        f"model.cache.folder={tmp_path / 'features'}",
+        f"run_dir={tmp_path / name}",
+    ]
+
+
+def test_an_experiment_trains_from_the_cache_by_default_as_without(flowers, tmp_path) -> None:
+    for name in ("kept", "live"):
+        options = [*overrides(flowers, tmp_path, name), "train_dataloader.batch_size=3"]
+        if name == "live":
+            options = [o for o in options if not o.startswith("model.cache.")] + ["model.cache=null"]
+        run(compose(options))
+    assert list((tmp_path / "features").glob("*/shard-*.json"))
+    kept, live = logged(tmp_path / "kept"), logged(tmp_path / "live")
+    assert len(kept) == 4 and kept == pytest.approx(live, rel=1e-5)
+
+
+def test_two_processes_share_the_work_and_train_as_one(flowers, tmp_path) -> None:
+    start = "model.network.encoder.init=learned"  # no noise, which each process would draw for itself
+    run(compose([*overrides(flowers, tmp_path, "one"), start, "train_dataloader.batch_size=4"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [o for o in overrides(flowers, tmp_path, "two") if "cache.folder" not in o]
+    options += [f"model.cache.folder={tmp_path / 'shared'}", "train_dataloader.batch_size=2", "runtime=cpu", start]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(ROOT / "tools" / "train.py"), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = {path.name.split("-")[1] for path in (tmp_path / "shared").glob("*/shard-*.json")}
+    assert names == {"r0000", "r0001"}
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-4)
