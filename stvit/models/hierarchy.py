@@ -34,19 +34,28 @@ _PARTS = ("downsample", "base", "generator", "semantic", "recovery", "blocks")
 
 
 def sizes_of(
-    arch: str | None, embed_dim: int, depths: Sequence[int], num_heads: Sequence[int]
+    arch: str,
+    embed_dim: int | None,
+    depths: Sequence[int] | None,
+    num_heads: Sequence[int] | None,
+    stages: int | None = 4,
 ) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Channels of the first stage, depths and heads: those of `arch`, or the given ones when it is None.
+    """Channels of the first stage, depths and heads: what is given, and the rest from `arch`.
+
+    `stages` is how many there have to be; None: any number.
 
     Raises:
-        ValueError: unknown arch, or not four stages.
+        ValueError: unknown arch, a stage without layers or heads, or another number of stages.
     """
-    if arch is not None:
-        if arch not in ARCHS:
-            raise ValueError(f"unknown arch {arch!r}: use one of {', '.join(ARCHS)}")
-        embed_dim, depths, num_heads = ARCHS[arch].values()
-    if len(depths) != 4 or len(num_heads) != 4:
-        raise ValueError(f"four stages need four depths and four num_heads, got {tuple(depths)} and {tuple(num_heads)}")
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}: use one of {', '.join(ARCHS)}")
+    given = dict(embed_dim=embed_dim, depths=depths, num_heads=num_heads)
+    embed_dim, depths, num_heads = (ARCHS[arch] | {k: v for k, v in given.items() if v is not None}).values()
+    sizes = f"depths={list(depths)} and num_heads={list(num_heads)}"
+    if len(depths) != len(num_heads) or not depths or min(depths) < 1:
+        raise ValueError(f"{sizes}: give each stage its layers (at least 1) and heads; there are four in arch={arch!r}")
+    if stages is not None and len(depths) != stages:
+        raise ValueError(f"{sizes}: the model has {stages} stages, give one number for each")
     return embed_dim, tuple(depths), tuple(num_heads)
 
 

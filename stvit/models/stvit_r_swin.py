@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from stvit.models.dumbbell import SemanticLayers, SemanticStage, SemanticUnit, unit_layout
-from stvit.models.hierarchy import ARCHS, HierarchicalTransformer, SwinStage, depth_rates, sizes_of
+from stvit.models.hierarchy import HierarchicalTransformer, SwinStage, depth_rates, sizes_of
 from stvit.models.merging import PatchMerging
 from stvit.models.recovery import WindowTokenRecovery
 from stvit.models.reducers.windowed import build_window_tokens
@@ -42,7 +42,7 @@ class STViTRSwin(HierarchicalTransformer):
         patch_size: side of a patch in pixels.
         in_chans: channels of the image.
         num_classes: number of classes; 0 leaves out the classifier.
-        arch: `tiny`, `small` or `base` set the next three.
+        arch: `tiny`, `small` or `base` set those of the next three that are not given.
         embed_dim: channels of the first stage; every further stage has twice as many.
         depths: layers of the four stages; the third is a multiple of the unit's `base_depth` + `stgm_depth` +
             `semantic_depth` + 1.
@@ -94,10 +94,10 @@ class STViTRSwin(HierarchicalTransformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         *,
-        arch: str | None = None,
-        embed_dim: int = 96,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
+        arch: str = "small",
+        embed_dim: int | None = None,
+        depths: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
         window_size: int = 7,
         tokens: str = "semantic",
         per_window: int = 3,
@@ -236,14 +236,14 @@ class STViTRSwin(HierarchicalTransformer):
 
 def stvit_r_swin_tiny(**options: object) -> STViTRSwin:
     """STViT-R-Swin-T; `options` as in `STViTRSwin`."""
-    return STViTRSwin(**(ARCHS["tiny"] | options))
+    return STViTRSwin(**(dict(arch="tiny") | options))
 
 
 def stvit_r_swin_small(**options: object) -> STViTRSwin:
     """STViT-R-Swin-S; `options` as in `STViTRSwin`."""
-    return STViTRSwin(**(ARCHS["small"] | options))
+    return STViTRSwin(**(dict(arch="small") | options))
 
 
 def stvit_r_swin_base(**options: object) -> STViTRSwin:
     """STViT-R-Swin-B; `options` as in `STViTRSwin`."""
-    return STViTRSwin(**(ARCHS["base"] | options))
+    return STViTRSwin(**(dict(arch="base") | options))

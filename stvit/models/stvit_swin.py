@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stvit.models.block import block_stack
 from stvit.models.dumbbell import SemanticLayers, SemanticStage, SemanticUnit
-from stvit.models.hierarchy import ARCHS, HierarchicalTransformer, SwinStage, call, depth_rates, merge, sizes_of
+from stvit.models.hierarchy import HierarchicalTransformer, SwinStage, call, depth_rates, merge, sizes_of
 from stvit.models.merging import PatchMerging
 from stvit.models.reducers.windowed import build_window_tokens
 from stvit.models.stem import build_stem
@@ -58,7 +58,7 @@ class STViTSwin(HierarchicalTransformer):
         patch_size: side of a patch in pixels.
         in_chans: channels of the image.
         num_classes: number of classes; 0 leaves out the classifier.
-        arch: `tiny`, `small` or `base` set the next three and `base_depth`.
+        arch: `tiny`, `small` or `base` set those of the next three that are not given.
         embed_dim: channels of the first stage; every further stage has twice as many.
         depths: layers of the four stages.
         num_heads: attention heads of the four stages.
@@ -101,10 +101,10 @@ class STViTSwin(HierarchicalTransformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         *,
-        arch: str | None = None,
-        embed_dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
+        arch: str = "tiny",
+        embed_dim: int | None = None,
+        depths: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
         window_size: int = 7,
         tokens: str = "semantic",
         per_window: int = 4,
@@ -234,14 +234,14 @@ def per_layer(values: Sequence[int | None], depth: int) -> tuple[int | None, ...
 
 def stvit_swin_tiny(**options: object) -> STViTSwin:
     """STViT-Swin-T; `options` as in `STViTSwin`."""
-    return STViTSwin(**(ARCHS["tiny"] | options))
+    return STViTSwin(**(dict(arch="tiny") | options))
 
 
 def stvit_swin_small(**options: object) -> STViTSwin:
     """STViT-Swin-S; `options` as in `STViTSwin`."""
-    return STViTSwin(**(ARCHS["small"] | options))
+    return STViTSwin(**(dict(arch="small") | options))
 
 
 def stvit_swin_base(**options: object) -> STViTSwin:
     """STViT-Swin-B; `options` as in `STViTSwin`."""
-    return STViTSwin(**(ARCHS["base"] | options))
+    return STViTSwin(**(dict(arch="base") | options))

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from stvit.models.clip_block import ClipBlock
 from stvit.models.clip_tokens import ClipTokenGenerator
 from stvit.models.clip_windows import Size
-from stvit.models.hierarchy import ARCHS, call
+from stvit.models.hierarchy import call, sizes_of
 from stvit.models.merging import PatchMerging
 from stvit.models.video_swin import (
     ClipClassifier,
     ClipStage,
     check_size,
-    clip_sizes,
     grid_after,
     merge_slices,
     shifted_blocks,
@@ -201,10 +200,10 @@ class STViTVideoSwin(ClipClassifier):
         in_chans: int = 3,
         num_classes: int = 400,
         *,
-        arch: str | None = None,
-        embed_dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
+        arch: str = "tiny",
+        embed_dim: int | None = None,
+        depths: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
         window: Size = (8, 7, 7),
         per_window: int = 3,
         base_depth: int | None = None,
@@ -227,7 +226,7 @@ class STViTVideoSwin(ClipClassifier):
         norm_eps: float = 1e-5,
         init_std: float | None = 0.02,
     ) -> None:
-        embed_dim, depths, num_heads = clip_sizes(arch, embed_dim, depths, num_heads)
+        embed_dim, depths, num_heads = sizes_of(arch, embed_dim, depths, num_heads, stages=None)
         window = check_size("window", window)
         if len(depths) < 2:
             raise ValueError(f"depths={list(depths)}: semantic tokens take the place of the last two stages")
@@ -298,14 +297,14 @@ def default_base_depth(depth: int) -> int:
 
 def stvit_video_swin_tiny(**options: object) -> STViTVideoSwin:
     """STViT-Video-Swin-T; `options` as in `STViTVideoSwin`."""
-    return STViTVideoSwin(**(ARCHS["tiny"] | options))
+    return STViTVideoSwin(**(dict(arch="tiny") | options))
 
 
 def stvit_video_swin_small(**options: object) -> STViTVideoSwin:
     """STViT-Video-Swin-S; `options` as in `STViTVideoSwin`."""
-    return STViTVideoSwin(**(ARCHS["small"] | options))
+    return STViTVideoSwin(**(dict(arch="small") | options))
 
 
 def stvit_video_swin_base(**options: object) -> STViTVideoSwin:
     """STViT-Video-Swin-B; `options` as in `STViTVideoSwin`."""
-    return STViTVideoSwin(**(ARCHS["base"] | options))
+    return STViTVideoSwin(**(dict(arch="base") | options))

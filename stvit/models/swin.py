@@ -16,7 +16,7 @@ class SwinTransformer(HierarchicalTransformer):
         patch_size: side of a patch in pixels.
         in_chans: channels of the image.
         num_classes: number of classes; 0 leaves out the classifier.
-        arch: `tiny`, `small` or `base` set the next three.
+        arch: `tiny`, `small` or `base` set those of the next three that are not given.
         embed_dim: channels of the first stage; every further stage has twice as many.
         depths: layers of the four stages.
         num_heads: attention heads of the four stages.
@@ -46,10 +46,10 @@ class SwinTransformer(HierarchicalTransformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         *,
-        arch: str | None = None,
-        embed_dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
+        arch: str = "tiny",
+        embed_dim: int | None = None,
+        depths: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
         window_size: int = 7,
         fixed_window: bool | None = None,
         mlp_ratio: float = 4.0,

@@ -11,7 +11,7 @@ from torch.nn.init import trunc_normal_, zeros_
 
 from stvit.models.clip_block import ClipBlock, half_shift
 from stvit.models.clip_windows import Size, pad_clip
-from stvit.models.hierarchy import ARCHS, call, depth_rates, sizes_of
+from stvit.models.hierarchy import call, depth_rates, sizes_of
 from stvit.models.merging import PatchMerging
 from stvit.models.windows import padded_size
 
@@ -204,7 +204,7 @@ class VideoSwin(ClipClassifier):
         patch_size: `(frames, rows, columns)` of a patch.
         in_chans: channels of a frame.
         num_classes: classes; 0 leaves out the classifier.
-        arch: `tiny`, `small` or `base` set the next three.
+        arch: `tiny`, `small` or `base` set those of the next three that are not given.
         embed_dim: channels of the first stage; they double from stage to stage.
         depths: layers of each stage.
         num_heads: attention heads of each stage.
@@ -231,10 +231,10 @@ class VideoSwin(ClipClassifier):
         in_chans: int = 3,
         num_classes: int = 400,
         *,
-        arch: str | None = None,
-        embed_dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
+        arch: str = "tiny",
+        embed_dim: int | None = None,
+        depths: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
         window: Size = (8, 7, 7),
         mask_padding: bool = True,
         mlp_ratio: float = 4.0,
@@ -247,7 +247,7 @@ class VideoSwin(ClipClassifier):
         norm_eps: float = 1e-5,
         init_std: float | None = 0.02,
     ) -> None:
-        embed_dim, depths, num_heads = clip_sizes(arch, embed_dim, depths, num_heads)
+        embed_dim, depths, num_heads = sizes_of(arch, embed_dim, depths, num_heads, stages=None)
         plan = stage_plan(embed_dim, depths, num_heads, drop_path_rate)
         block = dict(
             window=check_size("window", window),
@@ -285,23 +285,6 @@ def grid_after(grid: Size, mergings: int) -> Size:
     return frames, height, width
 
 
-def clip_sizes(
-    arch: str | None, embed_dim: int, depths: Sequence[int], num_heads: Sequence[int]
-) -> tuple[int, Sequence[int], Sequence[int]]:
-    """Channels of the first stage, depths and heads: Swin's of that name, or the given ones when `arch` is None.
-
-    Raises:
-        ValueError: unknown arch, or depths and heads of different numbers of stages.
-    """
-    if arch is not None:
-        return sizes_of(arch, embed_dim, depths, num_heads)
-    if len(depths) != len(num_heads) or not depths or min(depths) < 1:
-        raise ValueError(
-            f"depths={list(depths)} and num_heads={list(num_heads)}: give each stage its layers (at least 1) and heads"
-        )
-    return embed_dim, depths, num_heads
-
-
 def stage_plan(
     embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], drop_path_rate: float
 ) -> list[tuple[int, int, list[float]]]:
@@ -323,14 +306,14 @@ def check_size(name: str, sides: Sequence[int]) -> Size:
 
 def video_swin_tiny(**options: object) -> VideoSwin:
     """Video Swin-T; `options` as in `VideoSwin`."""
-    return VideoSwin(**(ARCHS["tiny"] | options))
+    return VideoSwin(**(dict(arch="tiny") | options))
 
 
 def video_swin_small(**options: object) -> VideoSwin:
     """Video Swin-S; `options` as in `VideoSwin`."""
-    return VideoSwin(**(ARCHS["small"] | options))
+    return VideoSwin(**(dict(arch="small") | options))
 
 
 def video_swin_base(**options: object) -> VideoSwin:
     """Video Swin-B; `options` as in `VideoSwin`."""
-    return VideoSwin(**(ARCHS["base"] | options))
+    return VideoSwin(**(dict(arch="base") | options))

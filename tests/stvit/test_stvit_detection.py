@@ -196,7 +196,6 @@ def test_a_reduced_cascade_trains_with_the_recipe_of_coco(data, tmp_path, monkey
             "val_evaluator=null",
             "train_cfg.max_epochs=null",
             "+train_cfg.max_steps=1",
-            "model.backbone.arch=null",
             "+model.backbone.embed_dim=8",
             "+model.backbone.num_heads=[1,1,2,2]",
             "+model.backbone.depths=[1,1,6,1]",

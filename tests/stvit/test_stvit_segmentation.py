@@ -336,7 +336,6 @@ def test_a_picture_with_the_annotation_of_another_is_an_error(ade):
 UPER = [
     "experiment=stvit/ade20k_upernet_r_swin_small",
     "runtime=cpu",
-    "model.network.backbone.arch=null",
     "+model.network.backbone.embed_dim=8",
     "+model.network.backbone.depths=[1,1,6,1]",
     "+model.network.backbone.num_heads=[1,1,2,2]",

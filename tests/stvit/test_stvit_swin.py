@@ -26,7 +26,12 @@ VARIANTS: dict[str, tuple[type[HierarchicalTransformer], dict[str, object]]] = {
     "stvit_options": (
         STViTSwin,
         dict(
-            use_global=True, relative_pos=True, use_conv_pos=True, stem="patch", key_windows=(10, None), pool="weighted"
+            use_global=True,
+            relative_pos=True,
+            use_conv_pos=True,
+            stem="patch",
+            key_windows=(10, None),
+            pool="weighted",
         ),
     ),
     "r": (STViTRSwin, dict(layer_scale=0.1)),
@@ -144,6 +149,26 @@ def test_stvit_swin_has_the_cost_that_was_fitted(arch: str, costs: tuple[float, 
 def test_cost_grows_with_the_tokens(cls: type[HierarchicalTransformer], sizes: tuple[int, ...]) -> None:
     costs = [macs(meta(cls, arch="tiny", per_window=s), 224, 224) for s in sizes]
     assert all(low < high for low, high in itertools.pairwise(costs))
+
+
+@pytest.mark.parametrize("cls", [SwinTransformer, STViTSwin, STViTRSwin])
+def test_given_sizes_win_over_the_arch(cls: type[HierarchicalTransformer]) -> None:
+    def sizes(**options: object) -> tuple[list[int], list[int], list[int]]:
+        model = meta(cls, **options)
+        layers = [[m for m in stage.modules() if hasattr(m, "num_heads")] for stage in model.stages]
+        return (
+            [stage["num_chs"] for stage in model.feature_info],
+            [len(found) for found in layers],
+            [found[0].num_heads for found in layers],
+        )
+
+    channels, heads = [128, 256, 512, 1024], [4, 8, 16, 32]
+    assert sizes(arch="base") == (channels, [2, 2, 18, 2], heads)
+    assert sizes(arch="base", embed_dim=64) == ([64, 128, 256, 512], [2, 2, 18, 2], heads)
+    assert sizes(arch="base", depths=(1, 1, 6, 1)) == (channels, [1, 1, 6, 1], heads)
+    assert sizes(arch="base", num_heads=(2, 4, 8, 16)) == (channels, [2, 2, 18, 2], [2, 4, 8, 16])
+    default = [2, 2, 18, 2] if cls is STViTRSwin else [2, 2, 6, 2]
+    assert sizes() == ([96, 192, 384, 768], default, [3, 6, 12, 24])
 
 
 # ------------------------------------------------------------------------------------ behaviour
@@ -461,6 +486,8 @@ def test_classifiers_are_replaced() -> None:
         ("r", dict(arch="large"), "tiny, small, base"),
         ("r", dict(depths=(1, 1, 8, 1)), "multiple of 6"),
         ("r", dict(depths=(1, 1, 6)), "four"),
+        ("r", dict(depths=(1, 1, 6), num_heads=(1, 2, 2)), "4 stages"),
+        ("r", dict(depths=(1, 0, 6, 1)), "at least 1"),
         ("r", dict(key_mode="global"), "concat, window"),
         ("r", dict(recover="twice"), "dumbbell, reuse, once, none"),
         ("r", dict(local_global="both"), "alternate, local, global"),

@@ -343,6 +343,15 @@ def test_compiles_whole_and_exports():
     assert torch.allclose(torch.export.export(model, (clip,)).module()(clip), expected, atol=1e-6)
 
 
+def test_given_sizes_win_over_the_arch():
+    for cls in (VideoSwin, STViTVideoSwin):
+        model = on_meta(cls, arch="base", embed_dim=32, depths=(4, 1), num_heads=(2, 4))
+        assert model.num_features == 64 and len(model.stages) == 2
+        assert on_meta(cls, arch="base").num_features == 1024 and on_meta(cls).num_features == 768
+    with pytest.raises(ValueError, match="there are four in arch='base'"):
+        on_meta(VideoSwin, arch="base", depths=(4, 1))
+
+
 def test_impossible_models_are_refused():
     for options, message in (
         (dict(depths=(2, 2), num_heads=(2,)), "each stage"),
