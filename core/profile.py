@@ -75,7 +75,7 @@ def count_macs(module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> 
 
     Works on any device; on ``meta`` it costs neither memory nor arithmetic. Attention is counted as the two dense
     matrix products whatever kernel would run, masks and causality notwithstanding; element-wise work, normalisation
-    and softmax are not counted, as is usual. Training flags of all submodules are restored afterwards.
+    and softmax are not counted, as is usual. Training flags and gradient flags are restored afterwards.
 
     Args:
         module: the network; a ``torch.compile`` wrapper is looked through.
@@ -108,6 +108,8 @@ def count_macs(module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> 
 @contextlib.contextmanager
 def _countable(module: nn.Module) -> Iterator[None]:
     """Keeps attention and recurrent layers in the form that the counter has formulas for."""
+    # Views of parameters keep asking for gradients under no_grad, and the counter's hooks then look for their graph.
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -118,8 +120,12 @@ def _countable(module: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         torch.backends.mha.set_fastpath_enabled(False)
         try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
             yield
         finally:
+            for parameter in trained:
+                parameter.requires_grad_()
             torch.backends.mha.set_fastpath_enabled(fastpath)
 
 

@@ -239,3 +239,24 @@ def test_time_is_attributed_to_operators_and_modules():
     assert sum(cost.share for cost in operators) <= 1.0 + 1e-6
     assert not net[0]._forward_hooks
     assert not net[0]._forward_pre_hooks
+
+
+class Expanded(nn.Module):
+    """Gives its own parameter, once per row."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Parameter(torch.zeros(4, 3))
+
+    def forward(self, x):
+        return self.start[:4].expand(len(x), -1, -1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_modules_that_give_their_own_parameters_are_counted_and_stay_trainable(device):
+    module = nn.ModuleDict({"start": Expanded(), "map": nn.Linear(3, 5)})
+    module.forward = lambda x: module["map"](module["start"](x))
+    module.to(device)
+    module["map"].bias.requires_grad_(False)
+    assert count_macs(module, (torch.zeros(2, 1, device=device),)).total == 2 * 4 * 3 * 5
+    assert [p.requires_grad for p in module.parameters()] == [True, True, False]
