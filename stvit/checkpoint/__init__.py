@@ -79,7 +79,8 @@ def convert(
 
             - `vit`: a plain ViT, inferred from names and shapes;
             - `semantic`: likewise, without a class token and its position, so that a DeiT checkpoint becomes the start
-              of a model with semantic tokens (whose pooling and global centres are not in it; `from_deit` has them);
+              of a model with semantic tokens (whose pooling, global centres and positions are not in it: see
+              `from_deit`);
             - `classification`, `dense`: STViT-R-Swin, inferred likewise. A classification checkpoint becomes the start
               of a dense backbone, whose output norms are not in it (with a module as target they are the module's);
             - `detector`: a whole detector; the names of its backbone are translated, the others kept;

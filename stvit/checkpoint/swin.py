@@ -40,7 +40,7 @@ _STEM_PARTS = {"c": "conv", "bn": "norm"}
 _DETECTOR = ("neck.", "rpn_head.", "roi_head.")
 # What no checkpoint of plain Swin holds; it stays as the model has it.
 _FRESH = re.compile(
-    r"stem\.stages\.|norms\.|.*\.generator\.(pool|conv_pos|global_centres)|"
+    r"stem\.stages\.|norms\.|.*\.generator\.(pool|conv_pos|position|global_centres)|"
     r".*\.(generator|semantic|recovery)\..*relative_position_bias_table$"
 )
 

@@ -23,6 +23,11 @@ from stvit.models import SemanticTokenViT
 
 _POOL_PARTS = {"0": "conv", "1": "norm", "3": "proj"}
 _STEM_PARTS = {"c": "conv", "bn": "norm"}
+# What a layout cannot hold, as it is called there.
+_FOREIGN = {
+    "deit": r"global_center|pool\.|reducer\.|.*relative_position_bias_table|patch_embed\.proj\.\d",
+    "reference": r"reducer\.(position|conv_pos)",
+}
 
 
 def convert_vit(state: State, target: nn.Module | str, *, base_depth: int = 4, stgm_depth: int = 2) -> State:
@@ -65,19 +70,22 @@ def revert_vit(state: Mapping[str, Tensor], layout: str) -> State:
         if layout == "reference":
             name = re.sub(r"(^|\.)ls([12])\.gamma$", r"\1layer_scale_\2", name)
         theirs[name] = value
-    if layout == "deit":
-        foreign = [name for name in theirs if re.match(r"global_center|pool\.|patch_embed\.proj\.\d", name)]
-        if foreign:
-            raise CheckpointMismatch(report("DeiT has no place for", unexpected=foreign))
-        theirs = pack_qkv(theirs)
-    return theirs
+    foreign = [name for name in theirs if re.match(_FOREIGN[layout], name)]
+    if foreign:
+        raise CheckpointMismatch(report(f"the {layout} layout has no place for", unexpected=foreign))
+    return pack_qkv(theirs) if layout == "deit" else theirs
+
+
+# What no ViT has: pooling, global centres and positions of semantic tokens, methods of reduction.
+_FRESH = r"reducer\.(pool\.|global_centres$|position$|conv_pos\.)|tail\..*relative_position_bias_table$|reduction\."
 
 
 def from_deit(state: Mapping[str, Tensor], model: SemanticTokenViT, *, load_head: bool = True) -> State:
-    """Weights for `model` from a DeiT (or timm ViT) checkpoint; pooling and global centres stay as the model has them.
+    """Weights for `model` from a DeiT (or timm ViT) checkpoint.
 
     The class token and its position are dropped (unless the model has one), the position embedding is resampled to the
-    model's grid, packed `qkv` are split.
+    model's grid, packed `qkv` are split. Pooling, global centres and positions of semantic tokens stay as the model has
+    them.
 
     Args:
         state: DeiT's state dict, or a `{"model": state}` file content.
@@ -96,7 +104,7 @@ def from_deit(state: Mapping[str, Tensor], model: SemanticTokenViT, *, load_head
     if "pos_embed" in ours:
         ours["pos_embed"] = _fit_position(ours["pos_embed"], model)
     own = model.state_dict()
-    fresh = re.compile(r"reducer\.(pool\.|global_centres$)|reduction\." + ("" if load_head else r"|head\."))
+    fresh = re.compile(_FRESH + ("" if load_head else r"|head\."))
     if not load_head:
         ours = {name: value for name, value in ours.items() if not name.startswith("head.")}
     ours |= {name: value for name, value in own.items() if fresh.match(name) and name not in ours}
@@ -140,7 +148,7 @@ def _fit_position(position: Tensor, model: SemanticTokenViT) -> Tensor:
 
 
 def infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -> SemanticTokenViT:
-    """The model that a complete state dict belongs to, on the meta device (head count does not show in shapes)."""
+    """The model that a complete state dict belongs to, on the meta device (head count shows in tables alone)."""
     ours = rename(state, base_depth, stgm_depth)
     needed = ["pos_embed", "norm.weight"]
     conv_stem = any(name.startswith("stem.stages.") for name in ours)
@@ -155,11 +163,16 @@ def infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -
         chans, patch = ours["stem.proj.weight"].shape[1:3]
     class_token = "cls_token" in ours
     side = math.isqrt(ours["pos_embed"].shape[1] - class_token)
-    semantic = any(name.startswith(("reducer.pool.", "reducer.global_centres")) for name in ours)
-    pool = "none" if not any(name.startswith("reducer.pool.mask") for name in ours) else "weighted"
+    table = next((v for n, v in ours.items() if re.fullmatch(r"tail\..*relative_position_bias_table", n)), None)
+    semantic = table is not None or any(n.startswith(("reducer.pool.", "reducer.global_centres")) for n in ours)
+    centres = ours.get("reducer.global_centres")
+    pool = "max" if centres is None else "none"  # neither has parameters
+    if any(name.startswith("reducer.pool.mask") for name in ours):
+        pool = "weighted"
     if any(name.startswith("reducer.pool.offset") for name in ours):
         pool = "weighted_offset"
-    centres = ours.get("reducer.global_centres")
+    grid = 4 if table is None else (math.isqrt(len(table)) + 1) // 2
+    grid = grid if centres is None else math.isqrt(centres.shape[1])
     mlp = next((value.shape[0] for name, value in ours.items() if name.endswith("mlp.fc1.weight")), 4 * dim)
     with torch.device("meta"):
         return SemanticTokenViT(
@@ -169,11 +182,12 @@ def infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -
             num_classes=ours["head.weight"].shape[0] if "head.weight" in ours else 0,
             embed_dim=dim,
             depth=count(state, r"blocks\.(\d+)\."),
-            num_heads=1,
+            num_heads=1 if table is None else table.shape[1],
             base_depth=base_depth,
             stgm_depth=stgm_depth,
-            token_grid=math.isqrt(centres.shape[1]) if centres is not None else 4,
+            token_grid=grid,
             tokens="semantic" if semantic else "all",
+            token_position="none" if table is None else "relative",
             pool=pool,
             use_global=centres is not None,
             mlp_ratio=mlp / dim,

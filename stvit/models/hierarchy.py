@@ -357,8 +357,8 @@ class HierarchicalTransformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more axes that are not decayed: the relative position tables."""
-        return {name for name, _ in self.named_parameters() if "relative_position_bias_table" in name}
+        """Names of parameters with two or more axes that are not decayed: positions, learned and relative."""
+        return {n for n, _ in self.named_parameters() if "relative_position_bias_table" in n or n.endswith(".position")}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> object:

@@ -76,6 +76,7 @@ class STViTSwin(HierarchicalTransformer):
         use_global: learned global centres in the second generation layer.
         global_in: `query` or `key`, see `WindowTokenGenerator`.
         use_conv_pos: position encoding of the centres by a convolution.
+        learned_pos: learned position encoding of the centres.
         relative_pos: relative positions in layers on semantic tokens.
         local_global: layers on semantic tokens in stage 3: `alternate`, `local` or `global`.
         mlp_ratio: hidden width of the MLPs in units of the channels.
@@ -116,6 +117,7 @@ class STViTSwin(HierarchicalTransformer):
         use_global: bool = False,
         global_in: str = "query",
         use_conv_pos: bool = False,
+        learned_pos: bool = False,
         relative_pos: bool = False,
         local_global: str = "alternate",
         mlp_ratio: float = 4.0,
@@ -170,6 +172,7 @@ class STViTSwin(HierarchicalTransformer):
                     key_mode="concat",
                     shortcut=shortcut,
                     use_conv_pos=use_conv_pos,
+                    learned_pos=learned_pos,
                     use_global=use_global,
                     global_in=global_in,
                     global_grid=grid.size,

@@ -47,6 +47,8 @@ class SemanticTokenGenerator(nn.Module):
         use_global: whether there are global centres.
         global_in: where they enter layer 2: `query` (query and residual) or `key` (a position encoding of the keys S).
         shortcut: whether layer 1 keeps its residual P.
+        position: what tells the centres where they are, added to them: `none`, `learned` (a vector each) or `conv` (a
+            depth-wise 3x3 convolution of their map).
         drop_path: stochastic depth, one rate or one per layer.
         options: further arguments of every `Block` (`mlp_ratio`, `layer_scale`, `norm_eps`, ...).
 
@@ -65,6 +67,7 @@ class SemanticTokenGenerator(nn.Module):
         use_global: bool = True,
         global_in: str = "query",
         shortcut: bool = True,
+        position: str = "none",
         drop_path: float | Sequence[float] = 0.0,
         **options: object,
     ) -> None:
@@ -78,6 +81,8 @@ class SemanticTokenGenerator(nn.Module):
             raise ValueError("pool='none' leaves the global centres as the only initial centres: set use_global=True")
         if pool == "none" and not shortcut:
             raise ValueError("pool='none' with shortcut=False would start from nothing: set shortcut=True")
+        if position not in ("none", "learned", "conv"):
+            raise ValueError(f"unknown position {position!r}: use 'none', 'learned' or 'conv'")
         if use_global and pool != "none" and depth < 2:
             raise ValueError("global centres enter the second generation layer: use depth >= 2 or use_global=False")
         self.global_in = global_in
@@ -86,6 +91,11 @@ class SemanticTokenGenerator(nn.Module):
         if use_global:
             self.global_centres = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], dim))
             trunc_normal_(self.global_centres, std=0.02)
+        self.position: nn.Parameter | None = None
+        if position == "learned":
+            self.position = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], dim))
+            trunc_normal_(self.position, std=0.02)
+        self.conv_pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if position == "conv" else None
         self.layers = block_stack(dim, num_heads, stochastic_depth(drop_path, depth), **options)
         self.layers[0].shortcut = shortcut
 
@@ -95,10 +105,17 @@ class SemanticTokenGenerator(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def centres(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Initial centres `(B, S, C)` of raster tokens `x` `(B, H*W, C)` with `hw = (H, W)`."""
+        """Initial centres `(B, S, C)` of raster tokens `x` `(B, H*W, C)` with `hw = (H, W)`, with their position."""
         if self.pool is None:
-            return self.global_centres.repeat(x.shape[0], 1, 1)
-        return self.pool(rearrange(x, "b (h w) c -> b h w c", h=hw[0])).flatten(1, 2)
+            centres = self.global_centres.repeat(x.shape[0], 1, 1)
+        else:
+            centres = self.pool(rearrange(x, "b (h w) c -> b h w c", h=hw[0])).flatten(1, 2)
+        if self.position is not None:
+            return centres + self.position
+        if self.conv_pos is None:
+            return centres
+        encoded = self.conv_pos(rearrange(centres, "b (h w) c -> b c h w", h=self.grid[0]))
+        return centres + rearrange(encoded, "b c h w -> b (h w) c")
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Semantic tokens `(B, S, C)` of raster tokens `x` `(B, H*W, C)` with `hw = (H, W)`."""

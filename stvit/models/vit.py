@@ -25,6 +25,8 @@ from stvit.models.reducers import State, build_reducer, match_macs, on_meta
 from stvit.models.stem import build_stem
 from stvit.models.tokens import SemanticTokenGenerator
 
+TOKEN_POSITIONS = ("none", "learned", "conv", "relative")
+
 
 class SemanticTokenViT(nn.Module):
     """ViT whose layers after `base_depth` work on `token_grid` semantic tokens; their mean is classified.
@@ -53,6 +55,8 @@ class SemanticTokenViT(nn.Module):
         use_global: learned global centres G added in the second generation layer.
         global_in: `query` or `key`, see `SemanticTokenGenerator`.
         shortcut: residual of the first generation layer.
+        token_position: of semantic tokens: `none`; `learned` or `conv`, see `SemanticTokenGenerator`; or `relative`, a
+            learned bias in the layers behind generation.
         mlp_ratio: hidden width of the MLPs in units of C.
         qkv_bias: bias in query and key/value projections.
         layer_scale: initial value of per-channel scales of residual branches; None for none.
@@ -85,6 +89,7 @@ class SemanticTokenViT(nn.Module):
         use_global: bool = True,
         global_in: str = "query",
         shortcut: bool = True,
+        token_position: str = "none",
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         layer_scale: float | None = None,
@@ -108,6 +113,18 @@ class SemanticTokenViT(nn.Module):
                 "class_token=True does not go with tokens='semantic', whose tokens are averaged: choose a method that "
                 "keeps image tokens, or tokens='all'"
             )
+        if token_position not in TOKEN_POSITIONS:
+            raise ValueError(f"unknown token_position {token_position!r}: use one of {', '.join(TOKEN_POSITIONS)}")
+        if token_position != "none" and tokens != "semantic":
+            raise ValueError(
+                f"token_position={token_position!r} is a position of semantic tokens: use token_position='none' with "
+                f"tokens={tokens!r}"
+            )
+        if token_position == "relative" and base_depth + stgm_depth == depth:
+            raise ValueError(
+                "token_position='relative' is a bias in the layers behind generation, and there are none: use a depth "
+                "above base_depth + stgm_depth, or another position"
+            )
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)
         self.num_classes = num_classes
@@ -130,6 +147,7 @@ class SemanticTokenViT(nn.Module):
             proj_drop=drop_rate,
             norm_eps=norm_eps,
         )
+        relative = token_position == "relative"
         self.base = block_stack(embed_dim, num_heads, rates[:base_depth], **block)
         self.reducer, self.reduction = build_reducer(
             tokens,
@@ -137,11 +155,18 @@ class SemanticTokenViT(nn.Module):
             num_heads,
             layers=dict(depth=stgm_depth, drop_path=rates[base_depth:generated], **block),
             centres=dict(grid=self.token_grid, pool=pool),
-            generation=dict(use_global=use_global, global_in=global_in, shortcut=shortcut),
+            generation=dict(
+                use_global=use_global,
+                global_in=global_in,
+                shortcut=shortcut,
+                position="none" if relative else token_position,
+            ),
             method=dict(depth=depth, class_token=class_token),
             options=token_options or {},
         )
-        self.tail = block_stack(embed_dim, num_heads, rates[generated:], **block)
+        self.tail = block_stack(
+            embed_dim, num_heads, rates[generated:], relative_window=self.token_grid if relative else None, **block
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -370,7 +395,8 @@ class SemanticTokenViT(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two or more axes that are not decayed."""
-        return {"pos_embed", "cls_token"}
+        tables = {name for name, _ in self.named_parameters() if "relative_position_bias_table" in name}
+        return {"pos_embed", "cls_token", "reducer.position"} | tables
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
@@ -385,7 +411,7 @@ class SemanticTokenViT(nn.Module):
         return dict(
             stem=r"^stem|^pos_embed|^cls_token",
             base=r"^base\.(\d+)",
-            # Pooling and global centres belong to the first generation layer.
+            # Pooling, global centres and positions belong to the first generation layer.
             generation=[(r"^reducer\.layers\.(\d+)", None), (r"^reducer\.", (0,))],
             tail=r"^tail\.(\d+)",
             # 99999 is timm's mark for "same group as the one before".

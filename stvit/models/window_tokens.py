@@ -145,9 +145,10 @@ class WindowTokenGenerator(nn.Module):
         pool: as in `SemanticTokenGenerator`, applied to every window. None: none, `forward` starts from given tokens.
         shortcut: whether layer 1 keeps its residual, the pooled centres.
         use_conv_pos: adds a depth-wise 3x3 convolution of each window's centres to them, as a position encoding.
+        learned_pos: adds a learned vector to every centre, as a position encoding.
         use_global: whether there are global centres.
         global_in: `query` or `key`, see `SemanticTokenGenerator` (`both-units` is `query` here).
-        global_grid: grid of the global centres; they are resampled for maps with another one.
+        global_grid: grid of global centres and learned positions; they are resampled for maps with another one.
         drop_path: stochastic depth, one rate or one per layer.
         method: how windows are attended, see `window_attention`.
         options: further arguments of every `Block`.
@@ -169,6 +170,7 @@ class WindowTokenGenerator(nn.Module):
         pool: str | None = "max",
         shortcut: bool = True,
         use_conv_pos: bool = False,
+        learned_pos: bool = False,
         use_global: bool = False,
         global_in: str = "query",
         global_grid: tuple[int, int] = (6, 6),
@@ -193,6 +195,10 @@ class WindowTokenGenerator(nn.Module):
         self.conv_pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if use_conv_pos else None
         self.global_in = global_in
         self.global_grid = global_grid
+        self.position: nn.Parameter | None = None
+        if learned_pos:
+            self.position = nn.Parameter(torch.empty(1, global_grid[0] * global_grid[1], dim))
+            trunc_normal_(self.position, std=0.02)
         self.global_centres: nn.Parameter | None = None
         if use_global:
             self.global_centres = nn.Parameter(torch.empty(1, global_grid[0] * global_grid[1], dim))
@@ -259,6 +265,8 @@ class WindowTokenGenerator(nn.Module):
 
     def _start(self, x: Tensor, hw: tuple[int, int], tokens: Tensor | None) -> Tensor:
         tokens = self.centres(x, hw) if tokens is None else tokens
+        if self.position is not None:
+            tokens = tokens + resample_tokens(self.position, self.global_grid, self.token_grid(hw))
         if self.conv_pos is None:
             return tokens
         side, grid = self.per_window, self.token_grid(hw)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stvit.checkpoint import CheckpointMismatch, convert, from_deit, resize_relative_bias, revert
 from stvit.losses import classification_loss, label_smoothing_cross_entropy, soft_target_cross_entropy
-from stvit.models import Block, ConvStem, SemanticTokenViT, build_pool, stvit_deit_small
+from stvit.models import Block, ConvStem, SemanticTokenViT, STViTSwin, build_pool, stvit_deit_small
 
 TINY = dict(img_size=32, patch_size=4, num_classes=5, embed_dim=32, depth=5, num_heads=2, base_depth=2, token_grid=2)
 
@@ -67,6 +67,51 @@ def test_deit_small_starts_stvit_deit_small() -> None:
         if name.startswith(("reducer.pool.", "reducer.global_centres")):
             assert torch.equal(ours[name], fresh[name])
     assert torch.equal(ours["head.weight"], source["head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("position", "names"),
+    [
+        ("learned", ["reducer.position"]),
+        ("conv", ["reducer.conv_pos.bias", "reducer.conv_pos.weight"]),
+        ("relative", ["tail.0.attn.relative_position_bias_table"]),
+    ],
+)
+def test_positions_of_semantic_tokens_are_not_in_deit(position: str, names: list[str]) -> None:
+    source = deit().state_dict()
+    model = tiny(token_position=position)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(from_deit(source, model))
+    ours = model.state_dict()
+    assert all(torch.equal(ours[name], fresh[name]) for name in names)
+    assert torch.equal(ours["tail.0.mlp.fc1.weight"], source["blocks.4.mlp.fc1.weight"])
+    missing, unexpected = model.load_state_dict(convert(source, "semantic", base_depth=2), strict=False)
+    assert set(names) <= set(missing) and not unexpected
+    with pytest.raises(CheckpointMismatch) as error:
+        revert(ours, layout="deit")
+    assert "deit layout has no place" in str(error.value) and names[0].removeprefix("tail.0.") in str(error.value)
+    if position != "relative":  # a table has its name in the reference's layers
+        with pytest.raises(CheckpointMismatch, match=f"reference layout has no place(.|\n)*{names[0]}"):
+            revert(ours)
+
+
+@pytest.mark.parametrize("stem", ["conv", "patch"])
+def test_positions_of_semantic_tokens_are_not_in_swin(stem: str) -> None:
+    sizes = dict(img_size=64, patch_size=2, window_size=4, num_classes=5, embed_dim=8, depths=(1, 1, 6, 1))
+    heads = dict(num_heads=(1, 2, 2, 4))
+    source = timm.create_model("swin_tiny_patch4_window7_224", **sizes, **heads).state_dict()
+    model = STViTSwin(**sizes, **heads, per_window=2, stem=stem, learned_pos=True, use_conv_pos=True, relative_pos=True)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(convert(source, model))
+    ours = model.state_dict()
+    unit = "stages.2.units.0"
+    own = [n for n in ours if n.startswith((f"{unit}.generator.position", f"{unit}.generator.conv_pos"))]
+    own += [n for n in ours if n.startswith(f"{unit}.semantic.") and n.endswith("relative_position_bias_table")]
+    assert len(own) == 3 + 2
+    assert all(torch.equal(ours[name], fresh[name]) for name in own)
+    assert torch.equal(ours[f"{unit}.semantic.0.mlp.fc1.weight"], source["layers.2.blocks.4.mlp.fc1.weight"])
+    with pytest.raises(CheckpointMismatch, match=r"official layout(.|\n)*generator\.position"):
+        revert(ours)
 
 
 def test_deit_base_layers_see_the_image_as_deit_does() -> None:
@@ -127,6 +172,8 @@ def test_distilled_deit_is_refused_by_name() -> None:
         dict(tokens="all", class_token=True),
         dict(num_classes=0),
         dict(base_depth=0, stgm_depth=3),
+        dict(token_position="relative"),
+        dict(token_position="relative", use_global=False, pool="max", token_grid=3),
     ],
     ids=str,
 )

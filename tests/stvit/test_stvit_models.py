@@ -44,6 +44,9 @@ VARIANTS = {
     "no_shortcut": dict(shortcut=False, layer_scale=0.1),
     "stgm3": dict(stgm_depth=3),
     "rectangular_grid": dict(token_grid=(2, 3)),
+    "learned": dict(token_position="learned"),
+    "conv": dict(token_position="conv"),
+    "relative": dict(token_position="relative"),
     "conv_stem": dict(stem="conv"),
     "all": dict(tokens="all"),
     "class_token": dict(tokens="all", class_token=True),
@@ -163,10 +166,24 @@ def test_gradients_reach_every_parameter(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["default", "max", "avg", "global_only", "global_in_key", "conv_stem", "class_token", "pooled", "random"]
+    "variant",
+    [
+        "default",
+        "max",
+        "avg",
+        "global_only",
+        "global_in_key",
+        "learned",
+        "conv",
+        "relative",
+        "conv_stem",
+        "class_token",
+        "pooled",
+        "random",
+    ],
 )
 def test_compiled_and_exported_models_give_the_same(variant: str) -> None:
-    model = tiny(depth=3, base_depth=1, **VARIANTS[variant]).eval()
+    model = tiny(depth=4, base_depth=1, **VARIANTS[variant]).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         logits = model(images)
@@ -334,6 +351,9 @@ def test_layer_groups_run_from_stem_to_head(kind: str) -> None:
         (dict(stem="conv", patch_size=6), "patch_size=6"),
         (dict(stem="linear"), "'patch' or 'conv'"),
         (dict(class_token=True), "tokens='all'"),
+        (dict(token_position="absolute"), "none, learned, conv, relative"),
+        (dict(token_position="learned", tokens="pooled"), "token_position='none' with tokens='pooled'"),
+        (dict(token_position="relative", stgm_depth=3), "layers behind generation"),
     ],
 )
 def test_impossible_options_say_what_to_do(options: dict[str, object], message: str) -> None:
@@ -468,6 +488,69 @@ def test_global_centres_enter_where_they_are_told() -> None:
     torch.testing.assert_close(with_global("key"), second(s1, torch.cat([s1 + centres, x], dim=1)))
     only = SemanticTokenGenerator(8, 2, grid=2, pool="none")
     assert torch.equal(only.centres(x, (4, 4)), only.global_centres)
+
+
+# ------------------------------------------------------------------------------------ position of semantic tokens
+
+POSITIONS = {
+    "learned": {"reducer.position"},
+    "conv": {"reducer.conv_pos.weight", "reducer.conv_pos.bias"},
+    "relative": {"tail.0.attn.relative_position_bias_table"},
+}
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_positions_are_added_to_the_model_without(position: str) -> None:
+    plain, model = tiny(token_grid=(2, 3)).eval(), tiny(token_grid=(2, 3), token_position=position).eval()
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert set(missing) == POSITIONS[position] and not unexpected
+    images = torch.randn(2, 3, 32, 32)
+    expected = plain(images)
+    assert (model(images) - expected).abs().max() > 1e-5
+    for name in POSITIONS[position]:
+        nn.init.zeros_(model.get_parameter(name))
+    torch.testing.assert_close(model(images), expected)
+
+
+def test_learned_positions_are_one_vector_per_centre() -> None:
+    generator = SemanticTokenGenerator(4, 2, grid=(2, 3), pool="avg", position="learned")
+    flat = torch.ones(1, 24, 4)  # all centres are alike but for their position
+    torch.testing.assert_close(generator.centres(flat, (4, 6)), 1 + generator.position)
+    assert generator.position.shape == (1, 6, 4) and generator.position.unique(dim=1).shape[1] == 6
+
+
+def test_convolutional_positions_look_around_on_the_grid_of_centres() -> None:
+    generator = SemanticTokenGenerator(1, 1, grid=(2, 3), pool="avg", position="conv")
+    nn.init.zeros_(generator.conv_pos.weight)
+    nn.init.zeros_(generator.conv_pos.bias)
+    generator.conv_pos.weight.data[0, 0, 1, 0] = 1  # the left neighbour, nothing beyond the edge
+    x = torch.tensor([1.0, 2, 3, 10, 20, 30]).reshape(1, 6, 1)
+    assert generator.centres(x, (2, 3)).flatten().tolist() == [1, 3, 5, 10, 30, 50]
+
+
+def test_relative_positions_make_the_order_of_tokens_matter() -> None:
+    tokens, order = torch.randn(1, 4, 32), torch.tensor([1, 0, 2, 3])
+    for position, alike in (("learned", True), ("relative", False)):
+        layer = tiny(token_position=position).eval().tail[0]
+        if position == "relative":
+            nn.init.normal_(layer.attn.relative_position_bias_table)
+        assert torch.allclose(layer(tokens[:, order]), layer(tokens)[:, order], atol=1e-6) is alike
+
+
+def test_positions_are_not_decayed_and_learn_with_the_first_generation_layer() -> None:
+    for position, kept in (("none", set()), ("learned", {"reducer.position"}), ("relative", POSITIONS["relative"])):
+        model = tiny(token_position=position)
+        matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+        assert matrices & model.no_weight_decay() == {"pos_embed"} | kept
+    for position in ("learned", "conv"):
+        model = tiny(token_position=position)
+        groups = group_parameters(model, model.group_matcher(), reverse=True)
+        assert {groups[name] for name in POSITIONS[position]} == {groups["reducer.layers.0.norm1.weight"]}
+
+
+def test_the_generator_knows_positions_of_centres_only() -> None:
+    with pytest.raises(ValueError, match="'none', 'learned' or 'conv'"):
+        SemanticTokenGenerator(8, 2, position="relative")
 
 
 def test_patch_merging_order_and_odd_sides() -> None:

@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[type[HierarchicalTransformer], dict[str, object]]] = {
             use_global=True,
             relative_pos=True,
             use_conv_pos=True,
+            learned_pos=True,
             stem="patch",
             key_windows=(10, None),
             pool="weighted",
@@ -321,6 +322,32 @@ def test_without_recovery_the_semantic_map_goes_on() -> None:
     assert stvit.feature_info[2]["reduction"] == 28
 
 
+def test_learned_positions_are_added_to_the_centres() -> None:
+    plain, model = tiny("stvit").eval(), tiny("stvit", learned_pos=True).eval()
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["stages.2.units.0.generator.position"] and not unexpected
+    generator = model.stages[2].units[0].generator
+    assert generator.position.shape == (1, 64, 32)  # 224 pixels: 2x2 windows of 4x4 tokens
+    nn.init.normal_(generator.position)
+    first = []
+    generator.layers[0].register_forward_pre_hook(lambda _, given: first.append(given[0]))
+    with torch.no_grad():
+        for size in (224, 448):
+            images = torch.randn(1, 3, size, size)
+            assert (model(images) - plain(images)).abs().max() > 1e-3
+    x = torch.randn(1, 196, 32)
+    generator(x, (14, 14))
+    torch.testing.assert_close(first[-1] - generator.centres(x, (14, 14)), generator.position)
+    # Twice the map has four times the tokens; the learned grid is stretched over them.
+    x = torch.randn(1, 784, 32)
+    generator(x, (28, 28))
+    added = (first[-1] - generator.centres(x, (28, 28))).reshape(16, 16, 32)
+    grid = generator.position.reshape(8, 8, 32)
+    torch.testing.assert_close(added.mean((0, 1)), grid.mean((0, 1)), atol=0.2, rtol=0)
+    for i in (0, -1):
+        assert (added[i, i] - grid[i, i]).norm() < (added[i, i] - grid[-1 - i, -1 - i]).norm()
+
+
 def test_global_centres_are_where_they_are_said_to_be() -> None:
     names = {n for n, _ in tiny("r_two_units").named_parameters() if n.endswith("global_centres")}
     assert names == {f"stages.2.units.{u}.generator.global_centres" for u in (0, 1)}
@@ -421,10 +448,12 @@ def test_layerwise_groups_run_from_stem_to_head(variant: str) -> None:
     assert len(group_modules(model, model.group_matcher())) == last + 1
 
 
-def test_tables_are_not_decayed() -> None:
+def test_positions_are_not_decayed() -> None:
     model = tiny("r_options")
     tables = {name for name, _ in model.named_parameters() if "relative_position_bias_table" in name}
     assert model.no_weight_decay() == tables and len(tables) == 8
+    learned = tiny("stvit", learned_pos=True).no_weight_decay() - tiny("stvit").no_weight_decay()
+    assert learned == {"stages.2.units.0.generator.position"}
 
 
 def test_intermediate_maps_and_pruning() -> None:
