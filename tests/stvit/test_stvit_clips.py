@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from core.config import compose
+from core.config import compose, to_dict
 from core.data import MissingDataError, VideoError
 from core.errors import ConfigError
 from core.launch import build_trainer, run
@@ -281,6 +281,18 @@ def test_two_steps_on_moving_glyphs(name, tmp_path, monkeypatch):
     assert result["metrics"]["top1"] * 4 == pytest.approx(round(result["metrics"]["top1"] * 4), abs=1e-4)
     films = list(tmp_path.rglob("media/*.gif"))
     assert bool(films) == (name == "moving_glyphs")
+
+
+@pytest.mark.parametrize("name", ["moving_glyphs_files", "kinetics_video_swin_tiny", "kinetics_stvit_video_swin_small"])
+def test_views_of_the_test_are_those_of_the_model(name):
+    config = to_dict(compose([f"experiment=stvit/{name}", "model.views.clips=5"]))
+    assert config["test_dataloader"]["dataset"]["views"] == config["model"]["views"]
+    assert config["model"]["views"]["clips"] == 5
+
+
+def test_clips_of_files_are_normalised_as_the_views_are():
+    config = to_dict(compose(["experiment=stvit/moving_glyphs_files", "model.views.mean=[0.1,0.2,0.3]"]))
+    assert config["train_dataloader"]["dataset"]["transform"]["mean"] == [0.1, 0.2, 0.3]
 
 
 def test_steps_on_files_and_several_views(glyph_files, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ class RandomWindowTokens(PooledWindowTokens):
     """
 
     def __init__(self, dim: int, num_heads: int, *, seed: int = 0, **options: object) -> None:
-        super().__init__(dim, num_heads, pool="max", **options)
+        super().__init__(dim, num_heads, pool=None, **options)
         self.seed = seed
 
     def centres(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
