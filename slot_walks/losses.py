@@ -142,6 +142,23 @@ class WalkLoss(nn.Module):
         rows = target_rows(parts, 0, parts.shape[1], *target)
         return -(rows * (to_slot @ to_part + self.eps).log()).sum(), torch.special.entr(rows).sum()
 
+    def rows_of_target(
+        self,
+        features: Tensor,
+        start: int,
+        stop: int,
+        grid: tuple[int, int] | None = None,
+        assignment: Tensor | None = None,
+        attention: Tensor | None = None,
+    ) -> Tensor:
+        """Rows `start` to `stop` of the P-W-P target of features `(B, N, C)`, `(B, stop - start, N)`, to look at.
+
+        Other arguments and errors as in `forward`.
+        """
+        with no_autocast(features):
+            parts = unit(features.detach())
+            return target_rows(parts, start, stop, *self._target(parts, grid, assignment, attention))
+
     def _target(
         self, parts: Tensor, grid: tuple[int, int] | None, assignment: Tensor | None, attention: Tensor | None
     ) -> tuple[object, ...]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core.trainer import Batch, Trainer
+from core.trainer import Batch, Inference, Trainer
 from slot_walks.cache import FeatureCache
+from slot_walks.data.transforms import WholePicture
 from slot_walks.diagnostics import effective_slots, pair_shares, token_labels, usage_entropy
 from slot_walks.draws import sample_noise
+from slot_walks.inference import infer_picture, scenes_picture
 from slot_walks.losses import WalkLoss, reconstruction_loss
 from slot_walks.models import SlotWalker, WalkerOutput
+from slot_walks.models.weights import untrained
 from slot_walks.precision import full_precision
 from slot_walks.walks import region_vectors, segments, transitions
 
@@ -40,10 +47,12 @@ class SlotTrainer(Trainer):
         num_slots: K in evaluation; None: as in training.
         input_shape: `(3, H, W)` of an input, for profiles; None: that of the network's `feature_grid`.
         cache: where features of the training pictures are kept; None: the backbone runs in every step.
+        transform: from a PIL picture to an input, for `tools/infer.py`; it also shows pictures as they were before.
+        patch: where the walk begins that is shown, as shares of a picture's height and width; None: see `choose_patch`.
         frozen: see `core.Trainer`; the backbone is frozen anyway.
 
     Raises:
-        ValueError: an unknown mask source, or one that the network has not; fewer than one draw.
+        ValueError: an unknown mask source, or one that the network has not; fewer than one draw; a patch outside.
     """
 
     def __init__(
@@ -57,6 +66,8 @@ class SlotTrainer(Trainer):
         num_slots: int | None = None,
         input_shape: Sequence[int] | None = None,
         cache: FeatureCache | None = None,
+        transform: WholePicture | None = None,
+        patch: Sequence[float] | None = None,
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__(frozen)
@@ -75,7 +86,11 @@ class SlotTrainer(Trainer):
         if draws < 1:
             raise ValueError(f"draws={draws}: at least one is needed")
         self.mask_source, self.noise_seed, self.num_slots = source, noise_seed, num_slots
+        if patch is not None and not (len(patch) == 2 and all(0 <= share <= 1 for share in patch)):
+            raise ValueError(f"patch={patch}: give two shares of height and width, from 0 to 1, as in [0.5, 0.25]")
         self.draws = draws
+        self.transform, self.patch = transform, None if patch is None else tuple(patch)
+        self._looked_at_backbone = False
         self.input_shape = self._example_shape() if input_shape is None else tuple(input_shape)
 
     # ------------------------------------------------------------------ training
@@ -83,6 +98,7 @@ class SlotTrainer(Trainer):
         """The features of a data set's pictures where there is a `cache`, which is filled first."""
         if self.cache is None or self.network.backbone is None:
             return dataset
+        self._look_at_backbone()
         return self.cache.fill(dataset, self.network.backbone, self.autocast, precision=self.precision)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -172,7 +188,21 @@ class SlotTrainer(Trainer):
             features, grid = batch.get("features"), _grid(batch.get("grid"))
         if features is not None:
             return self.network(features=features, grid=grid, **options)
+        self._look_at_backbone()
         return self.network(batch["image"], **options)
+
+    def _look_at_backbone(self) -> None:
+        """Says once, when its features are first wanted, that a backbone has random weights."""
+        if self._looked_at_backbone or self.network.backbone is None or torch.compiler.is_compiling():
+            return
+        self._looked_at_backbone = True
+        if untrained(self.network.backbone):
+            print_log(
+                f"{type(self.network.backbone).__name__} has random weights, so its features mean nothing: set "
+                "model.network.backbone.weights to a file such as DINO's dino_deitsmall8_pretrain.pth",
+                "current",
+                logging.WARNING,
+            )
 
     def _example_shape(self) -> tuple[int, int, int] | None:
         if self.network.backbone is None:
@@ -203,14 +233,53 @@ class SlotTrainer(Trainer):
         same, other = pair_shares(output.features, token_labels(mask, output.grid), self.loss.threshold)
         return {"pairs_same": same, "pairs_other": other}
 
+    # ------------------------------------------------------------------ pictures
+    def media(self, batch: Batch) -> dict[str, Any]:
+        """The pictures of a batch, their slots, the truth, and a walk: `{"slots": (height, width, 3) uint8}`."""
+        if "image" not in batch:
+            return {}
+        output, assignment = self._walked(batch)
+        return {"slots": scenes_picture(batch, output, assignment, self.loss, self.transform, self.patch)}
+
+    def infer(self, file: Path) -> Inference:
+        """Slots of a picture file of any size and shape; see `slot_walks.inference.infer_picture`.
+
+        Slots that are sampled have the noise of draw 0 and of the file's name, so that results can be repeated.
+
+        Raises:
+            ValueError: the trainer was built without a `transform`.
+            OSError: no picture, or a broken one.
+        """
+        from core.data import load_image
+
+        if self.transform is None:
+            raise ValueError(
+                "this experiment has no transform for files: set model.transform (slot_walks.WholePicture)"
+            )
+        picture = load_image(file)
+        batch = {"image": self.transform(picture).to(self.device)[None], "sample_id": [Path(file).name]}
+        with torch.no_grad(), self.autocast():
+            output, assignment = self._walked(batch)
+            return infer_picture(np.asarray(picture), output, assignment, self.loss, self.patch)
+
+    def _walked(self, batch: Batch) -> tuple[WalkerOutput, Tensor]:
+        """The network's output for the first draw, and parts over slots `(B, N, K)`."""
+        decode = self.mask_source == "decoder"
+        output = self._forward(batch, noise=self._noise(batch, 0), num_slots=self.num_slots, decode=decode)
+        return output, self.assign(output)[0]
+
     # ------------------------------------------------------------------ what tools look at
     def example_batch(self, batch_size: int, device: torch.device | str) -> Batch:
-        """A batch of made-up pictures with a label map of background."""
+        """A batch of made-up pictures with a label map of background; of features, where training reads these."""
+        names = [str(i) for i in range(batch_size)]
+        if self.cache is not None:
+            shape = (batch_size, *self.network.feature_grid, self.network.encoder.in_dim)
+            return {"features": torch.randn(shape, device=device).to(self.cache.dtype), "sample_id": names}
         (image,) = self.example_inputs(batch_size, device)
         return {
             "image": torch.rand_like(image) if image.device.type != "meta" else image,
             "mask": torch.zeros(batch_size, *image.shape[-2:], dtype=torch.long, device=device),
-            "sample_id": [str(i) for i in range(batch_size)],
+            "sample_id": names,
         }
 
     def table_figures(self, cfg: Any) -> dict[str, int]:

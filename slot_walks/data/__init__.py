@@ -28,6 +28,7 @@ _HOME = {
     "OfficialEval": "transforms",
     "Square": "transforms",
     "StandardEval": "transforms",
+    "WholePicture": "transforms",
     "VOC": "voc",
     "VOC_CLASSES": "voc",
 }

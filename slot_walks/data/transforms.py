@@ -201,6 +201,55 @@ class StandardEval:
         return _finish(image, _each(masks, middle), self.normalize)
 
 
+@dataclass
+class WholePicture:
+    """A picture of any shape as a whole, its shorter side brought to `size`: a user's own files.
+
+    Both sides are whole numbers of patches, so the aspect is kept up to half a patch; a picture that is longer than
+    `longest` times its width is squeezed to that.
+
+    size           shorter side
+    patch_size     of the backbone
+    normalize      see `Square`
+    channel_order  rgb, or bgr where the model was trained on it (Dogs and Cars as released)
+    longest        largest ratio of the sides
+    """
+
+    size: int = 320
+    patch_size: int = 8
+    normalize: Normalize = "imagenet"
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    longest: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check(self.normalize)
+        if self.channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"WholePicture: channel_order={self.channel_order!r}; use rgb or bgr")
+        if self.size < self.patch_size or self.longest < 1:
+            raise ValueError(f"WholePicture: size={self.size} holds no patch, or longest={self.longest} is below 1")
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """`(3, h, w)` float32 of an RGB picture."""
+        shorter = min(image.size)
+        sides = (min(side / shorter, self.longest) * self.size for side in (image.height, image.width))
+        shape = [max(1, round(side / self.patch_size)) * self.patch_size for side in sides]
+        image = F.resize(image, shape, F.InterpolationMode.BICUBIC)
+        if self.channel_order == "bgr":  # before the mean is taken off, as the data sets do
+            image = Image.fromarray(np.asarray(image)[..., ::-1].copy())
+        return _finish(image, None, self.normalize)
+
+    def undo(self, pixels: Tensor) -> np.ndarray:
+        """The picture, uint8 `(h, w, 3)` RGB, of a normalised `(3, h, w)`."""
+        pixels = pixels.detach().float().cpu()
+        if self.normalize == "pm1":
+            pixels = (pixels + 1) / 2
+        elif self.normalize == "imagenet":
+            mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+            pixels = pixels * std + mean
+        pixels = pixels if self.channel_order == "rgb" else pixels.flip(0)
+        return (255 * pixels.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
+
+
 def _check(normalize: str) -> None:
     if normalize not in _NORMALIZE:
         raise ValueError(f"normalize={normalize!r}; use {', '.join(_NORMALIZE)}")

@@ -36,6 +36,16 @@ def read_backbone(backbone: nn.Module, path: str | PathLike[str]) -> None:
     backbone.load_state_dict(state)
 
 
+def untrained(backbone: nn.Module) -> bool:
+    """Whether a backbone still is as it was initialised: no norm of it has learned anything. False on the meta device.
+
+    A bank of filters, which has no norms, has nothing to learn.
+    """
+    norms = [module for module in backbone.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)]
+    weights = [norm.weight for norm in norms if norm.weight is not None]
+    return bool(weights) and not any(weight.is_meta or bool((weight != 1).any()) for weight in weights)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
