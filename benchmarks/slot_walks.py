@@ -185,7 +185,7 @@ def main(argv: list[str]) -> None:
         "slots": options.slots,
         "threads": options.threads,
         "device": device_name(options.device),
-        "command": " ".join(["python benchmarks/slot_walks.py", *argv]),
+        "command": " ".join(["python benchmarks/slot_walks.py", *(a for a in argv if not a.startswith("output="))]),
     }
     print(json.dumps(figures, indent=1))
     if options.output:

@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
         "images": options.images,
         "size": options.size,
         "threads": options.threads,
-        "command": " ".join(["python benchmarks/slot_walks_metrics.py", *argv]),
+        "command": " ".join(["python benchmarks/slot_walks_metrics.py", *(a for a in argv if not a.startswith("output="))]),
         "torch": torch.__version__,
         "scikit_learn": sklearn.__version__,
     }
