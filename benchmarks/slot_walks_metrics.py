@@ -114,6 +114,7 @@ def main(argv: list[str]) -> None:
     each = {name: 1e3 * statistics.median(values) / options.images for name, values in times.items()}
     ari = [a / o for a, o in zip(times["ari"], times["ours"], strict=True)]
     both = [(a + m) / o for a, m, o in zip(times["ari"], times["mbo"], times["ours"], strict=True)]
+    shown = [word for word in argv if not word.startswith("output=")]
     figures = {
         "milliseconds_per_image": {
             "all three from one table": round(each["ours"], 3),
@@ -126,7 +127,7 @@ def main(argv: list[str]) -> None:
         "images": options.images,
         "size": options.size,
         "threads": options.threads,
-        "command": " ".join(["python benchmarks/slot_walks_metrics.py", *(a for a in argv if not a.startswith("output="))]),
+        "command": " ".join(["python benchmarks/slot_walks_metrics.py", *shown]),
         "torch": torch.__version__,
         "scikit_learn": sklearn.__version__,
     }
