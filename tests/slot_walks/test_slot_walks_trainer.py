@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from core.errors import ConfigError
 from core.metrics.grouping import GroupingScores
 from core.param_groups import OptimConstructor
 from core.schedules import Schedule
 from slot_walks import (
     Blobworld,
+    FeatureCache,
     FilterBank,
+    PatchClusters,
     SlotEncoder,
     SlotTrainer,
     SlotWalker,
@@ -286,3 +290,26 @@ def test_pair_shares_tell_whether_the_threshold_suits() -> None:
     features = FilterBank()(data["image"])
     same, other = pair_shares(features, token_labels(data["mask"], (16, 16)))
     assert same.mean() > 0.9 and other.mean() < 0.2, "the stand-in's features suit the threshold"
+
+
+def test_profiles_of_training_from_kept_features_leave_out_the_backbone(tmp_path) -> None:
+    model = trainer(init="learned", cache=FeatureCache(tmp_path))
+    batch = model.example_batch(2, "cpu")
+    assert batch["features"].shape == (2, 16, 16, 32) and "image" not in batch
+    model.network.backbone = None
+    assert torch.isfinite(model.losses(batch)["loss_pwp"])
+    assert "image" in trainer().example_batch(2, "cpu")
+
+
+def test_clusters_of_patches_separate_what_differs_and_are_not_trained() -> None:
+    image = torch.full((2, 3, 32, 48), 0.2)
+    image[0, 0, :, 24:] = 1.0
+    image[1, 2, 16:] = 1.0
+    found = PatchClusters(FilterBank(), num_clusters=2).val_step({"image": image, "sample_id": ["a", "b"]})
+    segments = found["segments"]
+    assert segments.shape == (2, 32, 48) and list(found["sample_id"]) == ["a", "b"]
+    for each, halves in ((segments[0], (np.s_[:, :16], np.s_[:, 32:])), (segments[1], (np.s_[:10], np.s_[22:]))):
+        first, second = (each[half].unique().tolist() for half in halves)
+        assert len(first) == len(second) == 1 and first != second
+    with pytest.raises(ConfigError, match="train_dataloader=null"):
+        PatchClusters(FilterBank()).losses({"image": image})
