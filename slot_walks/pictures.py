@@ -152,9 +152,9 @@ def mark_patch(picture: np.ndarray, patch: tuple[int, int], grid: tuple[int, int
         raise ValueError(f"patch {tuple(patch)} is not on a grid of {grid[0]} x {grid[1]}")
     height, width = picture.shape[:2]
     marked = picture.copy()
-    line = max(1, round(max(height, width) / 130))
     top, bottom = (round(p * height / grid[0]) for p in (patch[0], patch[0] + 1))
     left, right = (round(p * width / grid[1]) for p in (patch[1], patch[1] + 1))
+    line = max(1, round(min(height / grid[0], width / grid[1]) / 6))
     for grow, colour in ((2 * line, 0), (line, 255)):  # white in black is seen on any picture
         frame = np.zeros((height, width), bool)
         frame[max(0, top - grow) : bottom + grow, max(0, left - grow) : right + grow] = True
@@ -176,8 +176,7 @@ def soft_masks(picture: np.ndarray, masks: np.ndarray, title: str | None = None)
         Panel(paint_mask(picture, mask, colour), f"slot {slot}: {100 * mask.mean():.0f} %", colour)
         for slot, (mask, colour) in enumerate(zip(masks, slot_colours(len(masks)), strict=True))
     ]
-    columns = min(len(panels), 8)
-    return sheet([panels[i : i + columns] for i in range(0, len(panels), columns)], title=title)
+    return sheet(_wrapped(panels, 8), title=title)
 
 
 def walk_picture(
@@ -205,7 +204,7 @@ def walk_picture(
         Panel(paint_heat(picture, target, top, patch), "its target: patches alike"),
         Panel(matrix(whole), "W-P-W: from row to column, %"),
     ]
-    return sheet([panels], title=title)
+    return sheet(_wrapped(panels, 4), title=title)
 
 
 def matrix(values: np.ndarray, side: int = 256) -> np.ndarray:
@@ -298,6 +297,14 @@ def sheet(
             x += place
         y += height + gap
     return np.array(canvas)
+
+
+def _wrapped(panels: Sequence[Panel], most: int, height: int = 256, widest: int = 1600) -> list[Sequence[Panel]]:
+    """Panels in rows of equal length that are no wider than `widest` pixels, as far as one panel is not."""
+    width = max(height * panel.picture.shape[1] / panel.picture.shape[0] for panel in panels)
+    columns = max(1, min(most, int(widest / width), len(panels)))
+    columns = -(-len(panels) // -(-len(panels) // columns))
+    return [panels[i : i + columns] for i in range(0, len(panels), columns)]
 
 
 def _of_height(picture: np.ndarray, height: int) -> Image.Image:
