@@ -132,9 +132,11 @@ def test_sizes_for_drawing_keep_the_aspect() -> None:
 def test_a_walk_picture_changes_with_the_walk() -> None:
     generator = np.random.default_rng(0)
     walk, target = (generator.dirichlet(np.ones(12)).reshape(3, 4) for _ in range(2))
-    picture = walk_picture(grey(30, 40), walk, target, np.eye(3), (1, 2))
-    swapped = walk_picture(grey(30, 40), target, walk, np.eye(3), (1, 2))
-    assert picture.shape == swapped.shape and np.abs(picture.astype(int) - swapped).mean() > 0.5
+    shown = (walk, target, np.eye(3), (1, 2))
+    picture = walk_picture(grey(30, 40), *shown)
+    for place, other in enumerate((walk[::-1], target[::-1], np.eye(3)[::-1], (0, 0))):
+        changed = walk_picture(grey(30, 40), *shown[:place], other, *shown[place + 1 :])
+        assert changed.shape == picture.shape and np.abs(changed.astype(int) - picture).mean() > 0.5, place
     wide = walk_picture(grey(100, 300), walk, target, np.eye(3), (1, 2))
     assert wide.shape[1] < 1650 and wide.shape[0] > 2 * 256, "panels of wide pictures lie in two rows"
 
