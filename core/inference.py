@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,13 +55,23 @@ def infer(overrides: list[str], options: InferOptions) -> list[dict[str, Any]]:
     output.mkdir(parents=True, exist_ok=True)
     records = []
     with torch.no_grad():
-        for file in files:
-            records.append(_one(trainer, file, output))
+        for file, name in zip(files, _names(files, Path(options.input)), strict=True):
+            records.append(_one(trainer, file, output / name))
             print(json.dumps(records[-1], default=float))
     (output / "results.json").write_text(json.dumps(records, indent=1, default=float) + "\n")
     if all("error" in record for record in records):
         raise ConfigError(f"none of {len(records)} files could be processed; {output / 'results.json'} says why")
     return records
+
+
+def _names(files: list[Path], root: Path) -> list[str]:
+    """What pictures of each file begin with: its stem; where several files have it, the way to the file as well."""
+    stems = Counter(file.stem for file in files)
+    names: list[str] = []
+    for file in files:
+        name = file.stem if stems[file.stem] == 1 else "_".join(file.relative_to(root).parts).replace(".", "_")
+        names.append(name if name not in names else f"{name}_{names.count(name) + 1}")
+    return names
 
 
 def _one(trainer: Any, file: Path, output: Path) -> dict[str, Any]:
@@ -71,7 +82,8 @@ def _one(trainer: Any, file: Path, output: Path) -> dict[str, Any]:
             raise
         return {"file": str(file), "error": f"{type(error).__name__}: {error}"}
     pictures = {
-        name: str(write_picture(array, output / f"{file.stem}_{name}")) for name, array in result.pictures.items()
+        name: str(write_picture(array, output.with_name(f"{output.name}_{name}")))
+        for name, array in result.pictures.items()
     }
     return {"file": str(file), **result.record, "pictures": pictures}
 

@@ -69,6 +69,21 @@ def test_infer_writes_pictures_and_records_and_survives_a_broken_file(user, trai
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == records
 
 
+def test_files_of_one_name_do_not_overwrite_each_others_pictures(user, trained, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(user))
+    monkeypatch.chdir(user)
+    files = tmp_path / "in"
+    for index, name in enumerate(("a.png", "a.bmp", "x/a.png", "y/a.png", "b.png")):
+        (files / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8 + index, 8), (10, 20, 30)).save(files / name)
+    options = Options(checkpoint=str(trained), input=str(files), output=str(tmp_path / "out"))
+    records = infer(["experiment=mine/tiny", "model.type=mylook.Look"], options)
+    sizes = {Image.open(record["pictures"]["still"]).size[0] for record in records}
+    assert len(records) == 5 and sizes == {8, 9, 10, 11, 12}
+    named = {record["file"].rsplit("/in/", 1)[-1]: record["pictures"]["still"].rsplit("/", 1)[-1] for record in records}
+    assert named["b.png"] == "b_still.png" and named["x/a.png"] == "x_a_png_still.png"
+
+
 def test_nothing_to_look_at_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="without images or videos"):
         input_files(tmp_path)
