@@ -1,0 +1,36 @@
+"""Tune-A-Video: one-shot tuning of image diffusion models for text-to-video generation (Wu et al., ICCV 2023).
+
+    from tune_a_video import TuneAVideoPipeline, TuneAVideoUNet
+
+Names are loaded when they are first used: the networks alone need neither the engine nor data.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Exported name -> module that defines it.
+_EXPORTS = {
+    "TuneAVideoUNet": "tune_a_video.models",
+    "TemporalConfig": "tune_a_video.models",
+    "TemporalTransformerBlock": "tune_a_video.models",
+    "SpatioTemporalAttnProcessor": "tune_a_video.models",
+    "FrameGroupNorm": "tune_a_video.models",
+    "inflate": "tune_a_video.models",
+    "ddim_invert": "tune_a_video.inversion",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'tune_a_video' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
