@@ -19,6 +19,13 @@ _EXPORTS = {
     "FrameGroupNorm": "tune_a_video.models",
     "inflate": "tune_a_video.models",
     "ddim_invert": "tune_a_video.inversion",
+    "merge_lora": "tune_a_video.lora",
+    "TuneAVideoPipeline": "tune_a_video.pipeline",
+    "TuneAVideoPipelineOutput": "tune_a_video.pipeline",
+    "save_video": "tune_a_video.video_io",
+    "video_grid": "tune_a_video.video_io",
+    "denoising_loss": "tune_a_video.losses",
+    "frame_noise": "tune_a_video.losses",
 }
 
 __all__ = list(_EXPORTS)

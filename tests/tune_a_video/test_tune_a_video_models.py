@@ -74,7 +74,7 @@ def test_key_frames(spec, rows):
 
 @pytest.mark.parametrize("spec", ["previous", "window:", (), ("next",)])
 def test_unknown_frame_attention_names_what_there_is(spec):
-    with pytest.raises(ValueError, match="first|at least one frame"):
+    with pytest.raises(ValueError, match=r"first|at least one frame"):
         key_frames(spec, 4)
 
 

@@ -1,4 +1,4 @@
-"""How many frames belong together, and the one layout in which everything here travels: rows `(b f)`, frames fastest."""
+"""How many frames belong together, and the layout in which all travels here: rows `(b f)`, frames fastest."""
 
 from __future__ import annotations
 

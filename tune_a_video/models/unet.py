@@ -121,7 +121,8 @@ class TuneAVideoUNet(UNet2DConditionModel):
         videos, frames = sample.shape[0], sample.shape[2]
         if len(encoder_hidden_states) not in (videos, videos * frames):
             raise ValueError(
-                f"{len(encoder_hidden_states)} texts for {videos} videos of {frames} frames: give one per video or frame"
+                f"{len(encoder_hidden_states)} texts for {videos} videos of {frames} frames: "
+                "give one per video or frame"
             )
         self.frame_count.frames = frames
 
@@ -413,7 +414,7 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     shapes = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
     if lacking or strange or shapes:
         raise ValueError(
-            f"{source} does not fit the video network: missing {lacking or 'nothing'}, unexpected {strange or 'nothing'}, "
-            f"of another shape {shapes or 'nothing'}"
+            f"{source} does not fit the video network: missing {lacking or 'nothing'}, "
+            f"unexpected {strange or 'nothing'}, of another shape {shapes or 'nothing'}"
         )
     network.load_state_dict(state, assign=True)
