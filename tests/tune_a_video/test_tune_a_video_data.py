@@ -275,7 +275,7 @@ def test_submissions_have_the_benchmarks_layout(tgve, tmp_path):
     out = Submission(tmp_path / "out", "team")
     assert len(list(out.missing(clips))) == 7
     video = torch.zeros(3, 3, 16, 16)
-    video[:, 0] = torch.tensor([0.0, 0.5, 1.0])[:, None, None]
+    video[0] = torch.tensor([0.0, 0.5, 1.0])[:, None, None]  # the red of three frames
     folder = out.write(clips[0], "style", video)
     assert folder == tmp_path / "out/team/DAVIS_480p/bear/style"
     assert sorted(p.name for p in folder.iterdir()) == ["00000.jpg", "00001.jpg", "00002.jpg"]
@@ -286,7 +286,7 @@ def test_submissions_have_the_benchmarks_layout(tgve, tmp_path):
     assert len(list(folder.iterdir())) == 2  # nothing is left of a longer one
     with pytest.raises(ValueError, match="kind='colour'"):
         out.write(clips[0], "colour", video)
-    with pytest.raises(ValueError, match=r"\(f, 3, H, W\)"):
-        out.write(clips[0], "style", video.permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match=r"\(3, f, H, W\)"):
+        out.write(clips[0], "style", torch.zeros(4, 3, 16, 16))
     with pytest.raises(ValueError, match="team="):
         Submission(tmp_path, "a/b")

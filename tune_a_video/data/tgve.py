@@ -184,7 +184,7 @@ class Submission:
         Args:
             clip: of the data set.
             kind: of `KINDS`.
-            video: (f, 3, H, W) in [0, 1], or uint8 (f, H, W, 3).
+            video: (3, f, H, W) in [0, 1], as the pipeline returns it, or uint8 (f, H, W, 3).
 
         Returns:
             Its folder.
@@ -193,9 +193,9 @@ class Submission:
             ValueError: another shape or kind.
         """
         if isinstance(video, Tensor) and video.is_floating_point():
-            if video.ndim != 4 or video.shape[1] != 3:
-                raise ValueError(f"video is {tuple(video.shape)}: (f, 3, H, W) is expected")
-            video = (255 * video.detach().float().cpu().clamp(0, 1)).round().byte().permute(0, 2, 3, 1)
+            if video.ndim != 4 or video.shape[0] != 3:
+                raise ValueError(f"video is {tuple(video.shape)}: (3, f, H, W) is expected")
+            video = (255 * video.detach().float().cpu().clamp(0, 1)).round().byte().permute(1, 2, 3, 0)
         pixels = np.asarray(video)
         if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
             raise ValueError(f"video is {pixels.shape} {pixels.dtype}: uint8 (f, H, W, 3) is expected")
