@@ -17,14 +17,15 @@ from torchmetrics import Metric
 
 from core.errors import ConfigError
 from core.metrics import TorchMetrics
+from core.metrics.reading import batches, read
 from core.registry import METRICS, nearest
 from tune_a_video.clip_model import TransformersCLIP, load_clip
 from tune_a_video.warp import WarpError
 
 __all__ = [
+    "ClipScores",
     "DrawnScores",
     "EditQuality",
-    "EditScores",
     "FrameAccuracy",
     "FrameConsistency",
     "PickScore",
@@ -135,7 +136,7 @@ _FIGURES: dict[str, _Read] = {
 _NEED_TEXT = ("text_alignment", "frame_accuracy")
 
 
-class EditScores(_Means):
+class ClipScores(_Means):
     """Figures that come from CLIP, with one pass over the frames: a dictionary of means over (video, prompt) pairs.
 
     `frame_consistency` (times 100), `text_alignment`, `consecutive_consistency` (a cosine), `frame_accuracy` (a share).
@@ -192,7 +193,7 @@ class EditScores(_Means):
         return self.clip.encode_text(list(prompts))
 
 
-class _OneFigure(EditScores):
+class _OneFigure(ClipScores):
     """One figure as a number."""
 
     def compute(self) -> Tensor:
@@ -201,7 +202,7 @@ class _OneFigure(EditScores):
 
 
 class FrameConsistency(_OneFigure):
-    """100 x the mean cosine of all pairs of frames. `update(videos)`; see `EditScores`."""
+    """100 x the mean cosine of all pairs of frames. `update(videos)`; see `ClipScores`."""
 
     higher_is_better = True
 
@@ -210,7 +211,7 @@ class FrameConsistency(_OneFigure):
 
 
 class TextAlignment(_OneFigure):
-    """CLIP score, mean over frames. `update(videos, prompts)`; see `EditScores`."""
+    """CLIP score, mean over frames. `update(videos, prompts)`; see `ClipScores`."""
 
     higher_is_better = True
 
@@ -278,24 +279,18 @@ def _check_videos(videos: Tensor) -> None:
 # ---------------------------------------------------------------------- evaluator
 @METRICS.register_module()
 class EditQuality(TorchMetrics):
-    """Evaluates edited videos; what it needs a file or folder for is left out without one.
+    """Scores the edits that `TuneAVideoTrainer.predict` returns; each edit of each clip counts once.
 
-    Gives the figures of `EditScores`, and `pick_score`, `warp_error`, and the drawn world's `path`, `words`, `agree`,
-    `joint`, `jitter`.
+    Gives the figures of `ClipScores`, and `pick_score`, `warp_error` (under the source's motion), and the drawn world's
+    `path`, `words`, `agree`, `joint`, `jitter`: those for which a file or folder is given.
 
     Args:
         clip: folder of a CLIP, or of the stand-in.
-        figures: of `EditScores`; those that CLIP gives.
+        figures: of `ClipScores`.
         pick_score: folder of PickScore.
         raft: file of RAFT's weights.
-        drawn: folder of the stand-in, for clips of the drawn world.
-        video: key of the edited videos (b, 3, f, H, W) in [0, 1].
-        prompt: key of their prompts.
-        source_prompt: key of the sources' captions.
-        source: key of the source videos, whose flow `warp_error` uses.
-        centres: key of the places of drawn objects (b, f, 2).
+        drawn: folder of the stand-in, for clips of the drawn world (the data set gives `centres`).
         prefix: in front of all names.
-        check_size: more samples than the data set has are an error; a clip with several edits gives several samples.
 
     Raises:
         ConfigError: nothing to evaluate with.
@@ -308,31 +303,53 @@ class EditQuality(TorchMetrics):
         pick_score: str | os.PathLike | None = None,
         raft: str | os.PathLike | None = None,
         drawn: str | os.PathLike | None = None,
-        video: str = "video",
-        prompt: str = "prompt",
-        source_prompt: str = "source_prompt",
-        source: str = "source",
-        centres: str = "centres",
         prefix: str = "",
-        check_size: bool = False,
     ) -> None:
         metrics: dict[str, Metric] = {}
         inputs: dict[str, list[str]] = {}
         if clip is not None:
-            metrics["clip"] = EditScores(clip, figures)
-            inputs["clip"] = [video, prompt, *([source_prompt] if "frame_accuracy" in figures else [])]
+            metrics["clip"], inputs["clip"] = ClipScores(clip, figures), ["edits", "prompts", "captions"]
         if pick_score is not None:
-            metrics["pick_score"], inputs["pick_score"] = PickScore(pick_score), [video, prompt]
+            metrics["pick_score"], inputs["pick_score"] = PickScore(pick_score), ["edits", "prompts"]
         if raft is not None:
-            metrics["warp_error"], inputs["warp_error"] = WarpError(raft), [video, source]
+            metrics["warp_error"], inputs["warp_error"] = WarpError(raft), ["edits", "sources"]
         if drawn is not None:
-            metrics["drawn"], inputs["drawn"] = DrawnScores(drawn), [video, centres, prompt]
+            metrics["drawn"], inputs["drawn"] = DrawnScores(drawn), ["edits", "centres", "prompts"]
         if not metrics:
             raise ConfigError("EditQuality: give clip=, pick_score=, raft= or drawn=, a folder or file of each")
-        super().__init__(metrics, inputs=inputs, prefix=prefix, check_size=check_size)
+        # A clip with several edits gives several samples.
+        super().__init__(metrics, inputs=inputs, prefix=prefix, check_size=False)
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        """Takes one batch.
+
+        Args:
+            data_batch: not used.
+            data_samples: per clip `edits` (P, f, 3, H, W) in [0, 1] and `prompts`, P texts; `caption`, `source`
+                (B, f, 3, H, W), `sample_id`, and for the drawn world `centres` (B, f, 2).
+
+        Raises:
+            MetricError: something is missing, or of another shape.
+        """
+        for predicted in batches(data_samples):
+            clips = zip(read("edits", predicted, None), read("prompts", predicted, None), strict=True)
+            for i, (edits, prompts) in enumerate(clips):
+                count = len(prompts)
+                flat = {
+                    "edits": edits.transpose(1, 2),
+                    "prompts": list(prompts),
+                    "captions": [read("caption", predicted, None)[i]] * count,
+                    "sample_id": [f"{predicted['sample_id'][i]}/{k}" for k in range(count)],
+                }
+                if "warp_error" in self.measures:
+                    source = read("source", predicted, None)[i].transpose(0, 1)
+                    flat["sources"] = source.expand(count, *source.shape)
+                if "drawn" in self.measures:
+                    centres = read("centres", predicted, None)[i]
+                    flat["centres"] = centres.expand(count, *centres.shape)
+                super().process(None, flat)
 
     def evaluate(self, size: int | None = None) -> dict[str, float]:
         """See `core.metrics.TorchMetrics`; figures have their own names."""
         lead = f"{self.prefix}/" if self.prefix else ""
-        figures = super().evaluate(size)
-        return {lead + name.rsplit("/", 1)[-1]: value for name, value in figures.items()}
+        return {lead + name.rsplit("/", 1)[-1]: value for name, value in super().evaluate(size).items()}

@@ -15,9 +15,9 @@ from core.errors import ConfigError
 from core.metrics.reading import MetricError
 from tune_a_video.clip_model import TransformersCLIP, load_clip
 from tune_a_video.metrics import (
+    ClipScores,
     DrawnScores,
     EditQuality,
-    EditScores,
     FrameAccuracy,
     FrameConsistency,
     PickScore,
@@ -102,7 +102,7 @@ def test_metrics_are_means_over_videos(folder, videos):
         "consecutive_consistency": sum(consecutive_consistency(e) for e in embedded) / 2,
         "frame_accuracy": sum(frame_accuracy(*three) for three in zip(embedded, text, source, strict=True)) / 2,
     }
-    scores = EditScores(clip, list(wanted))
+    scores = ClipScores(clip, list(wanted))
     scores.update(videos[:1], prompts[:1], sources[:1])
     scores.update(videos[1:], prompts[1:], sources[1:])
     for name, value in scores.compute().items():
@@ -129,7 +129,7 @@ def test_metrics_are_means_over_videos(folder, videos):
 def test_wrong_input_is_named(folder, videos, tmp_path):
     clip = load_clip(folder)
     with pytest.raises(ConfigError, match=r"'frame_consistensy'.*frame_consistency"):
-        EditScores(clip, ["frame_consistensy"])
+        ClipScores(clip, ["frame_consistensy"])
     with pytest.raises(ValueError, match=r"\(b, 3, f, H, W\)"):
         FrameConsistency(clip).update(videos.transpose(1, 2))
     with pytest.raises(ValueError, match="text_alignment needs prompts: a list of 2"):
@@ -215,19 +215,26 @@ def test_drawn_scores_are_readings(standin):
         metric.update(videos, centres, ["a jeep", "a car"])
 
 
-def test_an_evaluator_gives_all_figures_of_several_batches(standin, folder):
+def test_an_evaluator_counts_every_edit_of_every_clip(standin, folder):
     evaluator = EditQuality(standin, ("frame_consistency", "frame_accuracy"), pick_score=folder, drawn=standin)
-    for seed in range(2):
+    alone = DrawnScores(standin)
+    for seed, count in ((0, 1), (1, 3)):
         clip = draw_clip(seed)
-        video = (clip.video.transpose(0, 1)[None] + 1) / 2
-        batch = {"centres": clip.centres[None], "sample_id": ["x"]}
-        predicted = {"video": video, "prompt": [clip.caption], "source_prompt": [clip.caption], "sample_id": ["x"]}
-        evaluator.process(batch, predicted)
-    figures = evaluator.evaluate(1)
-    drawn = {"path", "words", "agree", "joint", "jitter"}
+        edits = ((clip.video.expand(count, -1, -1, -1, -1) + 1) / 2).clamp(0, 1)
+        prompts = [clip.caption, *captions()[:2]][:count]
+        predicted = {"edits": [edits], "prompts": [prompts], "caption": [clip.caption], "centres": clip.centres[None]}
+        evaluator.process({}, {**predicted, "sample_id": [f"drawn-{seed}"]})
+        alone.update(edits.transpose(1, 2), clip.centres.expand(count, -1, -1), prompts)
+    figures = evaluator.evaluate(2)
+    drawn = {name: value.item() for name, value in alone.compute().items()}
     assert set(figures) == {"frame_consistency", "frame_accuracy", "pick_score", *drawn}
-    assert figures["frame_accuracy"] == 1 and figures["path"] < 0.25
+    assert {name: figures[name] for name in drawn} == pytest.approx(drawn) and figures["path"] < 0.3
+    assert alone.count.tolist() == [4] * 5
     with pytest.raises(MetricError, match="not one sample"):
-        evaluator.evaluate(1)
+        evaluator.evaluate(2)
+    with pytest.raises(MetricError, match="'edits'"):
+        evaluator.process({}, {"edit": [edits], "sample_id": ["x"]})
+    with pytest.raises(MetricError, match="'centres'"):
+        evaluator.process({}, {key: value for key, value in predicted.items() if key != "centres"} | {"sample_id": "x"})
     with pytest.raises(ConfigError, match="give clip="):
         EditQuality()
