@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from tune_a_video.losses import add_noise, denoising_loss, prediction_target
+from tune_a_video.metrics import consecutive_consistency, frame_accuracy, frame_consistency, text_alignment
 from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.video_io import video_grid
 
@@ -92,8 +94,25 @@ def _video_grid(case: Case) -> Outputs:
     return {"frames": torch.from_numpy(frames)}
 
 
+def _clip_metrics(case: Case) -> Outputs:
+    inputs, scale = case.inputs(), case.config["logit_scale"]
+    # A shift that the case describes in words, so that cosines are not all near zero.
+    match = re.search(r"frame_embeds \+ ([\d.]+)", str(case.meta.get("rule", "")))
+    frames = inputs["frame_embeds"] + (float(match[1]) if match else 0.0)
+    target, source = inputs["text_embeds"], inputs["source_text_embeds"]
+    alignment = text_alignment(frames, target, scale)
+    return {
+        "clip_text": alignment,
+        "clip_frame": frame_consistency(frames),
+        "pick_score": alignment,
+        "temporal_consecutive": consecutive_consistency(frames),
+        "frame_accuracy": frame_accuracy(frames, target, source),
+    }
+
+
 PIECES: dict[str, Callable[[Case], Outputs]] = {
     "train_step": _train_step,
     "pipeline": _pipeline,
     "video_grid": _video_grid,
+    "clip_metrics": _clip_metrics,
 }
