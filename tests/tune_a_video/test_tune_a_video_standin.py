@@ -135,7 +135,8 @@ def test_the_tokenizer_has_a_token_for_every_word_and_every_text():
     assert (ids[:, 1:8] != tokenizer.eos_token_id).all()
     other = token_ids(tokenizer, ["Jeep, é"])[0].tolist()
     assert tokenizer.decode(other, skip_special_tokens=True).replace(" ", "") == "jeep,é"
-    assert make_tokenizer(captions()).get_vocab() == tokenizer.get_vocab()  # numbers have to be the same in every run
+    # Numbers have to be the same in every run and process: a text encoder knows no others.
+    assert ids[0].tolist() == [0, 322, 547, 524, 520, 517, 521, 539, 1, 1]
 
 
 def test_the_image_model_has_the_size_it_should():
