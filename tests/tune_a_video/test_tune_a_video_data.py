@@ -251,6 +251,11 @@ def test_places_are_drawn_once_per_clip(tgve):
         assert first == greys(data[1]["video"]) == list(range(first[0], first[0] + 4))
         places.add(first[0])
     assert len(places) > 3
+    data.clips.append(data.clips[1])
+    pairs = []
+    for data.seed in range(6):
+        pairs.append([greys(data[i]["video"])[0] for i in (1, 2)])
+    assert any(one != other for one, other in pairs)  # clips do not share their place
 
 
 def test_tables_and_frames_that_do_not_fit_are_named(tgve):
