@@ -17,7 +17,6 @@ from torchmetrics import Metric
 
 from core.errors import ConfigError
 from core.metrics import TorchMetrics
-from core.metrics.reading import batches, read
 from core.registry import METRICS, nearest
 from tune_a_video.clip_model import TransformersCLIP, load_clip
 from tune_a_video.warp import WarpError
@@ -281,6 +280,9 @@ def _check_videos(videos: Tensor) -> None:
 class EditQuality(TorchMetrics):
     """Scores the edits that `TuneAVideoTrainer.predict` returns; each edit of each clip counts once.
 
+    Reads `video` and `source` `(R, 3, f, H, W)` in [0, 1], texts `prompt` and `source_prompt`, and of the drawn world
+    `centres` `(R, f, 2)`.
+
     Gives the figures of `ClipScores`, and `pick_score`, `warp_error` (under the source's motion), and the drawn world's
     `path`, `words`, `agree`, `joint`, `jitter`: those for which a file or folder is given.
 
@@ -308,46 +310,17 @@ class EditQuality(TorchMetrics):
         metrics: dict[str, Metric] = {}
         inputs: dict[str, list[str]] = {}
         if clip is not None:
-            metrics["clip"], inputs["clip"] = ClipScores(clip, figures), ["edits", "prompts", "captions"]
+            metrics["clip"], inputs["clip"] = ClipScores(clip, figures), ["video", "prompt", "source_prompt"]
         if pick_score is not None:
-            metrics["pick_score"], inputs["pick_score"] = PickScore(pick_score), ["edits", "prompts"]
+            metrics["pick_score"], inputs["pick_score"] = PickScore(pick_score), ["video", "prompt"]
         if raft is not None:
-            metrics["warp_error"], inputs["warp_error"] = WarpError(raft), ["edits", "sources"]
+            metrics["warp_error"], inputs["warp_error"] = WarpError(raft), ["video", "source"]
         if drawn is not None:
-            metrics["drawn"], inputs["drawn"] = DrawnScores(drawn), ["edits", "centres", "prompts"]
+            metrics["drawn"], inputs["drawn"] = DrawnScores(drawn), ["video", "centres", "prompt"]
         if not metrics:
             raise ConfigError("EditQuality: give clip=, pick_score=, raft= or drawn=, a folder or file of each")
         # A clip with several edits gives several samples.
         super().__init__(metrics, inputs=inputs, prefix=prefix, check_size=False)
-
-    def process(self, data_batch: Any, data_samples: Any) -> None:
-        """Takes one batch.
-
-        Args:
-            data_batch: not used.
-            data_samples: per clip `edits` (P, f, 3, H, W) in [0, 1] and `prompts`, P texts; `caption`, `source`
-                (B, f, 3, H, W), `sample_id`, and for the drawn world `centres` (B, f, 2).
-
-        Raises:
-            MetricError: something is missing, or of another shape.
-        """
-        for predicted in batches(data_samples):
-            clips = zip(read("edits", predicted, None), read("prompts", predicted, None), strict=True)
-            for i, (edits, prompts) in enumerate(clips):
-                count = len(prompts)
-                flat = {
-                    "edits": edits.transpose(1, 2),
-                    "prompts": list(prompts),
-                    "captions": [read("caption", predicted, None)[i]] * count,
-                    "sample_id": [f"{predicted['sample_id'][i]}/{k}" for k in range(count)],
-                }
-                if "warp_error" in self.measures:
-                    source = read("source", predicted, None)[i].transpose(0, 1)
-                    flat["sources"] = source.expand(count, *source.shape)
-                if "drawn" in self.measures:
-                    centres = read("centres", predicted, None)[i]
-                    flat["centres"] = centres.expand(count, *centres.shape)
-                super().process(None, flat)
 
     def evaluate(self, size: int | None = None) -> dict[str, float]:
         """See `core.metrics.TorchMetrics`; figures have their own names."""

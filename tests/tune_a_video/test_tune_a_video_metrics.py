@@ -222,9 +222,14 @@ def test_an_evaluator_counts_every_edit_of_every_clip(standin, folder):
         clip = draw_clip(seed)
         edits = ((clip.video.expand(count, -1, -1, -1, -1) + 1) / 2).clamp(0, 1)
         prompts = [clip.caption, *captions()[:2]][:count]
-        predicted = {"edits": [edits], "prompts": [prompts], "caption": [clip.caption], "centres": clip.centres[None]}
-        evaluator.process({}, {**predicted, "sample_id": [f"drawn-{seed}"]})
-        alone.update(edits.transpose(1, 2), clip.centres.expand(count, -1, -1), prompts)
+        predicted = {
+            "video": edits.transpose(1, 2),
+            "prompt": prompts,
+            "source_prompt": [clip.caption] * count,
+            "centres": clip.centres.expand(count, -1, -1),
+        }
+        evaluator.process({}, {**predicted, "sample_id": [f"drawn-{seed}/{k}" for k in range(count)]})
+        alone.update(predicted["video"], predicted["centres"], prompts)
     figures = evaluator.evaluate(2)
     drawn = {name: value.item() for name, value in alone.compute().items()}
     assert set(figures) == {"frame_consistency", "frame_accuracy", "pick_score", *drawn}
@@ -232,8 +237,8 @@ def test_an_evaluator_counts_every_edit_of_every_clip(standin, folder):
     assert alone.count.tolist() == [4] * 5
     with pytest.raises(MetricError, match="not one sample"):
         evaluator.evaluate(2)
-    with pytest.raises(MetricError, match="'edits'"):
-        evaluator.process({}, {"edit": [edits], "sample_id": ["x"]})
+    with pytest.raises(MetricError, match="'video'"):
+        evaluator.process({}, {"edit": edits, "sample_id": ["x"]})
     with pytest.raises(MetricError, match="'centres'"):
         evaluator.process({}, {key: value for key, value in predicted.items() if key != "centres"} | {"sample_id": "x"})
     with pytest.raises(ConfigError, match="give clip="):
