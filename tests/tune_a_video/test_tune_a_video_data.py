@@ -279,12 +279,13 @@ def test_submissions_have_the_benchmarks_layout(tgve, tmp_path):
     clips = LoveuTGVE(tgve, n_frames=4).clips
     out = Submission(tmp_path / "out", "team")
     assert len(list(out.missing(clips))) == 7
-    video = torch.zeros(3, 3, 16, 16)
+    video = torch.zeros(3, 3, 16, 24)
     video[0] = torch.tensor([0.0, 0.5, 1.0])[:, None, None]  # the red of three frames
     folder = out.write(clips[0], "style", video)
     assert folder == tmp_path / "out/team/DAVIS_480p/bear/style"
     assert sorted(p.name for p in folder.iterdir()) == ["00000.jpg", "00001.jpg", "00002.jpg"]
     frames = open_frames(folder).read([0, 1, 2], None)
+    assert frames.shape == (3, 3, 16, 24)
     assert (frames[:, 0, 8, 8].float() - torch.tensor([0, 127.5, 255])).abs().max() < 4
     assert len(list(out.missing(clips))) == 6 and len(list(out.missing(clips, frames=4))) == 7
     out.write(clips[0], "style", np.zeros((2, 16, 16, 3), np.uint8))
