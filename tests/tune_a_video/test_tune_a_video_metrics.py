@@ -28,7 +28,7 @@ from tune_a_video.metrics import (
     frame_consistency,
     text_alignment,
 )
-from tune_a_video.standin import captions, draw_clip, make_tokenizer
+from tune_a_video.standin import captions, draw_clip, make_tokenizer, measure
 from tune_a_video.standin.folder import save_tiny_clip
 from tune_a_video.standin.networks import Judge, TinyCLIP, text_config
 from tune_a_video.warp import visible, warp, warp_error
@@ -211,6 +211,10 @@ def test_drawn_scores_are_readings(standin):
     metric.update(videos, centres, [c.caption for c in clips])
     figures = metric.compute()
     assert set(figures) == {"path", "words", "agree", "joint", "jitter"} and figures["path"] < 0.25
+    by_hand = [measure(c.video, c.centres, c.words, metric.judge) for c in clips]
+    for name, value in figures.items():
+        mean = sum(getattr(reading, name) for reading in by_hand) / 2
+        assert value.item() == pytest.approx(mean, rel=1e-3), name
     with pytest.raises(ValueError, match="no caption of the drawn world"):
         metric.update(videos, centres, ["a jeep", "a car"])
 

@@ -94,15 +94,16 @@ def path_distances(video: Tensor, centres: Tensor) -> Tensor:
     weights, there = object_weights(video)
     total = weights.sum((1, 2)).clamp(min=1e-12)
     height, width = weights.shape[1:]
-    x = (weights.sum(1) * (torch.arange(width) + 0.5)).sum(1) / total
-    y = (weights.sum(2) * (torch.arange(height) + 0.5)).sum(1) / total
-    distances = (torch.stack([x, y], dim=1) - centres).norm(dim=1)
+    columns, rows = (torch.arange(n, device=video.device) + 0.5 for n in (width, height))
+    x = (weights.sum(1) * columns).sum(1) / total
+    y = (weights.sum(2) * rows).sum(1) / total
+    distances = (torch.stack([x, y], dim=1) - centres.to(video.device)).norm(dim=1)
     return torch.where(there, distances, torch.full_like(distances, LOST))
 
 
 def right_words(looks: Tensor, words: Words) -> Tensor:
     """Whether a frame shows the three words: looks (f, 3) to (f,)."""
-    return (words_of_looks(looks) == torch.tensor(words)).all(1)
+    return (words_of_looks(looks) == torch.tensor(words, device=looks.device)).all(1)
 
 
 def agreement(looks: Tensor) -> float:
