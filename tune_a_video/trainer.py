@@ -54,6 +54,7 @@ class TuneAVideoTrainer(Trainer):
         variant: of the base's files, such as `fp16`.
         attention, group_norm, temporal: see `TuneAVideoUNet`.
         trainable_modules: names of modules, see `TuneAVideoUNet.trainable_parameters`; `[all]` for everything.
+            Convolutions over frames are always among them, `attn_temp` only where there is one.
         lora: `{rank: 8, alpha: 8}`: of the trainable modules, those of the image model get low-rank updates in place of
             whole ones; needs peft.
         delta: file of tuned tensors to start from, see `TuneAVideoUNet.load_delta`.
@@ -135,6 +136,12 @@ class TuneAVideoTrainer(Trainer):
         self._shown: dict[str, Edits] = {}
 
     def _choose_trained(self, modules: list[str], lora: Mapping[str, Any] | None) -> None:
+        if self.network.config.temporal["conv"] != "none" and "conv_temp" not in modules and modules != ["all"]:
+            modules = [*modules, "conv_temp"]
+        if not self.network.config.temporal["enabled"]:
+            modules = [name for name in modules if name != "attn_temp"]
+        if not modules:
+            raise ValueError("trainable_modules leave nothing to train: name at least one kind of module that is there")
         self.trainable_modules = modules
         self.trained = self.network.set_trainable(modules)
         if lora is None:

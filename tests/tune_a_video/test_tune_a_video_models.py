@@ -96,6 +96,7 @@ SPECS = ["first_prev", "self", "first", "prev", "full", "causal", "window:2", ("
 @pytest.mark.parametrize("limit", [1, 1 << 30], ids=["gathered again", "kept"])
 def test_attention_over_frames_and_its_gradients_equal_the_written_out_form(spec, limit, monkeypatch):
     monkeypatch.setattr(frame_attention, "GATHER_BYTES", limit)
+    monkeypatch.setattr(frame_attention, "KEEP_BYTES", limit)
     torch.manual_seed(0)
     tensors = [torch.randn(2, 6, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     rows, cotangent = key_frames(spec, 6), torch.randn(2, 6, 5, 8, dtype=torch.float64)
@@ -110,7 +111,7 @@ def test_attention_over_frames_and_its_gradients_equal_the_written_out_form(spec
 
 
 def test_attention_over_frames_gives_no_gradients_to_frozen_keys(monkeypatch):
-    monkeypatch.setattr(frame_attention, "GATHER_BYTES", 1)
+    monkeypatch.setattr(frame_attention, "KEEP_BYTES", 1)
     q = torch.randn(1, 4, 3, 4, requires_grad=True)
     k, v = torch.randn(1, 4, 3, 4), torch.randn(1, 4, 3, 4, requires_grad=True)
     attend(q, k, v, key_frames("first_prev", 4), 2).sum().backward()
@@ -166,8 +167,31 @@ def test_what_starts_at_zero(image_unet, zero_init, weight, bias):
         assert (unet.mid_block.attentions[0].transformer_blocks[0].norm_temp.weight == 1).all()
 
 
+@pytest.mark.parametrize("kind", ["conv3", "lora"])
+def test_convolution_over_frames_starts_as_identity_and_then_sees_neighbours(image_unet, kind):
+    sample, text = clip(5)
+    options = {"attention": "self", "group_norm": "per_frame"}
+    plain = video_unet(image_unet, **options)
+    made = video_unet(image_unet, temporal={"conv": kind}, **options)
+    torch.testing.assert_close(made(sample, 7, text).sample, plain(sample, 7, text).sample)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "conv_temp.outer" in name:
+                parameter.normal_(std=0.1)
+    one = made.down_blocks[0].resnets[0]
+    made.frame_count.frames = 5
+    rows = torch.randn(5, 8, 4, 4)
+    moved = rows.clone()
+    moved[0] += 1
+    temb = torch.zeros(5, 32)
+    difference = (one(moved, temb) - one(rows, temb)).abs().amax(dim=(1, 2, 3)) > 1e-6
+    assert difference.tolist() == [True, True, False, False, False]
+    assert len(made.trainable_parameters(["conv_temp"])) == (4 if kind == "lora" else 2) * 8
+
+
 @pytest.mark.parametrize(
-    "option", [{"temporal": {"position": "learned"}}, {"temporal": {"heads": 3}}, {"group_norm": "both"}]
+    "option",
+    [{"temporal": {"position": "learned"}}, {"temporal": {"heads": 3}}, {"temporal": {"conv": 5}}, {"group_norm": "x"}],
 )
 def test_unknown_options_are_errors(option):
     with pytest.raises(ValueError, match=r"use|keys are"):

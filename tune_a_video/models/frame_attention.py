@@ -30,8 +30,10 @@ _NAMED: dict[str, tuple[str | int, ...]] = {
 }
 SPECS = (*_NAMED, "full", "causal", "window:k", "a list of first, last, prev and offsets such as [first, -1, +1]")
 
-# Bytes of gathered keys and values that may exist at a time, and from which on they are gathered again for gradients.
-GATHER_BYTES = 32 << 20
+# Bytes of gathered keys and values that exist at a time.
+GATHER_BYTES = 8 << 20
+# Bytes of gathered keys and values of all frames from which on gradients gather them again instead of keeping them.
+KEEP_BYTES = 32 << 20
 
 
 def check_spec(spec: FrameSpec) -> str | list[str | int]:
@@ -114,6 +116,17 @@ class Run:
         """Whether all query frames have the same key frames."""
         return len(self.keys) == 1
 
+    @property
+    def copied(self) -> int:
+        """How many key frames have to be copied to lie together; 0 where they follow each other anyway."""
+        first = self.keys[0][0]
+        consecutive = (
+            self.keys[0] == tuple(range(first, first + len(self.keys[0])))
+            if self.shared
+            else self.keys == tuple((first + i,) for i in range(len(self.keys)))
+        )
+        return 0 if consecutive else sum(len(row) for row in self.keys)
+
 
 @lru_cache(maxsize=256)
 def plan(rows: tuple[tuple[int, ...], ...], at_once: int) -> tuple[Run, ...]:
@@ -150,13 +163,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: tuple[tuple[int, ...], ...], h
         `(b, f, n, C)`.
     """
     most = max(len(row) for row in rows)
-    frame_bytes = 2 * most * k[:, 0].numel() * k.element_size()
-    runs = plan(rows, max(1, GATHER_BYTES // frame_bytes))
-    gathered = sum(run.stop - run.start for run in runs if not run.shared) * frame_bytes
+    frame_bytes = 2 * k[:, 0].numel() * k.element_size()
+    runs = plan(rows, max(1, GATHER_BYTES // (most * frame_bytes)))
+    gathered = sum(run.copied for run in runs) * frame_bytes
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not needs_grad:
         return _attend_runs(q, k, v, runs, heads)
-    if gathered > GATHER_BYTES and not torch.compiler.is_compiling():
+    if gathered > KEEP_BYTES and not torch.compiler.is_compiling():
         return _Regathered.apply(q, k, v, runs, heads)
     return torch.cat([_attend_run(q, k, v, run, heads) for run in runs], dim=1)
 
@@ -174,15 +187,12 @@ def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run, heads: int) -> Tensor
 
 def _keys(x: Tensor, run: Run) -> Tensor:
     """Keys of a run: `(b, m, n, C)` if shared, else `(b, g, m, n, C)`; a view where frames follow each other."""
+    first = run.keys[0][0]
     if run.shared:
-        keys = run.keys[0]
-        if keys == tuple(range(keys[0], keys[0] + len(keys))):
-            return x[:, keys[0] : keys[0] + len(keys)]
-        return x[:, list(keys)]
-    begin = run.keys[0][0]
-    if run.keys == tuple((begin + i,) for i in range(len(run.keys))):
-        return x[:, begin : begin + len(run.keys), None]
-    return x[:, torch.tensor(run.keys, device=x.device)]
+        return x[:, list(run.keys[0])] if run.copied else x[:, first : first + len(run.keys[0])]
+    if run.copied:
+        return x[:, torch.tensor(run.keys, device=x.device)]
+    return x[:, first : first + len(run.keys), None]
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, shared: bool, heads: int) -> Tensor:

@@ -3,6 +3,8 @@
 1. every transformer block gets a temporal attention behind it;
 2. the first attention of a block attends to tokens of other frames;
 3. group norms of residual blocks, and the network's last one, see all frames of a video at once.
+
+An option of other work adds a convolution over frames behind every residual block.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from tune_a_video.models.frame_attention import FrameSpec, SpatioTemporalAttnProcessor
+from tune_a_video.models.frame_conv import FrameConvResnetBlock
 from tune_a_video.models.frames import FrameCount
 from tune_a_video.models.group_norm import GROUP_NORMS, FrameGroupNorm
 from tune_a_video.models.temporal import TemporalConfig, TemporalTransformerBlock
 
 #: What an inflated network has beside the image model's tensors: parts of their names.
-TEMPORAL_NAMES = ("attn_temp", "norm_temp")
+TEMPORAL_NAMES = ("attn_temp", "norm_temp", "conv_temp")
 
 
 def inflate(
@@ -55,6 +58,10 @@ def inflate(
             for name, child in list(parent.named_children()):
                 if type(child) is BasicTransformerBlock:
                     setattr(parent, name, TemporalTransformerBlock.around(child, count, temporal))
+        if temporal.conv != "none":
+            for name, child in list(parent.named_children()):
+                if type(child) is ResnetBlock2D:
+                    setattr(parent, name, FrameConvResnetBlock.around(child, count, temporal.conv))
     if temporal.enabled and type(module) is BasicTransformerBlock:
         module = TemporalTransformerBlock.around(module, count, temporal)
     set_frame_attention(module, count, attention)

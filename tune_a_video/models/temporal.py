@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from torch import Tensor, nn
 
+from tune_a_video.models.frame_conv import CONVS
 from tune_a_video.models.frames import FrameCount
 
 POSITIONS = ("none", "sinusoidal", "rotary")
@@ -32,6 +33,8 @@ class TemporalConfig:
         `rotary` (turns queries and keys).
     zero_init: what of the output projection starts at zero: `weight_and_bias`, so that the network starts as the image
         model; `weight_only` as in the released code, where a random constant per channel remains; `none`.
+    conv: convolution over frames behind every residual block: `none` as in the paper, `conv3`, or `lora`, a narrow one;
+        see `tune_a_video.models.frame_conv`. It does not depend on `enabled`.
 
     Raises:
         ValueError: a value that is none of these.
@@ -40,12 +43,15 @@ class TemporalConfig:
     enabled: bool = True
     position: str = "none"
     zero_init: str = "weight_and_bias"
+    conv: str = "none"
 
     def __post_init__(self) -> None:
         if self.position not in POSITIONS:
             raise ValueError(f"no temporal position code {self.position!r}: use {', '.join(POSITIONS)}")
         if self.zero_init not in ZERO_INITS:
             raise ValueError(f"no temporal zero_init {self.zero_init!r}: use {', '.join(ZERO_INITS)}")
+        if self.conv not in CONVS:
+            raise ValueError(f"no temporal conv {self.conv!r}: use {', '.join(CONVS)}")
 
     @classmethod
     def of(cls, value: TemporalConfig | Mapping[str, Any] | None) -> TemporalConfig:

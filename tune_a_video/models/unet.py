@@ -231,7 +231,7 @@ class TuneAVideoUNet(UNet2DConditionModel):
             ValueError: its weights do not fit, or it is an image network.
         """
         config, state = read_network(path, subfolder, variant)
-        if not any("attn_temp" in name for name in state) and TemporalConfig.of(config.get("temporal")).enabled:
+        if "temporal" not in config and not any("attn_temp" in name for name in state):
             raise ValueError(f"{path} holds an image network: load it with from_pretrained_2d")
         known = inspect.signature(cls.__init__).parameters
         config = {name: value for name, value in config.items() if name in known and name != "self"}
@@ -398,6 +398,11 @@ def _fresh_temporal(skeleton: TuneAVideoUNet, like: Tensor) -> dict[str, Tensor]
         bias = name.endswith(".bias")
         if "norm_temp" in name:
             nn.init.constant_(made, 0.0 if bias else 1.0)
+        elif "conv_temp.outer" in name:
+            nn.init.zeros_(made)
+        elif "conv_temp" in name:
+            fan_in = skeleton.get_parameter(name.replace(".bias", ".weight")).shape[1:].numel()
+            nn.init.uniform_(made, -(fan_in**-0.5), fan_in**-0.5)
         elif "to_out.0" in name and (zero_init == "weight_and_bias" or (zero_init == "weight_only" and not bias)):
             nn.init.zeros_(made)
         else:
