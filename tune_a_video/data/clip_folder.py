@@ -1,0 +1,146 @@
+"""Folders of clips: a user's own, and DAVIS."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from core.data import MissingDataError, data_root
+from core.registry import nearest
+from tune_a_video.data.frames import Pad, Resize, as_size, check_multiple, clip_indices, is_clip, open_frames, to_float
+from tune_a_video.data.one_shot import read_sized
+
+_LAYOUT = """\
+root/<clip>/00000.jpg ...    one folder of frames per clip
+root/<clip>.mp4              or video files"""
+_DAVIS = """\
+root/JPEGImages/480p/<clip>/00000.jpg ...
+root/ImageSets/2017/val.txt        clips of a split, one a line"""
+
+
+class ClipFolder(Dataset):
+    """Clips below a folder: `video` (f, 3, H, W) float32 in [-1, 1], `caption`, `sample_id` (the clip's name).
+
+    Args:
+        root: holds a folder of frames or a video file per clip.
+        captions: clip -> caption, or a file with that: `.json`, or text with `clip caption` in each line. None: all
+            are empty.
+        names: clips in the order wanted; None: all, sorted. With `captions`: those that have one.
+        n_frames, start, stride, size, resize, pad, multiple: see `tune_a_video.data.OneShotVideoDataset`.
+
+    Raises:
+        MissingDataError: no such folder or file, no clips, or a clip that is not there (near names in the message).
+        ConfigError: a clip without a caption, or a malformed line (with its number).
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike | None = None,
+        captions: Mapping[str, str] | str | os.PathLike | None = None,
+        names: Sequence[str] | None = None,
+        n_frames: int | None = 24,
+        start: int = 0,
+        stride: int = 1,
+        size: int | tuple[int, int] | None = 512,
+        resize: Resize = "stretch",
+        pad: Pad = "none",
+        multiple: int = 8,
+    ) -> None:
+        self.root = data_root(root, what=type(self).__name__, layout=_LAYOUT)
+        there = {path.name if path.is_dir() else path.stem: path for path in self.root.iterdir() if is_clip(path)}
+        if not there:
+            raise MissingDataError(f"{self.root} holds no clip; expected\n{_LAYOUT}")
+        known = captions if captions is None or isinstance(captions, Mapping) else read_captions(captions)
+        if names is None:
+            names = sorted(there) if known is None else list(known)
+        for name in names:
+            if name not in there:
+                raise MissingDataError(f"{self.root} holds no clip {name!r}{nearest(name, list(there))}")
+            if known is not None and name not in known:
+                raise MissingDataError(f"clip {name!r} has no caption{nearest(name, list(known))}")
+        self.names = list(names)
+        self.paths = [there[name] for name in self.names]
+        self.captions = ["" if known is None else known[name] for name in self.names]
+        self.n_frames, self.start, self.stride = n_frames, start, stride
+        self.size, self.resize, self.pad, self.multiple = as_size(size), resize, pad, multiple
+        if self.size is not None:
+            check_multiple(*self.size, multiple, "size")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def describe(self, index: int) -> str:
+        """The clip's file or folder."""
+        return str(self.paths[index])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        clip = open_frames(self.paths[index])
+        indices = clip_indices(clip.count, self.n_frames, self.start, self.stride, self.pad, str(self.paths[index]))
+        frames = read_sized(clip, indices, self.size, self.resize, self.multiple)
+        return {"video": to_float(frames), "caption": self.captions[index], "sample_id": self.names[index]}
+
+
+class DAVIS(ClipFolder):
+    """Clips of DAVIS 2016 or 2017, whose captions a user brings (the data set has none).
+
+    Args:
+        root: the folder that holds JPEGImages and ImageSets.
+        split: clips of ImageSets/<year>/<split>.txt; None: all clips, or those with captions.
+        year: of that list.
+        resolution: 480p, or Full-Resolution.
+        **options: see `ClipFolder`.
+
+    Raises:
+        MissingDataError: see `ClipFolder`; also no such list.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike | None = None,
+        split: str | None = None,
+        year: int = 2017,
+        resolution: str = "480p",
+        **options: Any,
+    ) -> None:
+        base = data_root(root, what="DAVIS", layout=_DAVIS)
+        frames = data_root(base / "JPEGImages" / resolution, what="DAVIS frames", layout=_DAVIS)
+        if split is not None:
+            path = data_root(
+                base / "ImageSets" / str(year) / f"{split}.txt", what="DAVIS split", layout=_DAVIS, kind="file"
+            )
+            # The lists of 2016 name pictures (/JPEGImages/480p/bear/00000.jpg ...), those of 2017 clips.
+            lines = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+            clips = [Path(line).parent.name if Path(line).suffix else line for line in lines]
+            options["names"] = list(dict.fromkeys(clips))
+        super().__init__(frames, **options)
+
+
+def read_captions(path: str | os.PathLike) -> dict[str, str]:
+    """Clip -> caption from a JSON object, or from lines `clip caption`.
+
+    Raises:
+        MissingDataError: no such file, or a line that is no such pair (with its number).
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise MissingDataError(f"there is no file of captions {str(path)!r}: JSON, or lines of 'clip caption'")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json":
+        found = json.loads(text)
+        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+            raise MissingDataError(f"{path}: a JSON object of clip and caption is expected")
+        return found
+    captions = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        parts = line.strip().split(maxsplit=1)
+        if len(parts) < 2:
+            raise MissingDataError(f"{path}, line {number}: expected 'clip caption': {line.strip()!r}")
+        captions[parts[0]] = parts[1]
+    return captions

@@ -1,0 +1,478 @@
+"""Tune-A-Video as a pipeline of diffusers: prompts and inverted latents in, videos out.
+
+pipe = TuneAVideoPipeline.from_pretrained("tuned").to("cuda")
+latents = pipe.invert(pipe.encode_video(frames))
+save_video(pipe("mickey mouse is skiing", latents=latents).videos[0], "mickey.gif")
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from tune_a_video.folders import check_folder, ddim, read_parts
+from tune_a_video.inversion import ddim_invert
+from tune_a_video.inversion_cache import cached_inversion
+from tune_a_video.lora import merge_lora
+from tune_a_video.models import TemporalConfig, TuneAVideoUNet
+from tune_a_video.models.frame_attention import FrameSpec
+from tune_a_video.text import as_prompts, check_parts, text_states
+from tune_a_video.video_io import to_pixels
+
+OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+@dataclass
+class TuneAVideoPipelineOutput(BaseOutput):
+    """What the pipeline gives.
+
+    videos: `(b, 3, f, H, W)` in [0, 1] as tensor or array; lists of frames for `pil`; latents `(b, c, f, h, w)`.
+    """
+
+    videos: Tensor | np.ndarray | list[list[Image.Image]]
+
+    @property
+    def frames(self) -> Tensor | np.ndarray | list[list[Image.Image]]:
+        """The same under the name that diffusers' video pipelines use."""
+        return self.videos
+
+
+class TuneAVideoPipeline(
+    DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+):
+    """Text and noise (or inverted latents) to video.
+
+    Load a saved one with this class: `DiffusionPipeline.from_pretrained` cannot know it.
+
+    Args:
+        vae: image autoencoder; frames are encoded one by one.
+        text_encoder, tokenizer: of the image model.
+        unet: the video network.
+        scheduler: any of diffusers; inversion takes its noise levels for DDIM.
+
+    Raises:
+        core.errors.VitrineError: the parts do not belong together.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _callback_tensor_inputs = ("latents", "prompt_embeds")
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: TuneAVideoUNet, scheduler: Any) -> None:
+        super().__init__()
+        check_parts(tokenizer, text_encoder, unet)
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    # ------------------------------------------------------------------ from folders
+    @classmethod
+    def from_base(
+        cls,
+        base: str | os.PathLike[str] | DiffusionPipeline | None,
+        *,
+        attention: FrameSpec = "first_prev",
+        group_norm: str = "joint",
+        temporal: TemporalConfig | Mapping[str, Any] | None = None,
+        lora: str | os.PathLike[str] | None = None,
+        lora_scale: float = 1.0,
+        variant: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> TuneAVideoPipeline:
+        """An untuned pipeline over an image model, with DDIM sampling.
+
+        Args:
+            base: local folder of a Stable Diffusion 1.x or 2.x pipeline (personalised ones are the same), an original
+                single file (`.safetensors`, `.ckpt`), or a pipeline in memory.
+            attention, group_norm, temporal: see `TuneAVideoUNet`.
+            lora: a file of LoRA weights that is merged into the image model first.
+            lora_scale: its strength.
+            variant: `fp16` for files of that name.
+            torch_dtype: of all parameters; None: float32.
+
+        Raises:
+            tune_a_video.folders.NotAPipeline: the folder is none.
+            ValueError: weights do not fit.
+        """
+        options = {"attention": attention, "group_norm": group_norm, "temporal": temporal}
+        if isinstance(base, DiffusionPipeline) or (base is not None and Path(base).is_file()):
+            image = base if isinstance(base, DiffusionPipeline) else _single_file(Path(base), torch_dtype)
+            unet = TuneAVideoUNet.from_unet2d(image.unet, **options)
+            parts = {"vae": image.vae, "text_encoder": image.text_encoder, "tokenizer": image.tokenizer}
+            parts["scheduler"] = ddim(dict(image.scheduler.config))
+        else:
+            folder = check_folder(base)
+            unet = TuneAVideoUNet.from_pretrained_2d(
+                folder, "unet", **options, variant=_variant(folder / "unet", variant), torch_dtype=torch_dtype
+            )
+            parts = read_parts(folder, variant=variant, torch_dtype=torch_dtype)
+        if lora is not None:
+            merge_lora(unet, parts["text_encoder"], lora, lora_scale)
+        return cls(unet=unet, **parts)
+
+    @classmethod
+    def from_official(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        attention: FrameSpec | None = None,
+        group_norm: str | None = None,
+        temporal: TemporalConfig | Mapping[str, Any] | None = None,
+        variant: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> TuneAVideoPipeline:
+        """A tuned pipeline from a folder as the released code writes it (`.bin` files, old class names), with DDIM.
+
+        Args:
+            path: the folder.
+            attention, group_norm, temporal: see `TuneAVideoUNet.from_official`.
+            variant, torch_dtype: see `from_base`.
+
+        Raises:
+            tune_a_video.folders.NotAPipeline: the folder is none.
+            ValueError: weights do not fit, or the network is an image model's.
+        """
+        folder = check_folder(path)
+        unet = TuneAVideoUNet.from_official(
+            folder,
+            "unet",
+            attention=attention,
+            group_norm=group_norm,
+            temporal=temporal,
+            variant=_variant(folder / "unet", variant),
+            torch_dtype=torch_dtype,
+        )
+        return cls(unet=unet, **read_parts(folder, variant=variant, torch_dtype=torch_dtype))
+
+    # ------------------------------------------------------------------ text and pictures
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> Tensor:
+        """Text states `(b, L, d)` in the network's precision.
+
+        Raises:
+            ValueError: no text.
+        """
+        prompts = as_prompts(prompt)
+        prompts = [self.maybe_convert_prompt(text, self.tokenizer) for text in prompts]
+        states = text_states(self.tokenizer, self.text_encoder, prompts, self._execution_device)
+        return states.to(self.unet.dtype)
+
+    @torch.no_grad()
+    def encode_video(
+        self, video: Tensor, *, sample: bool = False, generator: torch.Generator | None = None, at_once: int = 8
+    ) -> Tensor:
+        """Latents of frames, scaled as the network expects: `(b, c, f, h, w)`, float32.
+
+        Args:
+            video: `(f, 3, H, W)` or `(b, f, 3, H, W)` in [-1, 1].
+            sample: draw from the posterior instead of taking its mean.
+            generator: for the draw.
+            at_once: frames that pass through the autoencoder together.
+
+        Raises:
+            ValueError: another shape, or sides that the autoencoder cannot divide.
+        """
+        mean, std = self.posterior(video, at_once=at_once)
+        if not sample:
+            return mean
+        return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+
+    @torch.no_grad()
+    def posterior(self, video: Tensor, at_once: int = 8) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents, each `(b, c, f, h, w)`; see `encode_video`."""
+        video = video[None] if video.ndim == 4 else video
+        if video.ndim != 5 or video.shape[2] != 3:
+            raise ValueError(f"video is {tuple(video.shape)}: (b, f, 3, H, W) or (f, 3, H, W) is expected")
+        self._check_size(*video.shape[-2:])
+        rows = rearrange(video, "b f c h w -> (b f) c h w").to(self._execution_device, self.vae.dtype)
+        posteriors = [self.vae.encode(part).latent_dist for part in rows.split(at_once)]
+        scale, videos = self.vae.config.scaling_factor, len(video)
+        mean, std = (
+            rearrange(
+                torch.cat([getattr(p, name) for p in posteriors]).float() * scale, "(b f) c h w -> b c f h w", b=videos
+            )
+            for name in ("mean", "std")
+        )
+        return mean, std
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, at_once: int = 8) -> Tensor:
+        """Videos `(b, 3, f, H, W)` in [0, 1], float32, from latents `(b, c, f, h, w)`.
+
+        Args:
+            latents: scaled.
+            at_once: frames that pass through the decoder together; one with `enable_vae_slicing`.
+
+        Raises:
+            ValueError: latents that are not finite.
+        """
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                "latents are not finite, the video would be black: float16 has overflown; use torch.bfloat16 or float32"
+            )
+        frames = latents.shape[2]
+        rows = rearrange(latents, "b c f h w -> (b f) c h w") / self.vae.config.scaling_factor
+        rows = rows.to(self._execution_device, self.vae.dtype)
+        step = 1 if getattr(self.vae, "use_slicing", False) else at_once
+        decoded = torch.cat([self.vae.decode(part).sample.float() for part in rows.split(step)])
+        return rearrange((decoded / 2 + 0.5).clamp(0, 1), "(b f) c h w -> b c f h w", f=frames)
+
+    def enable_vae_slicing(self) -> None:
+        """Frames are decoded one by one: less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Several frames are decoded together again."""
+        self.vae.disable_slicing()
+
+    def _check_size(self, height: int, width: int) -> None:
+        unit = self.vae_scale_factor
+        if height % unit or width % unit or min(height, width) < unit:
+            near = tuple(max(round(side / unit), 1) * unit for side in (height, width))
+            raise ValueError(f"{height} x {width} is no multiple of {unit} pixels: use {near[0]} x {near[1]}")
+
+    # ------------------------------------------------------------------ inversion
+    @torch.no_grad()
+    def invert(
+        self,
+        latents: Tensor,
+        prompt: str | Sequence[str] = "",
+        steps: int = 50,
+        *,
+        iterations: int = 0,
+        trajectory: bool = False,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> Tensor:
+        """The noise from which DDIM sampling without guidance leads back to the latents.
+
+        Args:
+            latents: `(b, c, f, h, w)`, see `encode_video`.
+            prompt: under which the network predicts; the paper's is empty.
+            steps: as many as sampling will take.
+            iterations: fixed-point iterations per step, for inversions that lead back more exactly.
+            trajectory: all levels, `(steps + 1, b, c, f, h, w)`, the clean ones first.
+            cache: folder in which results are kept by weights, latents and settings.
+
+        Returns:
+            `(b, c, f, h, w)`, float32.
+        """
+        prompts = as_prompts(prompt)
+        if len(prompts) not in (1, len(latents)):
+            raise ValueError(f"{len(prompts)} prompts for {len(latents)} videos: give one for all, or one for each")
+        device = self._execution_device
+        latents = latents.to(device, torch.float32)
+        text = self.encode_prompt(prompts).expand(len(latents), -1, -1)
+
+        def compute() -> Tensor:
+            with self.progress_bar(total=steps * (iterations + 1)) as bar:
+
+                def predict(x: Tensor, t: Tensor) -> Tensor:
+                    bar.update()
+                    return self.unet(x.to(self.unet.dtype), t, encoder_hidden_states=text).sample
+
+                return ddim_invert(
+                    predict, self.scheduler, latents, steps, iterations=iterations, trajectory=trajectory
+                )
+
+        if cache is None:
+            result = compute()
+        else:
+            settings = {"steps": steps, "iterations": iterations, "trajectory": trajectory}
+            result = cached_inversion(Path(cache), self.unet, self.scheduler, latents, text, settings, compute)
+        self.maybe_free_model_hooks()
+        return result.to(device)
+
+    # ------------------------------------------------------------------ sampling
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        video_length: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 12.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_videos_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        strength: float | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> TuneAVideoPipelineOutput | tuple[Any]:
+        """Videos of the prompts, all in one batch.
+
+        Args:
+            prompt: one or several.
+            video_length: frames; None: that of `latents`, which otherwise has to agree.
+            height, width: pixels; None: of `latents`, or of the network's training.
+            num_inference_steps: as many as the inversion took, if there was one.
+            guidance_scale: of classifier-free guidance; 1 and below: none.
+            negative_prompt: in place of the empty prompt; one, or one for each.
+            num_videos_per_prompt: from different noise.
+            eta: of DDIM: 0 is deterministic, 1 draws as DDPM.
+            generator: one for the batch, or one per video: then a video does not depend on its neighbours.
+            latents: noise of unit variance or inverted latents, `(1, c, f, h, w)` for all videos or one for each.
+            strength: the latents are clean, and noised so far (SDEdit, Meng et al. 2022): 1 nearly hides them, 0.1
+                leaves little to do; of the steps that share is taken.
+            prompt_embeds, negative_prompt_embeds: text states `(b, L, d)` in place of texts.
+            output_type: `pt`, `np`, `pil` or `latent`.
+            return_dict: False: a tuple.
+            callback_on_step_end: called with pipeline, step, timestep and tensors; what it returns replaces them.
+            callback_on_step_end_tensor_inputs: which: `latents`, `prompt_embeds`.
+            cross_attention_kwargs: for the attention processors, such as the scale of a LoRA.
+
+        Raises:
+            ValueError: arguments that do not go together.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"no output_type {output_type!r}: use {', '.join(OUTPUT_TYPES)}")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(sorted(unknown))}"
+            )
+        text = self._texts(prompt, prompt_embeds, num_videos_per_prompt)
+        guided = guidance_scale > 1
+        if guided:
+            empty = self._texts(negative_prompt or "", negative_prompt_embeds, 1, "negative_prompt")
+            if len(empty) not in (1, len(text), len(text) // num_videos_per_prompt):
+                raise ValueError(f"{len(empty)} negative prompts for {len(text)} videos: give one, or one for each")
+            empty = empty.repeat_interleave(len(text) // len(empty), dim=0)
+            text = torch.cat([empty, text])
+        videos = len(text) // (2 if guided else 1)
+        latents = self._start(latents, videos, video_length, height, width, generator)
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        timesteps = self.scheduler.timesteps
+        if strength is None:
+            latents = latents * self.scheduler.init_noise_sigma
+        else:
+            latents, timesteps = self._noised(latents, strength, generator)
+        extra = self._step_arguments(eta, generator)
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            noisy = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+            output = self.unet(
+                noisy.to(self.unet.dtype),
+                t,
+                encoder_hidden_states=text,
+                cross_attention_kwargs=cross_attention_kwargs,
+            ).sample.float()
+            if guided:
+                without, with_text = output.chunk(2)
+                output = without + guidance_scale * (with_text - without)
+            latents = self.scheduler.step(output, t, latents, **extra).prev_sample
+            if callback_on_step_end is not None:
+                tensors = {"latents": latents, "prompt_embeds": text}
+                given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                given = callback_on_step_end(self, i, t, given) or {}
+                latents, text = given.get("latents", latents), given.get("prompt_embeds", text)
+        result = latents if output_type == "latent" else _converted(self.decode_latents(latents), output_type)
+        self.maybe_free_model_hooks()
+        return TuneAVideoPipelineOutput(videos=result) if return_dict else (result,)
+
+    def _texts(self, prompt: Any, embeds: Tensor | None, repeats: int, name: str = "prompt") -> Tensor:
+        if embeds is None:
+            if prompt is None:
+                raise ValueError(f"give {name}, or {name}_embeds")
+            embeds = self.encode_prompt(as_prompts(prompt, name))
+        elif prompt:
+            raise ValueError(f"give {name} or {name}_embeds, not both")
+        return embeds.to(self._execution_device, self.unet.dtype).repeat_interleave(repeats, dim=0)
+
+    def _start(
+        self,
+        latents: Tensor | None,
+        videos: int,
+        frames: int | None,
+        height: int | None,
+        width: int | None,
+        generator: Generators | None,
+    ) -> Tensor:
+        """Given or drawn noise `(b, c, f, h, w)`, float32."""
+        if isinstance(generator, Sequence) and len(generator) != videos:
+            raise ValueError(f"{len(generator)} generators for {videos} videos: give one for each")
+        if height or width:
+            self._check_size(height or width, width or height)
+        unit, device = self.vae_scale_factor, self._execution_device
+        if latents is not None:
+            if latents.ndim != 5 or len(latents) not in (1, videos):
+                raise ValueError(f"latents are {tuple(latents.shape)} for {videos} videos: (1 or b, c, f, h, w)")
+            asked = (frames, height and height // unit, width and width // unit)
+            for name, want, have in zip(("video_length", "height", "width"), asked, latents.shape[2:], strict=True):
+                if want and want != have:
+                    raise ValueError(f"{name} says {want} frames or latent rows, the latents have {have}: leave it out")
+            return latents.to(device, torch.float32).expand(videos, -1, -1, -1, -1)
+        if not frames:
+            raise ValueError("video_length is needed where no latents are given")
+        size = self.unet.config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size or (64, 64)
+        shape = (
+            videos,
+            self.unet.config.in_channels,
+            frames,
+            height // unit if height else rows,
+            width // unit if width else columns,
+        )
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def _noised(self, latents: Tensor, strength: float, generator: Generators | None) -> tuple[Tensor, Tensor]:
+        """Clean latents at the noise level from which a share of the timesteps is left, and those timesteps."""
+        timesteps = self.scheduler.timesteps
+        skipped = len(timesteps) - round(len(timesteps) * strength)
+        if not 0 < strength <= 1 or skipped == len(timesteps):
+            raise ValueError(f"strength={strength}: above 0 (at least one of {len(timesteps)} steps), at most 1")
+        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(skipped * self.scheduler.order)
+        timesteps = timesteps[skipped * self.scheduler.order :]
+        return self.scheduler.add_noise(latents, noise, timesteps[:1].expand(len(latents))), timesteps
+
+    def _step_arguments(self, eta: float, generator: Generators | None) -> dict[str, Any]:
+        """What of `eta` and `generator` the scheduler's step takes."""
+        known = inspect.signature(self.scheduler.step).parameters
+        given = {"eta": eta, "generator": list(generator) if isinstance(generator, Sequence) else generator}
+        if eta and "eta" not in known:
+            raise ValueError(f"{type(self.scheduler).__name__} has no eta")
+        return {name: value for name, value in given.items() if name in known}
+
+
+def _converted(videos: Tensor, output_type: str) -> Any:
+    if output_type == "pt":
+        return videos
+    if output_type == "np":
+        return videos.cpu().numpy()
+    return [[Image.fromarray(frame) for frame in to_pixels(video)] for video in videos]
+
+
+def _variant(folder: Path, variant: str | None) -> str | None:
+    """The variant, if the folder has files of that name."""
+    return variant if variant and any(f".{variant}." in file.name for file in folder.iterdir()) else None
+
+
+def _single_file(path: Path, torch_dtype: torch.dtype | None) -> DiffusionPipeline:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_single_file(
+        str(path), torch_dtype=torch_dtype or torch.float32, local_files_only=True, safety_checker=None
+    )

@@ -1,0 +1,142 @@
+"""Exact readings of a video of the drawn world: where the object is, which words and looks its frames show.
+
+Videos are (f, 3, 16, 16) in -1 to 1, as datasets give them; what a pipeline returns in [0, 1] is 2 x - 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from tune_a_video.standin.networks import Judge
+from tune_a_video.standin.world import Words, words_of_looks
+
+LOST = 8.0  # pixels that a frame without an object counts
+_FAINT = 0.15  # largest difference from the background, of [0, 1], below which there is no object
+_NEAR = 1.5  # pixels within which a frame is on its path
+
+
+class Reading(NamedTuple):
+    """What one edited clip scores.
+
+    path    mean distance to the source's path in pixels
+    words   share of frames with the three words asked for
+    agree   share of pairs of frames with the same three looks
+    joint   share of frames that have the words, are near the path and have the clip's most frequent looks
+    jitter  100 x deviation of the object's colour over the frames
+    """
+
+    path: float
+    words: float
+    agree: float
+    joint: float
+    jitter: float
+
+
+def measure(video: Tensor, centres: Tensor, words: Words, judge: Judge) -> Reading:
+    """All five measures of a video.
+
+    Args:
+        video: (f, 3, 16, 16), -1 to 1.
+        centres: where the object is in the source, (f, 2) in pixels.
+        words: that were asked for.
+        judge: of looks.
+
+    Raises:
+        ValueError: as many centres as frames are needed.
+    """
+    distances = path_distances(video, centres)
+    looks = judge.looks(video)
+    return Reading(
+        path=distances.mean().item(),
+        words=right_words(looks, words).float().mean().item(),
+        agree=agreement(looks),
+        joint=joint_frames(distances, looks, words).float().mean().item(),
+        jitter=jitter(video),
+    )
+
+
+def object_weights(video: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pixels are the object.
+
+    The background is the median of the border, the difference a pixel's largest over the colours. Pixels above half of
+    the largest difference count, with their difference.
+
+    Args:
+        video: (f, 3, H, W), -1 to 1.
+
+    Returns:
+        Weights (f, H, W) that are 0 off the object, and whether there is one (f,).
+    """
+    pixels = (video + 1) / 2
+    ring = torch.cat([pixels[..., 0, :], pixels[..., -1, :], pixels[..., 1:-1, 0], pixels[..., 1:-1, -1]], dim=-1)
+    background = ring.median(dim=-1).values
+    difference = (pixels - background[..., None, None]).abs().amax(1)
+    largest = difference.amax((1, 2))
+    return difference * (difference > largest[:, None, None] / 2), largest >= _FAINT
+
+
+def path_distances(video: Tensor, centres: Tensor) -> Tensor:
+    """Distance of every frame's object to where it should be, in pixels (f,); 8 where there is none.
+
+    Args:
+        video: (f, 3, H, W), -1 to 1.
+        centres: x and y in pixels from the left upper corner, (f, 2).
+
+    Raises:
+        ValueError: another number of centres than frames.
+    """
+    if len(video) != len(centres):
+        raise ValueError(f"{len(centres)} centres for {len(video)} frames: give one for each")
+    weights, there = object_weights(video)
+    total = weights.sum((1, 2)).clamp(min=1e-12)
+    height, width = weights.shape[1:]
+    columns, rows = (torch.arange(n, device=video.device) + 0.5 for n in (width, height))
+    x = (weights.sum(1) * columns).sum(1) / total
+    y = (weights.sum(2) * rows).sum(1) / total
+    distances = (torch.stack([x, y], dim=1) - centres.to(video.device)).norm(dim=1)
+    return torch.where(there, distances, torch.full_like(distances, LOST))
+
+
+def right_words(looks: Tensor, words: Words) -> Tensor:
+    """Whether a frame shows the three words: looks (f, 3) to (f,)."""
+    return (words_of_looks(looks) == torch.tensor(words, device=looks.device)).all(1)
+
+
+def agreement(looks: Tensor) -> float:
+    """Share of pairs of frames with the same three looks, from looks (f, 3); 1 for a single frame."""
+    frames = len(looks)
+    if frames < 2:
+        return 1.0
+    same = (looks[:, None] == looks[None]).all(2)
+    return (same.sum().item() - frames) / (frames * (frames - 1))
+
+
+def joint_frames(distances: Tensor, looks: Tensor, words: Words) -> Tensor:
+    """Whether a frame has the words, lies within 1.5 pixels of its path and has each head's most frequent look.
+
+    Args:
+        distances: (f,), see `path_distances`.
+        looks: (f, 3).
+        words: that were asked for.
+    """
+    usual = (looks == looks.mode(dim=0).values).all(1)
+    return right_words(looks, words) & (distances < _NEAR) & usual
+
+
+def jitter(video: Tensor) -> float:
+    """100 x the deviation over frames of the object's mean colour in [0, 1], mean of the channels.
+
+    Args:
+        video: (f, 3, H, W), -1 to 1.
+    """
+    if len(video) < 2:
+        return 0.0
+    weights, _ = object_weights(video)
+    total = weights.sum((1, 2)).clamp(min=1e-12)
+    pixels = rearrange((video + 1) / 2, "f c h w -> c f h w")
+    colour = (pixels * weights).sum((2, 3)) / total
+    return 100 * colour.std(dim=1, correction=0).mean().item()

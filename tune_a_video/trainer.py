@@ -1,0 +1,369 @@
+"""What one step of one-shot tuning is, and how a tuned network edits (paper, section 4; the released recipe)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from core.errors import ConfigError
+from core.trainer import Batch, Inference, Trainer
+from tune_a_video.editing import Edits, Sampling, edit, plain_scores, reconstruct, starting_latents
+from tune_a_video.folders import check_folder
+from tune_a_video.losses import NOISES, add_noise, denoising_loss, frame_noise, min_snr_weight, prediction_target
+from tune_a_video.models import TRAINABLE_MODULES, TuneAVideoUNet
+from tune_a_video.models.frame_attention import FrameSpec
+from tune_a_video.models.inflation import TEMPORAL_NAMES
+from tune_a_video.models.weights import read_config
+from tune_a_video.pipeline import TuneAVideoPipeline
+from tune_a_video.prompts import Prompts, prompts_of
+from tune_a_video.video_io import to_pixels
+
+#: Networks of Stable Diffusion, for profiles and counts without weights.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "sd1": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2": {
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+}
+
+
+class TuneAVideoTrainer(Trainer):
+    """Tunes a few projections of an image model, and a new temporal attention, on one clip.
+
+    Batches hold `video` `(B, f, 3, H, W)` in [-1, 1], `caption` and `sample_id`; latents' posterior and text states are
+    computed once per sample. `latents` and `text` in a batch are used as they are; `posterior_noise`, `noise`
+    `(B, c, f, h, w)` and `timesteps` `(B,)` in place of draws.
+
+    Args:
+        base: local folder of a Stable Diffusion 1.x or 2.x pipeline, or an original single file. Built without memory
+            (`meta`), a trainer needs none.
+        architecture: of the network where there is no base: `sd1`, `sd2` or arguments of `TuneAVideoUNet`.
+        base_lora: file of LoRA weights that is merged into the base first.
+        base_lora_scale: its strength.
+        variant: of the base's files, such as `fp16`.
+        attention, group_norm, temporal: see `TuneAVideoUNet`.
+        trainable_modules: names of modules, see `TuneAVideoUNet.trainable_parameters`; `[all]` for everything.
+            Convolutions over frames are always among them, `attn_temp` only where there is one.
+        lora: `{rank: 8, alpha: 8}`: of the trainable modules, those of the image model get low-rank updates in place of
+            whole ones; needs peft.
+        delta: file of tuned tensors to start from, see `TuneAVideoUNet.load_delta`.
+        noise: of training, see `tune_a_video.losses.frame_noise`.
+        noise_offset: see there.
+        min_snr_gamma: caps the weight of easy timesteps; None: none, as in the paper.
+        caption_dropout: share of steps without caption.
+        cache_latents: False encodes clip and caption in every step, as the released code does.
+        gradient_checkpointing: less memory, more time, same gradients.
+        prompts: of the edits; None: those that the data set gives (`edits`).
+        sample: see `tune_a_video.editing.Sampling`.
+        clip: how `tools/infer.py` reads a file: arguments of `tune_a_video.data.OneShotVideoDataset` without path.
+        n_frames: of profiles.
+        frozen: see `core.Trainer`.
+
+    Raises:
+        ConfigError: arguments that mean nothing, a base that is none, LoRA without peft.
+    """
+
+    def __init__(
+        self,
+        base: str | None = None,
+        architecture: str | Mapping[str, Any] = "sd1",
+        base_lora: str | None = None,
+        base_lora_scale: float = 1.0,
+        variant: str | None = None,
+        attention: FrameSpec = "first_prev",
+        group_norm: str = "joint",
+        temporal: Mapping[str, Any] | None = None,
+        trainable_modules: Sequence[str] = TRAINABLE_MODULES,
+        lora: Mapping[str, Any] | None = None,
+        delta: str | None = None,
+        noise: str = "iid",
+        noise_offset: float = 0.0,
+        min_snr_gamma: float | None = None,
+        caption_dropout: float = 0.0,
+        cache_latents: bool = True,
+        gradient_checkpointing: bool = False,
+        prompts: Prompts = None,
+        sample: Mapping[str, Any] | None = None,
+        clip: Mapping[str, Any] | None = None,
+        n_frames: int = 24,
+        frozen: Sequence[str] = (),
+    ) -> None:
+        super().__init__(frozen)
+        if noise not in NOISES:
+            raise ConfigError(f"model.noise={noise}: use {', '.join(NOISES)}")
+        if not 0 <= caption_dropout <= 1:
+            raise ConfigError(f"model.caption_dropout={caption_dropout}: a share from 0 to 1")
+        if prompts is not None and not callable(prompts) and not torch.empty(0).is_meta:
+            prompts_of({"sample_id": ["the clip"]}, 0, prompts)
+        options = {"attention": attention, "group_norm": group_norm, "temporal": temporal}
+        # The pipeline stays outside of the module tree: its frozen parts are neither saved nor kept on the device.
+        self._pipes: list[TuneAVideoPipeline] = []
+        try:
+            self.sample = Sampling.of(sample)
+            if torch.empty(0).is_meta:
+                self.network = _skeleton(base, architecture, options)
+            else:
+                lora_options = {"lora": base_lora, "lora_scale": base_lora_scale}
+                made = TuneAVideoPipeline.from_base(base, variant=variant, **lora_options, **options)
+                made.set_progress_bar_config(disable=True)
+                for part in (made.vae, made.text_encoder):
+                    part.requires_grad_(False).eval()
+                self._pipes.append(made)
+                self.network = made.unet
+            if delta is not None and self._pipes:
+                self.network.load_delta(delta)
+            self._choose_trained(list(trainable_modules), lora)
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(str(error)) from error
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        self.noise, self.noise_offset, self.min_snr_gamma = noise, noise_offset, min_snr_gamma
+        self.caption_dropout, self.cache_latents = caption_dropout, cache_latents
+        self.prompts, self.clip, self.n_frames = prompts, dict(clip or {}), n_frames
+        self._encodings: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._empty_text: Tensor | None = None
+        self._shown: dict[str, Edits] = {}
+
+    def _choose_trained(self, modules: list[str], lora: Mapping[str, Any] | None) -> None:
+        if self.network.config.temporal["conv"] != "none" and "conv_temp" not in modules and modules != ["all"]:
+            modules = [*modules, "conv_temp"]
+        if not self.network.config.temporal["enabled"]:
+            modules = [name for name in modules if name != "attn_temp"]
+        if not modules:
+            raise ValueError("trainable_modules leave nothing to train: name at least one kind of module that is there")
+        self.trainable_modules = modules
+        self.trained = self.network.set_trainable(modules)
+        if lora is None:
+            return
+        if importlib.util.find_spec("peft") is None:
+            raise ConfigError("model.lora needs the package peft: install it, or set model.lora=null")
+        from peft import LoraConfig
+
+        whole = [name for name in self.trained if any(part in name for part in TEMPORAL_NAMES)]
+        layers = sorted({name.rpartition(".")[0] for name in self.trained if name not in whole})
+        rank = int(lora.get("rank", 8))
+        self.network.add_adapter(LoraConfig(r=rank, lora_alpha=lora.get("alpha", rank), target_modules=layers))
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_("lora_" in name or name in whole)
+        self.trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+
+    # ------------------------------------------------------------------ parts
+    @property
+    def pipe(self) -> TuneAVideoPipeline:
+        """The pipeline around the network.
+
+        Raises:
+            ConfigError: the trainer was built without memory.
+        """
+        if not self._pipes:
+            raise ConfigError("this trainer was built without weights (meta): it can be counted, not run")
+        return self._pipes[0]
+
+    @contextlib.contextmanager
+    def _parts_here(self) -> Iterator[TuneAVideoPipeline]:
+        """The pipeline with autoencoder and text encoder beside the network; afterwards they leave the GPU again."""
+        pipe = self.pipe
+        parts = (pipe.vae, pipe.text_encoder)
+        for part in parts:
+            part.to(self.device)
+        try:
+            yield pipe
+        finally:
+            if self.cache_latents and self.device.type == "cuda":
+                for part in parts:
+                    part.to("cpu")
+
+    def encoding(self, video: Tensor, caption: str, sample_id: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior mean and deviation `(1, c, f, h, w)` of a clip `(f, 3, H, W)`, and text `(1, L, d)`."""
+        if self.cache_latents and sample_id in self._encodings:
+            return self._encodings[sample_id]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._parts_here() as pipe:
+            encoded = (*pipe.posterior(video), pipe.encode_prompt(caption))
+        if self.cache_latents:
+            self._encodings[sample_id] = encoded
+        return encoded
+
+    # ------------------------------------------------------------------ training
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss_denoising`: the squared error of the prediction (section 3)."""
+        latents, text = self._clean(batch)
+        alphas, kind = self.noise_levels()
+        noise = batch.get("noise")
+        if noise is None:
+            noise = frame_noise(tuple(latents.shape), self.noise, self.noise_offset, device=latents.device)
+        timesteps = batch.get("timesteps")
+        if timesteps is None:
+            timesteps = torch.randint(len(alphas), (len(latents),), device=latents.device)
+        if self.caption_dropout and self.training:
+            dropped = torch.rand(len(latents), 1, 1, device=latents.device) < self.caption_dropout
+            text = torch.where(dropped, self._empty(), text)
+        noisy = add_noise(latents, noise, timesteps, alphas)
+        target = prediction_target(latents, noise, timesteps, alphas, kind)
+        prediction = self.network(noisy, timesteps, encoder_hidden_states=text).sample
+        weight = None
+        if self.min_snr_gamma is not None:
+            weight = min_snr_weight(timesteps, alphas, self.min_snr_gamma, kind)
+        return {"loss_denoising": denoising_loss(prediction, target, weight)}
+
+    def noise_levels(self) -> tuple[Tensor, str]:
+        """Cumulative products `(T,)` of the base's schedule, and what its network predicts."""
+        if not self._pipes:
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=self.device).square()
+            return torch.cumprod(1 - betas, dim=0), "epsilon"
+        scheduler = self.pipe.scheduler
+        return scheduler.alphas_cumprod, scheduler.config.prediction_type
+
+    def _clean(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Latents drawn from the posterior `(B, c, f, h, w)`, and text `(B, L, d)`."""
+        if "latents" in batch:
+            return batch["latents"], batch["text"]
+        encoded = [
+            self.encoding(video, caption, sample_id)
+            for video, caption, sample_id in zip(batch["video"], batch["caption"], batch["sample_id"], strict=True)
+        ]
+        mean, std, text = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+        draw = batch.get("posterior_noise")
+        return mean + std * (torch.randn_like(mean) if draw is None else draw), text
+
+    def _empty(self) -> Tensor:
+        if self._empty_text is None:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._parts_here() as pipe:
+                self._empty_text = pipe.encode_prompt("")
+        return self._empty_text
+
+    # ------------------------------------------------------------------ edits
+    def predict(self, batch: Batch) -> dict[str, Any]:
+        """All edits of the clips, one row for each clip and prompt.
+
+        Returns:
+            `video` and `source` `(R, 3, f, H, W)` in [0, 1]; R texts `prompt` and `source_prompt`; `sample_id`
+            `CLIP/NUMBER`; whatever else the batch holds for each clip; and per clip `scores`, see
+            `tune_a_video.editing.plain_scores`.
+        """
+        made = [self._edits_of(batch, i) for i in range(len(batch["video"]))]
+        self._shown = {one.sample_id: one for one in made}
+        clips = [i for i, one in enumerate(made) for _ in one.prompts]
+        skipped = ("video", "caption", "edits", "noise", "posterior_noise", "timesteps", "sample_id")
+        return {
+            **{key: _repeated(value, clips) for key, value in batch.items() if key not in skipped},
+            "video": torch.cat([one.videos for one in made]),
+            "source": torch.stack([made[i].source for i in clips]),
+            "prompt": [prompt for one in made for prompt in one.prompts],
+            "source_prompt": [made[i].caption for i in clips],
+            "sample_id": [f"{one.sample_id}/{k}" for one in made for k in range(len(one.prompts))],
+            "scores": [plain_scores(one) for one in made],
+        }
+
+    def _edits_of(self, batch: Batch, index: int) -> Edits:
+        prompts = prompts_of(batch, index, self.prompts)
+        return self.edits(batch["video"][index], batch["caption"][index], prompts, batch["sample_id"][index])
+
+    def edits(self, video: Tensor, caption: str, prompts: Sequence[str], sample_id: str) -> Edits:
+        """Edits of a clip `(f, 3, H, W)` in [-1, 1] by the prompts."""
+        latents = self.encoding(video, caption, sample_id)[0]
+        with torch.no_grad(), self._parts_here() as pipe:
+            start = starting_latents(pipe, latents, caption, self.sample)
+            inverted = self.sample.init == "ddim_inversion"
+            inversion = reconstruct(pipe, start, caption, self.sample) if inverted else None
+            videos = edit(pipe, latents, caption, prompts, self.sample, start)
+        source = rearrange(video.float() / 2 + 0.5, "f c h w -> c f h w").clamp(0, 1)
+        return Edits(sample_id, caption, source, inversion, list(prompts), videos)
+
+    def media(self, batch: Batch) -> dict[str, Any]:
+        """Source, inversion and edits of the first clip side by side: `{"edits": (f, H', W', 3) uint8}`."""
+        shown = self._shown.get(batch["sample_id"][0]) or self._edits_of(batch, 0)
+        return {"edits": shown.grid()}
+
+    @property
+    def shown(self) -> list[Edits]:
+        """The clips of the last prediction."""
+        return list(self._shown.values())
+
+    def infer(self, file: Path) -> Inference:
+        """Edits of a user's clip by `model.prompts`: GIFs, frames, and how far each edit is from the source.
+
+        The caption is `model.clip.prompt`.
+
+        Raises:
+            ConfigError: no caption or prompts; the clip is too short.
+        """
+        from tune_a_video.data import OneShotVideoDataset
+
+        if not self.clip.get("prompt"):
+            raise ConfigError("set model.clip.prompt to the caption of the clip")
+        sample = OneShotVideoDataset(path=file, **self.clip)[0]
+        batch = {"caption": [sample["caption"]], "sample_id": [sample["sample_id"]]}
+        prompts = prompts_of(batch, 0, self.prompts)
+        made = self.edits(sample["video"].to(self.device), sample["caption"], prompts, sample["sample_id"])
+        pictures: dict[str, Any] = {"side_by_side": made.grid()}
+        for i, video in enumerate(made.columns().values()):
+            name = ("source", "inversion")[i] if i < len(made.columns()) - len(prompts) else None
+            name = name or f"edit_{i - len(made.columns()) + len(prompts)}"
+            pixels = to_pixels(video)
+            pictures |= {name: pixels} | {f"{name}_{k:05d}": frame for k, frame in enumerate(pixels)}
+        return Inference({"caption": made.caption, "prompts": prompts, "scores": plain_scores(made)}, pictures)
+
+    # ------------------------------------------------------------------ state
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Only what tuning changes, and the temporal tensors; everything else is the base's."""
+        state = super().state_dict(*args, **kwargs)
+        kept = {f"network.{name}" for name in self.trained}
+        mine = [name for name in state if name in kept or any(part in name for part in TEMPORAL_NAMES)]
+        return type(state)((name, state[name]) for name in mine)
+
+    # ------------------------------------------------------------------ what tools look at
+    def example_inputs(self, batch_size: int, device: torch.device | str) -> tuple[Any, ...]:
+        """Noisy latents, a timestep and text of the network's own size."""
+        config = self.network.config
+        size = config.sample_size if isinstance(config.sample_size, int) else 64
+        latents = torch.zeros(batch_size, config.in_channels, self.n_frames, size, size, device=device)
+        return latents, torch.zeros((), device=device), torch.zeros(batch_size, 77, _text_width(config), device=device)
+
+    def example_batch(self, batch_size: int, device: torch.device | str) -> Batch:
+        """Latents and text, as they are when they have been computed before."""
+        latents, _, text = self.example_inputs(batch_size, device)
+        return {"latents": latents, "text": text, "sample_id": [str(i) for i in range(batch_size)]}
+
+    def table_figures(self, cfg: Any) -> dict[str, int]:
+        """Figures for tables: `temporal_parameters` (new beside the image model's) and `image_parameters`."""
+        named = dict(self.network.named_parameters())
+        new = sum(value.numel() for name, value in named.items() if any(part in name for part in TEMPORAL_NAMES))
+        return {"temporal_parameters": new, "image_parameters": sum(value.numel() for value in named.values()) - new}
+
+
+def _skeleton(base: str | None, architecture: str | Mapping[str, Any], options: Mapping[str, Any]) -> TuneAVideoUNet:
+    """A network without memory, of the base's size where that is there."""
+    if base is not None and Path(base).is_dir():
+        config = read_config(check_folder(base) / "unet")
+        named = {name: value for name, value in config.items() if not name.startswith("_")}
+        return TuneAVideoUNet.from_config({**named, **options})
+    if isinstance(architecture, str):
+        if architecture not in ARCHITECTURES:
+            raise ConfigError(f"model.architecture={architecture}: use {', '.join(ARCHITECTURES)} or a mapping")
+        architecture = ARCHITECTURES[architecture]
+    return TuneAVideoUNet(**{**architecture, **options})
+
+
+def _repeated(value: Any, clips: Sequence[int]) -> Any:
+    """A batch's entry with the row of each clip as often as it has prompts."""
+    if isinstance(value, Tensor) and value.ndim:
+        return value[list(clips)]
+    if isinstance(value, Mapping):
+        return {key: _repeated(inner, clips) for key, inner in value.items()}
+    return [value[i] for i in clips] if isinstance(value, list) else value
+
+
+def _text_width(config: Any) -> int:
+    width = config.cross_attention_dim
+    return width if isinstance(width, int) else width[0]
