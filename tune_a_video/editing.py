@@ -34,6 +34,7 @@ class Sampling:
     negative_prompt: in place of the empty text.
     seed: of every prompt's noise, so that an edit does not depend on its neighbours.
     prompts_at_once: in a batch; None: all.
+    window, overlap: frames at a time, for clips that are longer than memory allows; None: all.
     cache: folder for inversions; None: they are not kept.
 
     Raises:
@@ -50,6 +51,8 @@ class Sampling:
     negative_prompt: str = ""
     seed: int = 33
     prompts_at_once: int | None = None
+    window: int | None = None
+    overlap: int = 0
     cache: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -109,7 +112,8 @@ def starting_latents(pipe: TuneAVideoPipeline, latents: Tensor, caption: str, sa
     """
     if sampling.init == "ddim_inversion":
         prompt = caption if sampling.inversion_prompt is None else sampling.inversion_prompt
-        return pipe.invert(latents, prompt, sampling.steps, iterations=sampling.inversion_iters, cache=sampling.cache)
+        options = {"window": sampling.window, "overlap": sampling.overlap, "cache": sampling.cache}
+        return pipe.invert(latents, prompt, sampling.steps, iterations=sampling.inversion_iters, **options)
     if sampling.strength is not None:
         return latents
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -155,6 +159,8 @@ def edit(
                     negative_prompt=sampling.negative_prompt,
                     eta=sampling.eta,
                     generator=generators,
+                    window=sampling.window,
+                    overlap=sampling.overlap,
                 ).videos
             )
         return torch.cat(videos)
@@ -163,9 +169,10 @@ def edit(
 
 
 def reconstruct(pipe: TuneAVideoPipeline, start: Tensor, caption: str, sampling: Sampling) -> Tensor:
-    """The source as the model gives it back from its inversion: its caption, no guidance; `(3, f, H, W)` in [0, 1]."""
+    """The source as the model gives it back from its inversion, without guidance; `(3, f, H, W)` in [0, 1]."""
     prompt = caption if sampling.inversion_prompt is None else sampling.inversion_prompt
-    return pipe(prompt, latents=start, num_inference_steps=sampling.steps, guidance_scale=1.0).videos[0]
+    options = {"num_inference_steps": sampling.steps, "window": sampling.window, "overlap": sampling.overlap}
+    return pipe(prompt, latents=start, guidance_scale=1.0, **options).videos[0]
 
 
 @dataclass

@@ -21,6 +21,7 @@ _STYLE = (
     "body{font-family:sans-serif;margin:2em}figure{display:inline-block;margin:.5em;vertical-align:top;width:272px}"
     "img{width:256px}figcaption{font-size:.9em}table{border-collapse:collapse}td{padding:.2em .8em}"
 )
+_TINY = 128
 
 
 def file_name(text: str, limit: int = 60) -> str:
@@ -60,10 +61,12 @@ def write_page(
         )
     all_scores = {"caption": made.caption, **plain_scores(made), **dict(scores or {})}
     (folder / "scores.json").write_text(json.dumps(all_scores, indent=1, default=float) + "\n")
+    # Tiny pictures are shown as what they are, not smoothed.
+    style = _STYLE + ("img{image-rendering:pixelated}" if made.source.shape[-1] < _TINY else "")
     page = folder / "index.html"
     page.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(made.caption)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(made.caption)}</h1>{''.join(figures)}"
+        f"<style>{style}</style><h1>{html.escape(made.caption)}</h1>{''.join(figures)}"
         f'<h2>Side by side</h2><img style="width:auto;max-width:100%" src="side_by_side.gif" alt="">'
         f"<h2>Scores</h2>{_table(all_scores)}</html>\n"
     )

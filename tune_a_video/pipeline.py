@@ -33,6 +33,7 @@ from tune_a_video.models import TemporalConfig, TuneAVideoUNet
 from tune_a_video.models.frame_attention import FrameSpec
 from tune_a_video.text import as_prompts, check_parts, text_states
 from tune_a_video.video_io import to_pixels
+from tune_a_video.windows import predict_in_windows
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 
@@ -256,6 +257,8 @@ class TuneAVideoPipeline(
         *,
         iterations: int = 0,
         trajectory: bool = False,
+        window: int | None = None,
+        overlap: int = 0,
         cache: str | os.PathLike[str] | None = None,
     ) -> Tensor:
         """The noise from which DDIM sampling without guidance leads back to the latents.
@@ -266,6 +269,7 @@ class TuneAVideoPipeline(
             steps: as many as sampling will take.
             iterations: fixed-point iterations per step, for inversions that lead back more exactly.
             trajectory: all levels, `(steps + 1, b, c, f, h, w)`, the clean ones first.
+            window, overlap: frames at a time, see `tune_a_video.windows`; None: all.
             cache: folder in which results are kept by weights, latents and settings.
 
         Returns:
@@ -283,7 +287,7 @@ class TuneAVideoPipeline(
 
                 def predict(x: Tensor, t: Tensor) -> Tensor:
                     bar.update()
-                    return self.unet(x.to(self.unet.dtype), t, encoder_hidden_states=text).sample
+                    return self._predict(x, t, text, window, overlap)
 
                 return ddim_invert(
                     predict, self.scheduler, latents, steps, iterations=iterations, trajectory=trajectory
@@ -293,6 +297,7 @@ class TuneAVideoPipeline(
             result = compute()
         else:
             settings = {"steps": steps, "iterations": iterations, "trajectory": trajectory}
+            settings |= {} if window is None else {"window": window, "overlap": overlap}
             result = cached_inversion(Path(cache), self.unet, self.scheduler, latents, text, settings, compute)
         self.maybe_free_model_hooks()
         return result.to(device)
@@ -315,6 +320,8 @@ class TuneAVideoPipeline(
         strength: float | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        window: int | None = None,
+        overlap: int = 0,
         output_type: str = "pt",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
@@ -337,6 +344,7 @@ class TuneAVideoPipeline(
             strength: the latents are clean, and noised so far (SDEdit, Meng et al. 2022): 1 nearly hides them, 0.1
                 leaves little to do; of the steps that share is taken.
             prompt_embeds, negative_prompt_embeds: text states `(b, L, d)` in place of texts.
+            window, overlap: frames at a time for long videos, see `tune_a_video.windows`; None: all.
             output_type: `pt`, `np`, `pil` or `latent`.
             return_dict: False: a tuple.
             callback_on_step_end: called with pipeline, step, timestep and tensors; what it returns replaces them.
@@ -372,12 +380,7 @@ class TuneAVideoPipeline(
         extra = self._step_arguments(eta, generator)
         for i, t in enumerate(self.progress_bar(timesteps)):
             noisy = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-            output = self.unet(
-                noisy.to(self.unet.dtype),
-                t,
-                encoder_hidden_states=text,
-                cross_attention_kwargs=cross_attention_kwargs,
-            ).sample.float()
+            output = self._predict(noisy, t, text, window, overlap, cross_attention_kwargs).float()
             if guided:
                 without, with_text = output.chunk(2)
                 output = without + guidance_scale * (with_text - without)
@@ -390,6 +393,21 @@ class TuneAVideoPipeline(
         result = latents if output_type == "latent" else _converted(self.decode_latents(latents), output_type)
         self.maybe_free_model_hooks()
         return TuneAVideoPipelineOutput(videos=result) if return_dict else (result,)
+
+    def _predict(
+        self,
+        noisy: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        window: int | None,
+        overlap: int,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        def once(part: Tensor) -> Tensor:
+            options = {"encoder_hidden_states": text, "cross_attention_kwargs": cross_attention_kwargs}
+            return self.unet(part.to(self.unet.dtype), timestep, **options).sample
+
+        return once(noisy) if window is None else predict_in_windows(once, noisy, window, overlap)
 
     def _texts(self, prompt: Any, embeds: Tensor | None, repeats: int, name: str = "prompt") -> Tensor:
         if embeds is None:

@@ -18,6 +18,7 @@ from tune_a_video.models import TuneAVideoUNet
 from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.text import PartsMismatch
 from tune_a_video.video_io import save_video, to_pixels, video_grid
+from tune_a_video.windows import predict_in_windows, window_spans
 
 
 def quiet(pipe):
@@ -246,6 +247,45 @@ def test_frames_that_the_autoencoder_cannot_take(pipe):
 def test_black_videos_are_errors(pipe):
     with pytest.raises(ValueError, match="bfloat16"):
         pipe.decode_latents(torch.full((1, 4, 2, 8, 8), float("nan")))
+
+
+# ------------------------------------------------------------------ long clips
+
+
+def test_windows_cover_the_clip():
+    assert window_spans(8, 8, 2) == [(0, 8)]
+    assert window_spans(20, 8, 2) == [(0, 8), (6, 14), (12, 20)]
+    assert window_spans(10, 8, 0) == [(0, 8), (2, 10)]
+    with pytest.raises(ValueError, match="overlap"):
+        window_spans(20, 8, 8)
+
+
+def test_overlapping_windows_share_the_first_frame_and_are_averaged():
+    seen = []
+
+    def predict(part):
+        seen.append(part.shape[2])
+        return part + part[:, :, :1] + len(seen)
+
+    latents = torch.arange(1.0, 7.0).view(1, 1, 6, 1, 1)
+    out = predict_in_windows(predict, latents, 4, 2).flatten()
+    assert seen == [4, 5]
+    torch.testing.assert_close(out, torch.tensor([3.0, 4.0, 5.5, 6.5, 8.0, 9.0]))
+
+
+def test_a_window_as_long_as_the_clip_changes_nothing_and_shorter_ones_need_less_at_a_time(pipe, monkeypatch):
+    options = {"latents": noise(count=6), "num_inference_steps": 2, "output_type": "latent"}
+    whole = pipe("a", **options).videos
+    torch.testing.assert_close(pipe("a", window=6, **options).videos, whole)
+    lengths = []
+    forward = type(pipe.unet).forward
+    monkeypatch.setattr(
+        type(pipe.unet), "forward", lambda self, x, *a, **k: lengths.append(x.shape[2]) or forward(self, x, *a, **k)
+    )
+    assert torch.isfinite(pipe("a", window=3, overlap=1, **options).videos).all()
+    inverted = pipe.invert(noise(count=6), steps=2, window=3, overlap=1)
+    assert inverted.shape == (1, 4, 6, 8, 8)
+    assert set(lengths) == {3, 4}
 
 
 # ------------------------------------------------------------------ latents and inversion

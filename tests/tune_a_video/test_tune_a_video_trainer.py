@@ -249,6 +249,18 @@ def test_edits_do_not_depend_on_their_neighbours(sd_folder, init):
     torch.testing.assert_close(both, split, atol=1e-3, rtol=1e-3)
 
 
+def test_windows_of_an_evaluation_reach_inversion_and_sampling(sd_folder, monkeypatch):
+    made = trainer(sd_folder).eval()
+    lengths = []
+    forward = type(made.network).forward
+    monkeypatch.setattr(
+        type(made.network), "forward", lambda self, x, *a, **k: lengths.append(x.shape[2]) or forward(self, x, *a, **k)
+    )
+    latents = torch.randn(1, 4, 5, 8, 8)
+    out = edit(made.pipe, latents, "a man", ["a cat"], Sampling(steps=1, window=2, overlap=1))
+    assert out.shape == (1, 3, 5, 16, 16) and lengths == [2, 3, 3, 3] * 2
+
+
 def test_starts_of_sampling(sd_folder):
     made = trainer(sd_folder).eval()
     latents = made.encoding(batch()["video"][0], "a man", "clip")[0]
