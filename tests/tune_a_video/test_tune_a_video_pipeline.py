@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline, make_tokenizer
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
@@ -14,6 +13,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
+from random_sd import make_pipeline, make_tokenizer
 from safetensors.torch import save_file
 
 from core.media import as_pixels
