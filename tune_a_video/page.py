@@ -112,7 +112,7 @@ class ResultsPage(Hook):
         if not is_main_process():
             return
         folder = Path(runner.work_dir)
-        trainer.network.save_delta(folder / "tuned", steps=runner.iter, modules_trained=trainer.trainable_modules)
+        trainer.network.save_delta(folder / "tuned", steps=runner.iter, **trainer.provenance())
         if self.pipeline:
             trainer.pipe.save_pretrained(folder / "pipeline")
 

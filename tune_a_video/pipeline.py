@@ -376,7 +376,7 @@ class TuneAVideoPipeline(
         if strength is None:
             latents = latents * self.scheduler.init_noise_sigma
         else:
-            latents, timesteps = self._noised(latents, strength, generator)
+            latents, timesteps = self._noised(latents, strength, num_inference_steps, generator)
         extra = self._step_arguments(eta, generator)
         for i, t in enumerate(self.progress_bar(timesteps)):
             noisy = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
@@ -454,16 +454,19 @@ class TuneAVideoPipeline(
         )
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-    def _noised(self, latents: Tensor, strength: float, generator: Generators | None) -> tuple[Tensor, Tensor]:
-        """Clean latents at the noise level from which a share of the timesteps is left, and those timesteps."""
-        timesteps = self.scheduler.timesteps
-        skipped = len(timesteps) - round(len(timesteps) * strength)
-        if not 0 < strength <= 1 or skipped == len(timesteps):
-            raise ValueError(f"strength={strength}: above 0 (at least one of {len(timesteps)} steps), at most 1")
+    def _noised(
+        self, latents: Tensor, strength: float, steps: int, generator: Generators | None
+    ) -> tuple[Tensor, Tensor]:
+        """Clean latents at the noise level from which a share of the steps is left, and the timesteps of those."""
+        skipped = steps - round(steps * strength)
+        if not 0 < strength <= 1 or skipped == steps:
+            raise ValueError(f"strength={strength}: above 0 (at least one of {steps} steps), at most 1")
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        # Schedulers of second order look at most steps twice.
+        begin = skipped * self.scheduler.order
+        timesteps = self.scheduler.timesteps[begin:]
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(skipped * self.scheduler.order)
-        timesteps = timesteps[skipped * self.scheduler.order :]
+            self.scheduler.set_begin_index(begin)
         return self.scheduler.add_noise(latents, noise, timesteps[:1].expand(len(latents))), timesteps
 
     def _step_arguments(self, eta: float, generator: Generators | None) -> dict[str, Any]:

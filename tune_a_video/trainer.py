@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from core.data import hash_state
 from core.errors import ConfigError
 from core.trainer import Batch, Inference, Trainer
 from tune_a_video.editing import Edits, Sampling, edit, plain_scores, reconstruct, starting_latents
@@ -132,6 +133,7 @@ class TuneAVideoTrainer(Trainer):
         self.caption_dropout, self.cache_latents = caption_dropout, cache_latents
         self.prompts, self.clip, self.n_frames = prompts, dict(clip or {}), n_frames
         self._encodings: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._seen: dict[str, tuple[str, int]] = {}
         self._empty_text: Tensor | None = None
         self._shown: dict[str, Edits] = {}
 
@@ -186,6 +188,7 @@ class TuneAVideoTrainer(Trainer):
 
     def encoding(self, video: Tensor, caption: str, sample_id: str) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior mean and deviation `(1, c, f, h, w)` of a clip `(f, 3, H, W)`, and text `(1, L, d)`."""
+        self._seen[sample_id] = caption, len(video)
         if self.cache_latents and sample_id in self._encodings:
             return self._encodings[sample_id]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._parts_here() as pipe:
@@ -315,6 +318,18 @@ class TuneAVideoTrainer(Trainer):
         return Inference({"caption": made.caption, "prompts": prompts, "scores": plain_scores(made)}, pictures)
 
     # ------------------------------------------------------------------ state
+    def provenance(self) -> dict[str, Any]:
+        """What the tuned tensors belong to: clips with captions and frames, trained modules, a hash of the base."""
+        own = set(self.state_dict())
+        frozen = {name: value for name, value in super().state_dict().items() if name not in own}
+        return {
+            "clips": list(self._seen),
+            "caption": [caption for caption, _ in self._seen.values()],
+            "frames": [frames for _, frames in self._seen.values()],
+            "trainable_modules": self.trainable_modules,
+            "base_hash": hash_state(frozen),
+        }
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Only what tuning changes, and the temporal tensors; everything else is the base's."""
         state = super().state_dict(*args, **kwargs)

@@ -6,8 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline, make_tokenizer
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+from random_sd import make_pipeline, make_tokenizer
 from safetensors.torch import save_file
 
 from core.media import as_pixels
@@ -214,6 +220,23 @@ def test_clean_latents_are_noised_as_far_as_asked(pipe):
     assert starts[0.9] > 2 * starts[0.2]
     with pytest.raises(ValueError, match="strength"):
         pipe("a", latents=clean, strength=1.5)
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(EulerDiscreteScheduler, 5), (HeunDiscreteScheduler, 9)])
+def test_other_samplers_leave_out_the_same_share_of_steps(sd_folder, kind, calls):
+    pipe = quiet(TuneAVideoPipeline.from_base(sd_folder))
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    seen = []
+    options = {"num_inference_steps": 10, "guidance_scale": 1.0, "output_type": "latent"}
+    out = pipe(
+        "a",
+        latents=noise(),
+        strength=0.5,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=lambda _, i, t, tensors: seen.append(float(t)) or {},
+        **options,
+    ).videos
+    assert len(seen) == calls and seen[0] < 501 and torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tune_a_video.losses import (
     prediction_target,
 )
 from tune_a_video.models import TuneAVideoUNet
+from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.trainer import TuneAVideoTrainer
 
 QUICK = {"steps": 2, "guidance_scale": 2.0}
@@ -316,7 +317,7 @@ def test_one_command_tunes_edits_and_leaves_a_page_and_another_one_edits_again(s
 
     save_video(torch.rand(3, 6, 16, 16), tmp_path / "clip.mp4")
     given = overrides(sd_folder, tmp_path)
-    result = run(compose(given))
+    result = run(compose([*given, "custom_hooks.0.pipeline=true"]))
     assert result["steps"] == 3 and result["metrics"]["change"] > 0
     assert result["parameters"] > result["trainable_parameters"] > 0
     page = tmp_path / "run" / "page" / "clip"
@@ -330,7 +331,10 @@ def test_one_command_tunes_edits_and_leaves_a_page_and_another_one_edits_again(s
 
     tuned = TuneAVideoUNet.from_pretrained_2d(sd_folder, "unet")
     about = tuned.load_delta(tmp_path / "run" / "tuned.safetensors")
-    assert about["steps"] == 3
+    assert (about["steps"], about["caption"], about["frames"]) == (3, ["a man is skiing"], [3])
+    saved = TuneAVideoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    for name, value in saved.unet.state_dict().items():
+        torch.testing.assert_close(value, tuned.state_dict()[name])
     again = build_trainer(compose([*given, f"model.delta={tmp_path / 'run' / 'tuned.safetensors'}"]))
     for name, value in tuned.state_dict().items():
         torch.testing.assert_close(again.network.state_dict()[name], value)

@@ -189,10 +189,21 @@ def _keys(x: Tensor, run: Run) -> Tensor:
     """Keys of a run: `(b, m, n, C)` if shared, else `(b, g, m, n, C)`; a view where frames follow each other."""
     first = run.keys[0][0]
     if run.shared:
-        return x[:, list(run.keys[0])] if run.copied else x[:, first : first + len(run.keys[0])]
+        return x[:, _frame_index(run.keys, x.device)[0]] if run.copied else x[:, first : first + len(run.keys[0])]
     if run.copied:
-        return x[:, torch.tensor(run.keys, device=x.device)]
+        return x[:, _frame_index(run.keys, x.device)]
     return x[:, first : first + len(run.keys), None]
+
+
+def _frame_index(keys: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(keys, device=device) if torch.compiler.is_compiling() else _kept_index(keys, device)
+
+
+@lru_cache(maxsize=1024)
+def _kept_index(keys: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    # Made once: each copy from the host would make it wait for the device. Gradients need it outside inference mode.
+    with torch.inference_mode(False):
+        return torch.tensor(keys, device=device)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, shared: bool, heads: int) -> Tensor:
@@ -238,7 +249,7 @@ class _Regathered(torch.autograd.Function):
                 if total is None:
                     continue
                 part = grads.pop(0)
-                index = torch.tensor(run.keys, device=part.device).flatten()
+                index = _frame_index(run.keys, part.device).flatten()
                 total.index_add_(1, index, part if run.shared else part.flatten(1, 2))
         return grad_q if needed[0] else None, grad_k, grad_v, None, None
 

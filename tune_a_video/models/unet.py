@@ -307,7 +307,7 @@ class TuneAVideoUNet(UNet2DConditionModel):
         self,
         path: str | os.PathLike[str],
         modules: Sequence[str] | str | None = None,
-        **about: str | int | float | list[str] | None,
+        **about: Any,
     ) -> Path:
         """Writes `delta_state_dict` as `PATH.safetensors` with `PATH.json` beside it.
 
