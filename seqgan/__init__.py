@@ -36,6 +36,16 @@ _EXPORTS = {
     "training_mask": "seqgan.models",
     "ARSampler": "seqgan.sampling",
     "ParallelSampler": "seqgan.sampling",
+    "SemanticPerceptualLoss": "seqgan.perceptual",
+    "LPIPS": "seqgan.perceptual",
+    "vgg16": "seqgan.perceptual",
+    "classifier": "seqgan.perceptual",
+    "adaptive_weight": "seqgan.losses",
+    "autoregressive_loss": "seqgan.losses",
+    "discriminator_loss": "seqgan.losses",
+    "generator_loss": "seqgan.losses",
+    "gradient_penalty": "seqgan.losses",
+    "masked_loss": "seqgan.losses",
 }
 
 __all__ = list(_EXPORTS)
