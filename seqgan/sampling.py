@@ -114,7 +114,7 @@ def decoding_steps(
         temperature = choice_temperature * (1 - (step + 1) / steps)
         sure = chosen + temperature * draw(tuple(chosen.shape))
         sure = sure.masked_fill(~masked, torch.inf)
-        count = mask_count(schedule, step, steps, masked.sum(dim=1), unknown, total)
+        count = mask_count(schedule, step, steps, masked.sum(dim=1), unknown)
         bar = sure.sort(dim=1).values.gather(1, count[:, None].clamp_max(total - 1))
         masked = sure < bar
 

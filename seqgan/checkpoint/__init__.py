@@ -3,6 +3,10 @@
     python tools/convert.py paper=seqgan src=vqgan_imagenet_f16_1024.ckpt dst=tokenizer.safetensors
     python tools/convert.py paper=seqgan src=vqgan_imagenet_f16_1024.ckpt prefix=loss.discriminator. dst=patchgan.pt
 
+MaskGIT's files are Flax's and are unpacked first:
+
+    python tools/prepare_data.py paper=seqgan task=flax_weights source=tokenizer_imagenet256_checkpoint output=flax.pt
+
 SeQ-GAN itself has not published weights. Files of VQGAN's transformer hold two tokenizers besides: `prefix=` takes one
 out (`first_stage_model.`).
 """

@@ -51,7 +51,8 @@ class SpatialAttention(nn.Module):
         dim: channels C.
         num_heads: heads.
         span: which positions attend to each other, see `partition`.
-        window: side of the groups; a map that is smaller than it is one group.
+        window: side of the groups of positions; a map that is smaller than it is one group.
+        groups: of channels that are normalised together.
         zero_init: start with a projection of zeros, so that the block does nothing at first.
 
     Raises:
@@ -59,7 +60,14 @@ class SpatialAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int = 1, span: str = "all", window: int = 8, *, zero_init: bool = False
+        self,
+        dim: int,
+        num_heads: int = 1,
+        span: str = "all",
+        window: int = 8,
+        groups: int = 32,
+        *,
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -67,7 +75,7 @@ class SpatialAttention(nn.Module):
         if span not in SPANS:
             raise ValueError(f"unknown span {span!r}: use {', '.join(SPANS)}")
         self.num_heads, self.span, self.window = num_heads, span, window
-        self.norm = nn.GroupNorm(32, dim, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         if zero_init:
@@ -96,13 +104,16 @@ class RegionalDilatedAttention(nn.Sequential):
 
     Args:
         dim: channels C.
-        window: side of the groups.
+        window: side of the groups of positions.
         head_dim: channels of a head; fewer channels than that are one head.
+        groups: of channels that are normalised together.
         zero_init: start as the identity.
     """
 
-    def __init__(self, dim: int, window: int = 8, head_dim: int = 64, *, zero_init: bool = True) -> None:
+    def __init__(
+        self, dim: int, window: int = 8, head_dim: int = 64, groups: int = 32, *, zero_init: bool = True
+    ) -> None:
         heads = max(dim // head_dim, 1)
         super().__init__()
-        self.regional = SpatialAttention(dim, heads, "regional", window, zero_init=zero_init)
-        self.dilated = SpatialAttention(dim, heads, "dilated", window, zero_init=zero_init)
+        self.regional = SpatialAttention(dim, heads, "regional", window, groups, zero_init=zero_init)
+        self.dilated = SpatialAttention(dim, heads, "dilated", window, groups, zero_init=zero_init)

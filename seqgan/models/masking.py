@@ -11,7 +11,7 @@ SCHEDULES = ("cosine", "linear", "uniform", "square", "cubic", "log", "exp", "po
 _POWERS = {"linear": 1.0, "uniform": 1.0, "square": 2.0, "cubic": 3.0}
 
 
-def mask_ratio(schedule: str, progress: Tensor, total: int) -> Tensor:
+def mask_ratio(schedule: str, progress: Tensor, total: int | Tensor) -> Tensor:
     """Share of codes that stay masked at `progress` in (0, 1], within [1e-6, 1].
 
     Computed in float32: counts of masked codes are rounded down, and with another precision some come out one higher.
@@ -20,18 +20,20 @@ def mask_ratio(schedule: str, progress: Tensor, total: int) -> Tensor:
         schedule: `cosine`; `linear` (or `uniform`), `square`, `cubic`, or `pow` and an exponent, `pow2.5`: one minus
             that power of progress; `log`; `exp`.
         progress: any shape.
-        total: number of codes, which `log` and `exp` depend on.
+        total: number of codes that were masked at the start, which `log` and `exp` depend on; a tensor that
+            broadcasts with progress where it differs between images.
 
     Raises:
         ValueError: an unknown schedule.
     """
     progress = progress.float()
+    bits = torch.as_tensor(total, dtype=torch.float32, device=progress.device).clamp_min(2).log2()
     if schedule == "cosine":
         ratio = torch.cos(math.pi / 2 * progress)
     elif schedule == "log":
-        ratio = -torch.log2(progress) / math.log2(total)
+        ratio = -torch.log2(progress) / bits
     elif schedule == "exp":
-        ratio = 1 - torch.exp2(-math.log2(total) * (1 - progress))
+        ratio = 1 - torch.exp2(-bits * (1 - progress))
     else:
         ratio = 1 - progress ** _power(schedule)
     return ratio.clamp(1e-6, 1.0)
@@ -44,7 +46,7 @@ def _power(schedule: str) -> float:
         raise ValueError(f"unknown mask schedule {schedule!r}: use {', '.join(SCHEDULES)}") from None
 
 
-def mask_count(schedule: str, step: int, steps: int, masked: Tensor, unknown: Tensor, total: int) -> Tensor:
+def mask_count(schedule: str, step: int, steps: int, masked: Tensor, unknown: Tensor) -> Tensor:
     """How many codes are masked again after `step` (from 0) of `steps`.
 
     Args:
@@ -53,13 +55,12 @@ def mask_count(schedule: str, step: int, steps: int, masked: Tensor, unknown: Te
         steps: of decoding.
         masked: `(B,)`, how many are masked now; at least one of them becomes known.
         unknown: `(B,)`, how many were masked at the start.
-        total: number of codes.
 
     Returns:
         `(B,)` int64, at least one.
     """
-    progress = torch.tensor((step + 1) / steps, dtype=torch.float32)
-    ratio = mask_ratio(schedule, progress, total).to(unknown.device)
+    progress = torch.tensor((step + 1) / steps, dtype=torch.float32, device=unknown.device)
+    ratio = mask_ratio(schedule, progress, unknown)
     count = (unknown.float() * ratio).floor().long()
     return torch.minimum(count, masked - 1).clamp_min(1)
 

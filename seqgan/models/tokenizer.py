@@ -86,7 +86,7 @@ class Tokenizer(nn.Module):
         for name, value in sorted(self.state_dict().items()):
             if name.startswith(("encoder.", "quant_conv.", "quantizer.")):
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def freeze_codes(self) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from core.convert import ConversionError, Options, convert_file
+from core.errors import ConfigError
 from seqgan.checkpoint import CheckpointMismatch, convert, revert
+from seqgan.checkpoint.msgpack import FlaxFileError, read_flax
 from seqgan.models import (
     ARTransformer,
     MaskedTransformer,
@@ -18,6 +21,7 @@ from seqgan.models import (
     conv_tokenizer,
     vqgan_tokenizer,
 )
+from seqgan.prepare import flax_weights
 
 HEADS = 2
 
@@ -139,3 +143,74 @@ def test_what_does_not_fit_is_named() -> None:
         revert(maskgit(extra="attn1").state_dict())
     with pytest.raises(CheckpointMismatch, match="no place in a GPT for ln_x"):
         convert({**revert(gpt().state_dict()), "ln_x.weight": torch.ones(1)})
+
+
+# ------------------------------------------------------------------ Flax's files
+
+
+def packed(value: object) -> bytes:
+    """MessagePack as Flax writes it, long forms only."""
+    if isinstance(value, dict):
+        return b"\xdf" + struct.pack(">I", len(value)) + b"".join(packed(k) + packed(v) for k, v in value.items())
+    if isinstance(value, tuple):
+        return b"\xdc" + struct.pack(">H", len(value)) + b"".join(map(packed, value))
+    if isinstance(value, str):
+        return b"\xd9" + struct.pack(">B", len(value)) + value.encode()
+    if isinstance(value, bytes):
+        return b"\xc6" + struct.pack(">I", len(value)) + value
+    if isinstance(value, Tensor):
+        inner = packed((tuple(value.shape), str(value.dtype).removeprefix("torch."), raw(value)))
+        return b"\xc9" + struct.pack(">Ib", len(inner), 1) + inner
+    return b"\xce" + struct.pack(">I", value)
+
+
+def raw(value: Tensor) -> bytes:
+    return value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def nested(state: dict[str, Tensor]) -> dict:
+    tree: dict = {}
+    for name, value in state.items():
+        *path, leaf = name.split(".")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[leaf] = value
+    return tree
+
+
+def test_files_of_maskgit_convert_by_command(tmp_path: Path) -> None:
+    for name, model in (("tokenizer", maskgit()), ("transformer", masked()), ("critic", style())):
+        randomised(model)
+        tree = nested(revert(model.state_dict(), layout="flax", num_heads=HEADS))
+        (tmp_path / name).write_bytes(packed({"step": 7, "params": tree}))
+        message = flax_weights(tmp_path / name, tmp_path / f"{name}.safetensors")
+        assert message.endswith(f"{len(revert(model.state_dict()))} of {len(revert(model.state_dict()))} arrays")
+        convert_file(Options("seqgan", str(tmp_path / f"{name}.safetensors"), str(tmp_path / f"{name}.pt")))
+        assert same(torch.load(tmp_path / f"{name}.pt"), model.state_dict())
+
+
+def test_short_forms_halves_and_chunks_of_flax(tmp_path: Path) -> None:
+    half = torch.tensor([1.5, -2.0])
+    inner = b"\x93\x91\x02" + b"\xa8bfloat16" + b"\xc4\x04" + raw(half.bfloat16())
+    chunks = {"0": torch.arange(3.0), "1": torch.arange(3.0, 6.0)}
+    large = {"__msgpack_chunked_array__": 1, "shape": {"0": 2, "1": 3}, "chunks": chunks}
+    content = b"\x83\xa1h\xc7" + struct.pack(">Bb", len(inner), 1) + inner
+    content += b"\xa1l" + packed(large) + b"\xa1n\x93\xff\xc0\xc3"
+    (tmp_path / "file").write_bytes(content)
+    found = read_flax(tmp_path / "file")
+    assert torch.equal(found["h"], half) and torch.equal(found["l"], torch.arange(6.0).view(2, 3))
+    assert found.keys() == {"h", "l"}
+
+
+def test_damaged_files_of_flax_are_refused(tmp_path: Path) -> None:
+    whole = packed({"params": {"w": torch.ones(2)}})
+    for content in (whole[:-3], whole + b"\x00", b"\xc1", b"\x05"):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(FlaxFileError, match="no"):
+            read_flax(tmp_path / "file")
+    (tmp_path / "file").write_bytes(whole)
+    with pytest.raises(ConfigError, match=r"there are params\.w"):
+        flax_weights(tmp_path / "file", tmp_path / "out.pt", prefix="ema.")
+    with pytest.raises(ConfigError, match="safetensors"):
+        flax_weights(tmp_path / "file", tmp_path / "out.bin")

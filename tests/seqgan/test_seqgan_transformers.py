@@ -157,7 +157,7 @@ def test_masked_codes_are_not_read() -> None:
 
 def test_schedule_in_float32() -> None:
     counts = lambda steps: [  # noqa: E731
-        mask_count("cosine", t, steps, torch.tensor([256]), torch.tensor([256]), 256).item() for t in range(steps)
+        mask_count("cosine", t, steps, torch.tensor([256]), torch.tensor([256])).item() for t in range(steps)
     ]
     assert counts(12) == [253, 247, 236, 221, 203, 181, 155, 127, 97, 66, 33, 1]
     assert counts(8) == [251, 236, 212, 181, 142, 97, 49, 1]

@@ -192,7 +192,9 @@ def _codebook_usage(case: Case) -> Outputs:
 
 def _regional_dilated(case: Case) -> Outputs:
     config, x = case.config, case.inputs()["x"]
-    module = RegionalDilatedAttention(config["channels"], config["window"], config["channels"] // config["heads"])
+    module = RegionalDilatedAttention(
+        config["channels"], config["window"], config["channels"] // config["heads"], config["groups"]
+    )
     _load(module, case)
     places = torch.arange(x.shape[-2] * x.shape[-1]).view(1, *x.shape[-2:], 1)
     regional = module.regional(x)
@@ -289,7 +291,7 @@ def _top_k(case: Case) -> Outputs:
 
 def _guidance(case: Case) -> Outputs:
     config, inputs = case.config, case.inputs()
-    progress = config["step"] / (config["steps"] - 1)
+    progress = config["step"] / max(config["steps"] - 1, 1)
     pair = inputs["cond"], inputs["uncond"], config["w"]
     return {schedule: guide(*pair, schedule, progress) for schedule in ("constant", "linear")}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,11 +80,18 @@ def _semantic_perceptual(case: Case) -> Outputs:
     outputs: Outputs = {}
     for alpha in config["alphas"]:
         reconstruction = inputs["reconstruction"].clone().requires_grad_()
-        value, terms = SemanticPerceptualLoss(tapped, alpha, tuple(config["taps"]))(reconstruction, inputs["image"])
+        loss = SemanticPerceptualLoss(tapped, alpha, tuple(config["taps"]))
+        value, terms = loss(_centred(reconstruction, config), _centred(inputs["image"], config))
         (outputs[f"grad_alpha_{alpha}"],) = torch.autograd.grad(value, reconstruction)
         outputs[f"loss_alpha_{alpha}"] = value
         outputs |= {name if name in ("low", "semantic") else f"layer_{name}": term for name, term in terms.items()}
     return outputs
+
+
+def _centred(image: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Images of the case's range in [-1, 1]."""
+    low, high = config.get("input_range", (-1, 1))
+    return image if (low, high) == (-1, 1) else (image - low) / (high - low) * 2 - 1
 
 
 def _lpips(case: Case) -> Outputs:
