@@ -36,6 +36,8 @@ _EXPORTS = {
     "training_mask": "seqgan.models",
     "ARSampler": "seqgan.sampling",
     "ParallelSampler": "seqgan.sampling",
+    "TokenizerTrainer": "seqgan.trainer",
+    "TransformerTrainer": "seqgan.trainer",
     "SemanticPerceptualLoss": "seqgan.perceptual",
     "LPIPS": "seqgan.perceptual",
     "vgg16": "seqgan.perceptual",
