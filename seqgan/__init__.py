@@ -36,6 +36,7 @@ _EXPORTS = {
     "training_mask": "seqgan.models",
     "ARSampler": "seqgan.sampling",
     "ParallelSampler": "seqgan.sampling",
+    "CodeCache": "seqgan.codes",
     "TokenizerTrainer": "seqgan.trainer",
     "TransformerTrainer": "seqgan.trainer",
     "SemanticPerceptualLoss": "seqgan.perceptual",

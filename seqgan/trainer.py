@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from core.trainer import Batch, Trainer
+from seqgan.codes import CodeCache
 from seqgan.losses import (
     adaptive_weight,
     autoregressive_loss,
@@ -164,6 +166,7 @@ class TransformerTrainer(Trainer):
     Args:
         network: an `ARTransformer` or a `MaskedTransformer`.
         tokenizer: frozen; None: batches have codes.
+        cache: where codes of the training images are kept; None: the tokenizer runs in every step.
         label_drop: share of images whose class is hidden, for guidance.
         smoothing: of labels, for masked codes.
         min_mask_rate: smallest share of masked codes in training.
@@ -171,13 +174,14 @@ class TransformerTrainer(Trainer):
         frozen: see `core.Trainer`.
 
     Raises:
-        ValueError: labels are to be dropped, but the network has no "no class".
+        ValueError: labels are to be dropped, but the network has no "no class"; a cache without a tokenizer.
     """
 
     def __init__(
         self,
         network: ARTransformer | MaskedTransformer,
         tokenizer: Tokenizer | None = None,
+        cache: CodeCache | None = None,
         label_drop: float = 0.0,
         smoothing: float = 0.1,
         min_mask_rate: float = 0.0,
@@ -186,10 +190,22 @@ class TransformerTrainer(Trainer):
     ) -> None:
         if label_drop and network.null_label is None:
             raise ValueError("label_drop needs a network with null_class=True")
+        if cache is not None and tokenizer is None:
+            raise ValueError("a cache of codes is filled by a tokenizer: give one")
         super().__init__((*frozen, "tokenizer") if tokenizer is not None else frozen)
-        self.network, self.tokenizer = network, tokenizer
+        self.network, self.tokenizer, self.cache = network, tokenizer, cache
         self.label_drop, self.smoothing, self.min_mask_rate = label_drop, smoothing, min_mask_rate
         self.mask_seed = mask_seed
+
+    def inference_network(self) -> nn.Module:
+        """The transformer."""
+        return self.network
+
+    def training_data(self, dataset: Dataset) -> Dataset:
+        """The codes of a data set's images where there is a `cache`, which is filled first."""
+        if self.cache is None or self.tokenizer is None:
+            return dataset
+        return self.cache.fill(dataset, self.tokenizer)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_codes` in nats per code, and the share of codes that are predicted rightly, `accuracy`."""

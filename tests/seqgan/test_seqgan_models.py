@@ -247,3 +247,23 @@ def test_discriminators_give_logits() -> None:
         StyleDiscriminator(24)
     with pytest.raises(ValueError, match="no width for maps"):
         StyleDiscriminator(16, channels={8: 4, 16: 4})
+
+
+# ------------------------------------------------------------------ compilation and precision
+
+
+@pytest.mark.parametrize("extra", ["none", "attn1"])
+def test_tokenizers_compile_in_one_piece(extra: str) -> None:
+    torch._dynamo.reset()
+    model = tiny(extra=extra, entropy=UsageEntropy())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(images())
+    assert torch.allclose(compiled.reconstruction, model(images()).reconstruction, atol=1e-5)
+
+
+def test_codes_do_not_depend_on_autocast() -> None:
+    model = tiny(entropy=UsageEntropy())
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = model.encode(images())
+        losses = model(images()).losses
+    assert torch.equal(codes, model.encode(images()))
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in losses.values())

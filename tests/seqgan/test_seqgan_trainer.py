@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.data import StaleCacheError
 from core.param_groups import OptimConstructor
+from seqgan.codes import CodeCache
 from seqgan.models import (
     ARTransformer,
     MaskedTransformer,
@@ -131,3 +133,66 @@ def test_codes_come_from_the_batch_or_a_tokenizer() -> None:
     assert all(p.grad is None for p in trainer.tokenizer.parameters()) and not trainer.tokenizer.training
     with pytest.raises(ValueError, match="null_class=True"):
         TransformerTrainer(network, label_drop=0.1)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Four pictures with noise as augmentation; counts how often one is read."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.noise, self.reads = noise, []
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict:
+        self.reads.append(index)
+        image = images()["image"][index]
+        return {"image": image + self.noise * torch.randn_like(image), "label": index % 2}
+
+
+def spread_tokenizer() -> nn.Module:
+    """Codes that lie among the features, so that more than one is in use."""
+    model = tokenizer()
+    nn.init.normal_(model.quantizer.embedding.weight, 0.0, 1.0)
+    return model
+
+
+def test_cached_codes_are_those_of_the_images(tmp_path) -> None:
+    model, data = spread_tokenizer(), Pictures()
+    trainer = TransformerTrainer(ARTransformer(16, 2, 64, 8, 1, 1), model, CodeCache(tmp_path / "codes", batch_size=3))
+    before = torch.get_rng_state()
+    cached = trainer.training_data(data)
+    assert torch.equal(torch.get_rng_state(), before)
+    read = len(data.reads)
+    expected = model.encode(images()["image"])
+    assert len(expected.unique()) > 2
+    for index in range(4):
+        assert torch.equal(cached[index]["codes"], expected[index]) and cached[index]["label"] == index % 2
+    assert len(data.reads) == read and len(cached) == 4
+    trainer.training_data(data)
+    assert len(data.reads) == read + 1, "a filled cache reads the first image only, to compare"
+    batch = torch.utils.data.default_collate([cached[i] for i in range(4)])
+    assert trainer.losses(batch)["loss_codes"].isfinite()
+
+
+def test_codes_of_another_tokenizer_or_data_set_are_refused(tmp_path) -> None:
+    cache, model = CodeCache(tmp_path / "codes"), spread_tokenizer()
+    cache.fill(Pictures(), model)
+    model.decoder.stem.weight.data += 1
+    cache.fill(Pictures(), model)
+    with pytest.raises(StaleCacheError, match="noise"):
+        cache.fill(Pictures(noise=0.5), model)
+    model.encoder.stem.weight.data += 1
+    with pytest.raises(StaleCacheError, match="tokenizer"):
+        cache.fill(Pictures(), model)
+
+
+def test_views_are_augmented_apart_and_drawn(tmp_path) -> None:
+    cached = CodeCache(tmp_path / "codes", views=3).fill(Pictures(noise=1.0), spread_tokenizer())
+    torch.manual_seed(0)
+    seen = {tuple(cached[0]["codes"].flatten().tolist()) for _ in range(30)}
+    assert len(seen) == 3
+    again = CodeCache(tmp_path / "again", views=3).fill(Pictures(noise=1.0), spread_tokenizer())
+    assert tuple(again[0]["codes"].flatten().tolist()) in seen
+    with pytest.raises(ValueError, match="at least one view"):
+        CodeCache(tmp_path, views=0)

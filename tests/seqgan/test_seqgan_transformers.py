@@ -227,3 +227,16 @@ def test_training_masks_hide_a_cosine_share() -> None:
     assert mask.sum(1).tolist() == [100, 70, 1]
     assert score[1][mask[1]].max() < score[1][~mask[1]].min()
     assert draw_mask(torch.tensor([1.0]), score[:1], 0.5).sum() == 50
+
+
+def test_transformers_compile_in_one_piece() -> None:
+    torch._dynamo.reset()
+    codes, mask = some_codes(), some_codes() > 5
+    for model, inputs in ((ar(), (codes, labels())), (nar(), (codes, mask, labels()))):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(*inputs), model(*inputs), atol=1e-4)
+    model = ar()
+    step, cache = torch.compile(model.step, fullgraph=True, backend="eager"), model.allocate(4)
+    first = step(model.start(labels(), 4, codes.device), 0, cache)
+    second = step(codes[:, 0], 1, cache)
+    assert torch.allclose(torch.stack([first, second], 1)[..., :K], model(codes, labels())[:, :2], atol=1e-4)
