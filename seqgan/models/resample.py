@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
-
-# Row k: which of the three taps of a kernel fall on one input position, once the input is doubled. Transposed and
-# strided by two, the four sums do what nearest upsampling and the kernel do together.
-_TAPS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 
 
 class UpsampleConv(nn.Module):
@@ -24,10 +21,22 @@ class UpsampleConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The doubled map."""
-        weight = self.conv.weight
-        taps = torch.tensor(_TAPS, dtype=weight.dtype, device=weight.device)
-        summed = torch.einsum("ak,bl,oikl->ioab", taps, taps, weight)
-        return F.conv_transpose2d(x, summed, self.conv.bias, stride=2, padding=1)
+        height, width = x.shape[-2:]
+        x = F.pad(x, (1, 1, 1, 1))
+        parts = []
+        # An even row of the result sees the input row above it once and its own twice; an odd one its own twice and the
+        # one below once. The same holds for columns.
+        for i, rows in enumerate(_two_taps(self.conv.weight, 2)):
+            for j, weight in enumerate(_two_taps(rows, 3)):
+                window = x[:, :, i : i + height + 1, j : j + width + 1]
+                parts.append(F.conv2d(window, weight, self.conv.bias))
+        return rearrange(torch.stack(parts), "(i j) b c h w -> b c (h i) (w j)", i=2)
+
+
+def _two_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The three taps along `dim` as two, for even and for odd places of a doubled input."""
+    first, middle, last = weight.split(1, dim=dim)
+    return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
 
 
 class Upsample(nn.Module):

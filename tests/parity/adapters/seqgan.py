@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqgan.checkpoint import convert, revert
+from seqgan.diagnostics import code_histogram, codebook_usage, teacher_forced
 from seqgan.models import (
     ARTransformer,
     MaskedTransformer,
@@ -181,13 +182,7 @@ def _entropy_usage(case: Case) -> Outputs:
 
 
 def _codebook_usage(case: Case) -> Outputs:
-    counts = case.inputs()["indices"].flatten().bincount(minlength=case.config["codebook"])
-    shares = counts.double() / counts.sum()
-    return {
-        "counts": counts,
-        "usage": (counts > 0).double().mean(),
-        "perplexity": entropy(shares).exp(),
-    }
+    return codebook_usage(code_histogram(case.inputs()["indices"], case.config["codebook"]))._asdict()
 
 
 def _regional_dilated(case: Case) -> Outputs:
@@ -258,15 +253,7 @@ def _gpt(case: Case) -> Outputs:
 def _ar_teacher_forced(case: Case) -> Outputs:
     config, inputs = case.config, case.inputs()
     model = _load(_gpt_model(config, config["codebook"], config["classes"], "own"), case)
-    codes = inputs["codes"]
-    logits = model(codes, inputs["label"])
-    predicted = logits.argmax(dim=-1)
-    return {
-        "logits": logits,
-        "predicted": predicted,
-        "nll": F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none"),
-        "accuracy": (predicted == codes).double().mean(),
-    }
+    return teacher_forced(model, inputs["codes"], inputs["label"])._asdict()
 
 
 def _maskgit_transformer(case: Case) -> Outputs:
