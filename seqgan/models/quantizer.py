@@ -1,0 +1,113 @@
+"""Vector quantisation: every feature becomes its nearest code (equation 2 of the paper)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+INITS = ("flax", "taming")
+
+
+class Quantized(NamedTuple):
+    """What quantisation gives.
+
+    z_q: codes in place of features, with the gradient of the features, `(B, C, H, W)`.
+    indices: of the codes, `(B, H, W)` int64.
+    losses: weighted terms by name (`codebook`, `commit` and, where there is one, `entropy`); their sum is the loss.
+    """
+
+    z_q: Tensor
+    indices: Tensor
+    losses: dict[str, Tensor]
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of `size` codes of `dim` channels; computed in float32, also under autocast.
+
+    Args:
+        size: number of codes K.
+        dim: channels C.
+        beta: weight of the commitment term.
+        legacy_beta: put `beta` on the codebook term instead, as the code of VQGAN does by default.
+        entropy: module that turns squared distances `(B, N, K)` into a further term, e.g. `UsageEntropy`; None: none.
+        init: `flax`: uniform within sqrt(3/K), MaskGIT's; `taming`: uniform within 1/K.
+        block: positions at a time in the search for the nearest code.
+
+    Raises:
+        ValueError: an unknown init, or sizes below one.
+    """
+
+    def __init__(
+        self,
+        size: int = 1024,
+        dim: int = 256,
+        beta: float = 0.25,
+        *,
+        legacy_beta: bool = False,
+        entropy: nn.Module | None = None,
+        init: str = "flax",
+        block: int = 16384,
+    ) -> None:
+        super().__init__()
+        if init not in INITS:
+            raise ValueError(f"unknown init {init!r}: use {', '.join(INITS)}")
+        if size < 1 or dim < 1 or block < 1:
+            raise ValueError(f"size {size}, dim {dim} and block {block} must be positive")
+        self.size, self.dim, self.beta, self.legacy_beta, self.block = size, dim, beta, legacy_beta, block
+        self.entropy = entropy
+        self.embedding = nn.Embedding(size, dim)
+        bound = 1 / size if init == "taming" else math.sqrt(3 / size)
+        nn.init.uniform_(self.embedding.weight, -bound, bound)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantise features `(B, C, H, W)`.
+
+        Raises:
+            ValueError: features of another number of channels.
+        """
+        if z.shape[1] != self.dim:
+            raise ValueError(f"features of {z.shape[1]} channels, but codes of {self.dim}: give both the same width")
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            features = rearrange(z, "b c h w -> b (h w) c")
+            squared = None
+            if self.entropy is not None and torch.is_grad_enabled():
+                squared = self.squared_distances(features)
+                indices = squared.detach().argmin(dim=-1)
+            else:
+                indices = self.nearest(features)
+            indices = rearrange(indices, "b (h w) -> b h w", h=z.shape[2])
+            codes = self.lookup(indices)
+            codebook, commit = F.mse_loss(codes, z.detach()), F.mse_loss(z, codes.detach())
+            weights = (self.beta, 1.0) if self.legacy_beta else (1.0, self.beta)
+            losses = {"codebook": weights[0] * codebook, "commit": weights[1] * commit}
+            if self.entropy is not None:
+                losses["entropy"] = self.entropy(self.squared_distances(features) if squared is None else squared)
+            # In this order the value is the code itself, so that decoding the indices gives the same image.
+            return Quantized(codes.detach() + (z - z.detach()), indices, losses)
+
+    def squared_distances(self, features: Tensor) -> Tensor:
+        """Squared distances `(..., K)` of features `(..., C)` to the codes."""
+        codes = self.embedding.weight.float()
+        return features.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * features @ codes.t()
+
+    @torch.no_grad()
+    def nearest(self, features: Tensor) -> Tensor:
+        """Indices `(...)` of the codes nearest to features `(..., C)`.
+
+        The features' own length does not change which code is nearest, so it is left out.
+        """
+        codes = self.embedding.weight.float()
+        lengths = codes.square().sum(-1)
+        rows = features.reshape(-1, self.dim).split(self.block)
+        found = [torch.addmm(lengths, part, codes.t(), alpha=-2).argmin(dim=-1) for part in rows]
+        return torch.cat(found).view(features.shape[:-1])
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes `(B, C, H, W)` of indices `(B, H, W)`."""
+        return self.embedding(indices).movedim(-1, 1)

@@ -1,0 +1,255 @@
+"""What one step is: of a tokenizer with its discriminator, in both phases, and of a transformer over codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from core.trainer import Batch, Trainer
+from seqgan.codes import CodeCache
+from seqgan.losses import (
+    adaptive_weight,
+    autoregressive_loss,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    masked_loss,
+    started,
+)
+from seqgan.models import ARTransformer, MaskedTransformer, Tokenizer, training_mask
+from seqgan.perceptual import SemanticPerceptualLoss
+
+# In the second phase; `TokenizerTrainer(frozen=...)` takes them.
+CODES = ("network.encoder", "network.quant_conv", "network.quantizer")
+
+
+class TokenizerTrainer(Trainer):
+    """A tokenizer: L1, perceptual, quantiser's and adversarial losses (equation 2, section 3.4).
+
+    In the second phase the decoder alone is trained: `frozen` names `CODES`, the quantiser's terms are left out, and
+    the network has an enhanced decoder and starts from the first phase's weights.
+
+    A discriminator is trained from the first step on, also before its loss reaches the decoder. With one there are two
+    optimizers, `network` and `discriminator`; otherwise one.
+
+    Args:
+        network: the tokenizer.
+        perceptual: of reconstruction and image; None: none.
+        perceptual_weight: of it.
+        discriminator: of images; None: no adversarial loss.
+        adversarial: `logistic` (MaskGIT) or `hinge` (VQGAN), see `discriminator_loss`.
+        adversarial_weight: of the generator's loss.
+        adaptive: multiply it with the ratio of gradients at the decoder's last layer.
+        discriminator_factor: of the discriminator's loss.
+        adversarial_start: step from which the generator's loss counts.
+        adversarial_ramp: steps over which its weight then grows.
+        penalty: cost of squared gradients of the discriminator at real images; 0: none.
+        penalty_every: compute that every so many steps, with as many times the cost.
+        input_shape: `(3, H, W)`, for profiles.
+        frozen: see `core.Trainer`.
+
+    Raises:
+        ValueError: `penalty_every` below one.
+    """
+
+    def __init__(
+        self,
+        network: Tokenizer,
+        perceptual: SemanticPerceptualLoss | None = None,
+        perceptual_weight: float = 1.0,
+        discriminator: nn.Module | None = None,
+        adversarial: str = "logistic",
+        adversarial_weight: float = 0.1,
+        adaptive: bool = False,
+        discriminator_factor: float = 1.0,
+        adversarial_start: int = 0,
+        adversarial_ramp: int = 0,
+        penalty: float = 10.0,
+        penalty_every: int = 16,
+        input_shape: Sequence[int] | None = None,
+        frozen: Sequence[str] = (),
+    ) -> None:
+        if penalty_every < 1:
+            raise ValueError(f"penalty_every={penalty_every}: at least 1")
+        super().__init__((*frozen, "perceptual") if perceptual is not None else frozen)
+        self.network, self.perceptual, self.discriminator = network, perceptual, discriminator
+        self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight
+        self.adversarial, self.adaptive, self.discriminator_factor = adversarial, adaptive, discriminator_factor
+        self.adversarial_start, self.adversarial_ramp = adversarial_start, adversarial_ramp
+        self.penalty, self.penalty_every = penalty, penalty_every
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self._step = 0
+        self._made: Tensor | None = None
+
+    def inference_network(self) -> nn.Module:
+        """The tokenizer."""
+        return self.network
+
+    def train_step(self, data: Batch, optim_wrapper: Any) -> dict[str, Tensor]:
+        """The tokenizer's update, then the discriminator's on the same reconstruction."""
+        self._step = int(self.steps)
+        if self.discriminator is None:
+            logs = self.phase("losses", data, optim_wrapper)
+        else:
+            with optim_wrapper.only("network"):
+                logs = self.phase("losses", data, optim_wrapper["network"])
+            with optim_wrapper.only("discriminator"):
+                second = self.phase("discriminator_losses", data, optim_wrapper["discriminator"])
+            logs = {**second, **logs, "loss": logs["loss"] + second["loss"]}
+        self._made = None
+        self.steps += 1
+        return logs
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The tokenizer's weighted terms; `layer_*` are the perceptual loss' taps before weighting."""
+        image = batch["image"]
+        made, indices, terms = self.network(image)
+        self._made = made.detach()
+        found = {"loss_l1": (made.float() - image.float()).abs().mean()}
+        reconstruction = found["loss_l1"]
+        if self.perceptual is not None:
+            value, layers = self.perceptual(made, image)
+            found["loss_perceptual"] = self.perceptual_weight * value
+            found |= {f"layer_{name}": term for name, term in layers.items()}
+            reconstruction = reconstruction + found["loss_perceptual"]
+        if "network.quantizer" not in self.frozen:
+            found |= {f"loss_{name}": term for name, term in terms.items()}
+        if self.discriminator is not None:
+            found |= self._against(made, reconstruction)
+        found["codes_in_batch"] = made.new_tensor(float(len(indices.unique())))
+        return found
+
+    def _against(self, made: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        factor = started(self._step, self.adversarial_start, 1.0, self.adversarial_ramp)
+        value = generator_loss(self.discriminator(made).float(), self.adversarial)
+        weight = made.new_tensor(self.adversarial_weight)
+        if self.adaptive and torch.is_grad_enabled():
+            last = self.network.decoder.last_layer
+            weight = adaptive_weight(reconstruction, value, last, self.adversarial_weight)
+        return {"loss_adversarial": factor * weight * value, "adversarial_weight": weight}
+
+    def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The discriminator's loss, and every `penalty_every` steps the penalty of its gradients."""
+        image = batch["image"]
+        if self._made is None:
+            with torch.no_grad():
+                self._made = self.network(image).reconstruction
+        real, fake = self.discriminator(image).float(), self.discriminator(self._made).float()
+        found = {
+            "loss_discriminator": discriminator_loss(real, fake, self.adversarial, self.discriminator_factor),
+            "logit_real": real.detach().mean(),
+            "logit_fake": fake.detach().mean(),
+        }
+        if self.penalty and self._step % self.penalty_every == 0:
+            cost = self.penalty * self.penalty_every
+            found["loss_penalty"] = cost * gradient_penalty(self.discriminator, image)
+        return found
+
+    def predict(self, batch: Batch) -> dict[str, Any]:
+        """`image` and `reconstruction` `(B, 3, H, W)` in [-1, 1], and `indices` `(B, h, w)`."""
+        made, indices, _ = self.network(batch["image"])
+        kept = {key: batch[key] for key in ("image", "label", "sample_id") if key in batch}
+        return {**kept, "reconstruction": made.clamp(-1, 1), "indices": indices}
+
+
+class TransformerTrainer(Trainer):
+    """A transformer over codes: cross-entropy of all codes, or of the masked ones.
+
+    A batch has `codes` `(B, N)` or `(B, h, w)` of a cache; or `image`, which the tokenizer encodes in every step. With
+    several classes it has `label` `(B,)`.
+
+    Args:
+        network: an `ARTransformer` or a `MaskedTransformer`.
+        tokenizer: frozen; None: batches have codes.
+        cache: where codes of the training images are kept; None: the tokenizer runs in every step.
+        label_drop: share of images whose class is hidden, for guidance.
+        smoothing: of labels, for masked codes.
+        min_mask_rate: smallest share of masked codes in training.
+        mask_seed: of the masks of evaluation.
+        frozen: see `core.Trainer`.
+
+    Raises:
+        ValueError: labels are to be dropped, but the network has no "no class"; a cache without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        network: ARTransformer | MaskedTransformer,
+        tokenizer: Tokenizer | None = None,
+        cache: CodeCache | None = None,
+        label_drop: float = 0.0,
+        smoothing: float = 0.1,
+        min_mask_rate: float = 0.0,
+        mask_seed: int = 0,
+        frozen: Sequence[str] = (),
+    ) -> None:
+        if label_drop and network.null_label is None:
+            raise ValueError("label_drop needs a network with null_class=True")
+        if cache is not None and tokenizer is None:
+            raise ValueError("a cache of codes is filled by a tokenizer: give one")
+        super().__init__((*frozen, "tokenizer") if tokenizer is not None else frozen)
+        self.network, self.tokenizer, self.cache = network, tokenizer, cache
+        self.label_drop, self.smoothing, self.min_mask_rate = label_drop, smoothing, min_mask_rate
+        self.mask_seed = mask_seed
+
+    def inference_network(self) -> nn.Module:
+        """The transformer."""
+        return self.network
+
+    def training_data(self, dataset: Dataset) -> Dataset:
+        """The codes of a data set's images where there is a `cache`, which is filled first."""
+        if self.cache is None or self.tokenizer is None:
+            return dataset
+        return self.cache.fill(dataset, self.tokenizer)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss_codes` in nats per code, and the share of codes that are predicted rightly, `accuracy`."""
+        codes, label = self.codes(batch), self._label(batch)
+        if label is not None and self.label_drop:
+            hidden = torch.rand(label.shape, device=label.device) < self.label_drop
+            label = torch.where(hidden, self.network.null_label, label)
+        if isinstance(self.network, ARTransformer):
+            logits, mask = self.network(codes, label), torch.ones_like(codes, dtype=torch.bool)
+            loss = autoregressive_loss(logits, codes)
+        else:
+            ratio, score = torch.rand(len(codes), device=codes.device), torch.rand(codes.shape, device=codes.device)
+            mask = training_mask(ratio, score, self.min_mask_rate)
+            logits = self.network(codes, mask, label)
+            loss = masked_loss(logits, codes, mask, self.smoothing)
+        right = (logits.detach().argmax(dim=-1) == codes)[mask]
+        return {"loss_codes": loss, "accuracy": right.float().mean()}
+
+    def codes(self, batch: Batch) -> Tensor:
+        """Codes `(B, N)` int64 of a batch.
+
+        Raises:
+            KeyError: it has neither codes nor, with a tokenizer, images.
+        """
+        if "codes" in batch:
+            return batch["codes"].long().flatten(1)
+        if self.tokenizer is None:
+            raise KeyError("the batch has no 'codes': train from a cache of codes, or give the trainer a tokenizer")
+        return self.tokenizer.encode(batch["image"]).flatten(1)
+
+    def _label(self, batch: Batch) -> Tensor | None:
+        return batch["label"] if self.network.num_classes > 1 else None
+
+    def predict(self, batch: Batch) -> dict[str, Any]:
+        """`nll` in nats, `right` and `mask`, `(B, N)` each: of all codes, or of those masked by a fixed draw."""
+        codes, label = self.codes(batch), self._label(batch)
+        mask = torch.ones_like(codes, dtype=torch.bool)
+        if isinstance(self.network, ARTransformer):
+            logits = self.network(codes, label)
+        else:
+            generator = torch.Generator().manual_seed(self.mask_seed)
+            ratio, score = torch.rand(len(codes), generator=generator), torch.rand(codes.shape, generator=generator)
+            mask = training_mask(ratio, score, self.min_mask_rate).to(codes.device)
+            logits = self.network(codes, mask, label)
+        nll = nn.functional.cross_entropy(logits.movedim(-1, 1).float(), codes, reduction="none")
+        kept = {key: batch[key] for key in ("label", "sample_id") if key in batch}
+        return {**kept, "nll": nll, "right": logits.argmax(dim=-1) == codes, "mask": mask}

@@ -1,0 +1,269 @@
+"""Tokenizers, quantiser, discriminators: counts of the paper, shapes, phases, gradients."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqgan.models import (
+    ConvDecoder,
+    MaskGITEntropy,
+    PatchDiscriminator,
+    RegionalDilatedAttention,
+    StyleDiscriminator,
+    Tokenizer,
+    UpsampleConv,
+    UsageEntropy,
+    VectorQuantizer,
+    conv_tokenizer,
+    second_phase,
+    vqgan_tokenizer,
+)
+from seqgan.models.attention import SpatialAttention, partition, unpartition
+from seqgan.models.entropy import code_usage, entropy
+
+COUNTS = [
+    (conv_tokenizer, {}, 54_515_587),
+    (conv_tokenizer, {"shortcut": "input"}, 54_433_667),
+    (conv_tokenizer, {"extra": "attn1"}, 57_938_819),
+    (conv_tokenizer, {"extra": "attn2"}, 61_362_051),
+    (conv_tokenizer, {"extra": "conv2"}, 69_861_251),
+    (vqgan_tokenizer, {}, 72_141_699),
+    (PatchDiscriminator, {"n_layers": 3}, 2_765_633),
+    (PatchDiscriminator, {"n_layers": 2}, 663_361),
+    (StyleDiscriminator, {}, 23_998_017),
+]
+
+
+@pytest.mark.parametrize(("build", "options", "count"), COUNTS)
+def test_parameter_counts(build, options: dict, count: int) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(**options).parameters()) == count
+
+
+def tiny(**options) -> Tokenizer:
+    torch.manual_seed(0)
+    return conv_tokenizer(32, (1, 2), 1, codebook_size=16, z_dim=8, **options)
+
+
+def images(count: int = 2, size: int = 16) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("extra", ["none", "conv2", "attn1", "attn2"])
+def test_codes_decode_to_the_reconstruction(extra: str) -> None:
+    model = tiny(extra=extra).eval()
+    out = model(images())
+    codes = model.encode(images())
+    assert out.reconstruction.shape == (2, 3, 16, 16) and codes.shape == (2, 8, 8)
+    assert torch.equal(codes, out.indices)
+    assert torch.equal(model.decode(codes), out.reconstruction)
+    assert torch.equal(model.decode(codes.flatten(1)), out.reconstruction)
+    with pytest.raises(ValueError, match="no square"):
+        model.decode(codes.flatten(1)[:, :-1])
+
+
+def test_vqgan_runs_at_other_sizes() -> None:
+    model = vqgan_tokenizer(32, (1, 2), 1, (8,), 16, 16, codebook_size=16, embed_dim=8).eval()
+    for size in (16, 24):
+        assert model(images(1, size)).reconstruction.shape == (1, 3, size, size)
+
+
+def test_images_that_levels_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 2"):
+        tiny()(images(1, 15))
+
+
+def test_the_second_phase_starts_from_the_first_and_leaves_codes_alone() -> None:
+    first = tiny()
+    second = second_phase(first)
+    picture = images()
+    assert torch.allclose(second(picture).reconstruction, first(picture).reconstruction, atol=1e-6)
+    before, print_before = first.encode(picture), second.fingerprint()
+    assert print_before == first.fingerprint()
+    trained = {name for name, p in second.named_parameters() if p.requires_grad}
+    assert trained == {f"decoder.{name}" for name, _ in second.decoder.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in second.parameters() if p.requires_grad], 1e-3)
+    start = copy.deepcopy(second.decoder.state_dict())
+    for _ in range(2):
+        (second(picture).reconstruction - picture).abs().mean().backward()
+        assert {n for n, p in second.named_parameters() if p.grad is not None} == trained
+        optimizer.step()
+        optimizer.zero_grad()
+    after = second.decoder.state_dict()
+    assert not any(torch.equal(after[n], start[n]) for n in ("conv_out.weight", "levels.0.extra.0.regional.qkv.weight"))
+    assert torch.equal(second.encode(picture), before) and second.fingerprint() == print_before
+
+
+def test_the_second_phase_asks_for_what_it_needs() -> None:
+    with pytest.raises(ValueError, match="extra='none'"):
+        second_phase(tiny(extra="attn1"))
+    with pytest.raises(ValueError, match="attn1 or attn2"):
+        second_phase(tiny(), extra="conv2")
+    with pytest.raises(ValueError, match="unknown decoder extra"):
+        ConvDecoder(extra="attn3")
+
+
+def test_the_fingerprint_follows_encoder_and_codebook() -> None:
+    model = tiny()
+    prints = {model.fingerprint()}
+    for parameter in (model.encoder.stem.weight, model.quantizer.embedding.weight):
+        parameter.data.flatten()[0] += 1e-3
+        prints.add(model.fingerprint())
+    model.decoder.stem.weight.data += 1
+    prints.add(model.fingerprint())
+    assert len(prints) == 3
+
+
+def test_upsampling_equals_nearest_and_convolution() -> None:
+    torch.manual_seed(0)
+    up, x = UpsampleConv(5).double(), torch.randn(2, 5, 3, 4).double()
+    plain = F.conv2d(F.interpolate(x, scale_factor=2), up.conv.weight, up.conv.bias, padding=1)
+    assert torch.allclose(up(x), plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("span", ["all", "regional", "dilated"])
+def test_partition_is_undone(span: str) -> None:
+    x = torch.arange(2 * 8 * 12 * 3).view(2, 8, 12, 3)
+    assert torch.equal(unpartition(partition(x, span, 4), span, 4, (8, 12)), x)
+
+
+def test_spans_decide_who_sees_whom() -> None:
+    torch.manual_seed(0)
+    pixel = torch.zeros(1, 32, 8, 8)
+    reach = {}
+    for span in ("all", "regional", "dilated"):
+        layer = SpatialAttention(32, 2, span, window=4)
+        layer.norm = nn.Identity()  # the norm itself reads the whole map
+        x = torch.randn_like(pixel).requires_grad_()
+        layer(x)[0, :, 0, 0].sum().backward()
+        reach[span] = (x.grad[0].abs().sum(0) > 0).nonzero().tolist()
+    assert len(reach["all"]) == 64
+    assert reach["regional"] == [[i, j] for i in range(4) for j in range(4)]
+    assert reach["dilated"] == [[i, j] for i in range(0, 8, 2) for j in range(0, 8, 2)]
+
+
+def test_attention_pair_starts_as_the_identity() -> None:
+    x = torch.randn(1, 32, 8, 8)
+    assert torch.equal(RegionalDilatedAttention(32, 4)(x), x)
+    assert not torch.equal(RegionalDilatedAttention(32, 4, zero_init=False)(x), x)
+    with pytest.raises(ValueError, match="does not divide"):
+        RegionalDilatedAttention(32, 3)(x)
+
+
+# ------------------------------------------------------------------ quantiser and entropy
+
+
+def test_the_nearest_code_is_found_in_blocks() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(16, 4, block=5)
+    z = torch.randn(2, 4, 3, 3)
+    brute = torch.cdist(z.movedim(1, -1).reshape(-1, 4), quantizer.embedding.weight).argmin(1)
+    assert torch.equal(quantizer(z).indices.flatten(), brute)
+    with pytest.raises(ValueError, match="channels"):
+        quantizer(torch.randn(1, 5, 2, 2))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_beta_weighs_commitment_and_legacy_the_codebook(legacy: bool) -> None:
+    quantizer = VectorQuantizer(8, 4, beta=0.25, legacy_beta=legacy)
+    losses = quantizer(torch.randn(1, 4, 2, 2)).losses
+    ratio = losses["commit"] / losses["codebook"]
+    assert ratio.item() == pytest.approx(4.0 if legacy else 0.25)
+
+
+def use_after_training(term: nn.Module | None) -> float:
+    """Perplexity of the codes of fixed features after the codebook was trained."""
+    torch.manual_seed(0)
+    features = torch.randn(1, 4, 8, 8)
+    quantizer = VectorQuantizer(32, 4, entropy=term)
+    nn.init.normal_(quantizer.embedding.weight, 3.0, 1.0)
+    optimizer = torch.optim.Adam(quantizer.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        sum(quantizer(features).losses.values()).backward()
+        optimizer.step()
+    counts = quantizer(features).indices.flatten().bincount(minlength=32).double()
+    return entropy(counts / counts.sum()).exp().item()
+
+
+def test_the_entropy_term_spreads_use_and_the_printed_sign_does_not() -> None:
+    none = use_after_training(None)
+    assert use_after_training(UsageEntropy(0.5)) > none + 3
+    assert use_after_training(UsageEntropy(0.5, sign="paper")) <= none
+
+
+def test_scopes_and_distances_of_entropy() -> None:
+    near = torch.tensor([[[0.0, 9.0]], [[9.0, 0.0]]])  # every image sure of another code
+    assert code_usage(near, "batch").tolist()[0] == pytest.approx([0.5, 0.5])
+    assert code_usage(near, "image")[:, 0].tolist() == pytest.approx([0.99988, 0.00012], abs=1e-5)
+    values = {d: UsageEntropy(1.0, distance=d, scope="image")(near).item() for d in ("l2", "l2_squared")}
+    assert values["l2"] < values["l2_squared"] < 0
+    assert UsageEntropy(1.0)(near).item() == pytest.approx(-UsageEntropy(1.0, sign="paper")(near).item())
+    with pytest.raises(ValueError, match="unknown scope"):
+        UsageEntropy(scope="pixel")
+
+
+def test_maskgit_entropy_wants_sure_positions_and_even_use() -> None:
+    term = MaskGITEntropy(1.0, temperature=1.0)
+    good, unsure = torch.tensor([[[0.0, 9.0], [9.0, 0.0]]]), torch.zeros(1, 2, 2)
+    collapsed = torch.tensor([[[0.0, 9.0], [0.0, 9.0]]])
+    assert term(good) < term(unsure) - 0.5 and term(good) < term(collapsed) - 0.5
+
+
+def _joint(rank: int, folder: str, distances: Tensor) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    own = distances[rank : rank + 1].clone().requires_grad_()
+    UsageEntropy(1.0)(own).backward()
+    torch.save(own.grad / 2, f"{folder}/{rank}.pt")  # as averaging over processes does
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_entropy_over_processes_is_that_of_the_joint_batch(tmp_path) -> None:
+    distances = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) * 4
+    whole = distances.clone().requires_grad_()
+    UsageEntropy(1.0)(whole).backward()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(_joint, (str(tmp_path), distances), nprocs=2)
+    parts = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)])
+    assert torch.allclose(parts, whole.grad, atol=1e-7)
+
+
+# ------------------------------------------------------------------ discriminators
+
+
+def test_discriminators_give_logits() -> None:
+    assert PatchDiscriminator(ndf=8, n_layers=2)(images(2, 32)).shape == (2, 1, 6, 6)
+    assert StyleDiscriminator(16, channels={4: 8, 8: 8, 16: 4})(images()).shape == (2, 1)
+    with pytest.raises(ValueError, match="power of two"):
+        StyleDiscriminator(24)
+    with pytest.raises(ValueError, match="no width for maps"):
+        StyleDiscriminator(16, channels={8: 4, 16: 4})
+
+
+# ------------------------------------------------------------------ compilation and precision
+
+
+@pytest.mark.parametrize("extra", ["none", "attn1"])
+def test_tokenizers_compile_in_one_piece(extra: str) -> None:
+    torch._dynamo.reset()
+    model = tiny(extra=extra, entropy=UsageEntropy())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(images())
+    assert torch.allclose(compiled.reconstruction, model(images()).reconstruction, atol=1e-5)
+
+
+def test_codes_do_not_depend_on_autocast() -> None:
+    model = tiny(entropy=UsageEntropy())
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = model.encode(images())
+        losses = model(images()).losses
+    assert torch.equal(codes, model.encode(images()))
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in losses.values())

@@ -1,0 +1,198 @@
+"""Steps of tokenizers in both phases, with and without a discriminator, and of transformers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.data import StaleCacheError
+from core.param_groups import OptimConstructor
+from seqgan.codes import CodeCache
+from seqgan.models import (
+    ARTransformer,
+    MaskedTransformer,
+    PatchDiscriminator,
+    StyleDiscriminator,
+    UsageEntropy,
+    conv_tokenizer,
+)
+from seqgan.perceptual import SemanticPerceptualLoss, TappedNetwork
+from seqgan.trainer import CODES, TokenizerTrainer, TransformerTrainer
+
+ADAM = {"optimizer": {"type": "torch.optim.Adam", "lr": 2e-3}}
+
+
+def images() -> dict[str, Tensor]:
+    smooth = nn.functional.interpolate(
+        torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)), scale_factor=4
+    )
+    return {"image": smooth * 2 - 1, "sample_id": list("abcd")}
+
+
+def tokenizer(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return conv_tokenizer(32, (1, 1), 1, codebook_size=16, z_dim=8, entropy=UsageEntropy(), **options)
+
+
+def perceptual(alpha: float = 1.0) -> SemanticPerceptualLoss:
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
+    tapped = TappedNetwork(network, {"low": "1", "logit": ""})
+    return SemanticPerceptualLoss(tapped, alpha, low=("low",), semantic=("logit",))
+
+
+def wrapper(trainer: nn.Module, *names: str) -> object:
+    trainer.freeze()
+    return OptimConstructor({name: ADAM for name in names} if names else ADAM)(trainer.train())
+
+
+def test_first_phase_learns_to_reconstruct() -> None:
+    trainer = TokenizerTrainer(tokenizer(), perceptual())
+    optim = wrapper(trainer)
+    logs = [trainer.train_step(images(), optim) for _ in range(12)]
+    assert logs[-1]["loss_l1"] < logs[0]["loss_l1"]
+    terms = {"loss_l1", "loss_perceptual", "loss_codebook", "loss_commit", "loss_entropy", "layer_semantic"}
+    assert terms <= logs[0].keys() and trainer.steps == 12
+    out = trainer.val_step(images())
+    assert out["reconstruction"].shape == (4, 3, 16, 16) and out["indices"].shape == (4, 8, 8)
+
+
+def test_second_phase_trains_the_decoder_alone() -> None:
+    first = tokenizer()
+    network = tokenizer(extra="attn1")
+    network.load_state_dict({**network.state_dict(), **first.state_dict()})
+    trainer = TokenizerTrainer(network, perceptual(0.0), frozen=CODES)
+    optim = wrapper(trainer)
+    before = copy.deepcopy(network.state_dict())
+    logs = trainer.train_step(images(), optim)
+    assert not logs.keys() & {"loss_codebook", "loss_commit", "loss_entropy"}
+    for _ in range(2):
+        trainer.train_step(images(), optim)
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+    assert any(".extra." in name for name in changed)
+    assert network.fingerprint() == first.fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["stylegan", "patchgan"])
+def test_both_players_take_their_own_steps(kind: str) -> None:
+    options = {"adversarial": "hinge", "adaptive": True, "discriminator_factor": 0.5, "penalty": 0.0}
+    critic = PatchDiscriminator(ndf=4, n_layers=1)
+    if kind == "stylegan":
+        critic, options = StyleDiscriminator(16, channels={4: 8, 8: 4, 16: 4}), {"penalty_every": 2}
+    trainer = TokenizerTrainer(tokenizer(), perceptual(), discriminator=critic, **options)
+    optim = wrapper(trainer, "network", "discriminator")
+    before = copy.deepcopy(trainer.state_dict())
+    logs = [trainer.train_step(images(), optim) for _ in range(2)]
+    assert ("loss_penalty" in logs[0]) == (kind == "stylegan") and "loss_penalty" not in logs[1]
+    assert {"loss_adversarial", "loss_discriminator", "adversarial_weight"} <= logs[0].keys()
+    moved = {name.split(".")[0] for name, p in trainer.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"network", "discriminator"}
+    assert all(p.requires_grad for p in trainer.discriminator.parameters())
+
+
+def test_the_adversarial_loss_waits_but_the_discriminator_does_not() -> None:
+    critic = StyleDiscriminator(16, channels={4: 8, 8: 4, 16: 4})
+    trainer = TokenizerTrainer(tokenizer(), discriminator=critic, adversarial_start=1, adversarial_ramp=1, penalty=0.0)
+    optim = wrapper(trainer, "network", "discriminator")
+    start = copy.deepcopy(critic.state_dict())
+    logs = [trainer.train_step(images(), optim) for _ in range(3)]
+    shares = [(log["loss_adversarial"] / (log["adversarial_weight"])).item() for log in logs]
+    assert shares[0] == 0 and 0 < shares[1] < shares[2]
+    assert not torch.equal(critic.stem.weight, start["stem.weight"])
+
+
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_transformers_learn_codes(kind: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "depth": 1, "num_heads": 2}
+    network = (
+        ARTransformer(8, 2, 16, **sizes, null_class=True) if kind == "ar" else MaskedTransformer(8, 2, 16, **sizes)
+    )
+    trainer = TransformerTrainer(network, label_drop=0.1)
+    batch = {"codes": (torch.arange(16) % 4).view(1, 4, 4).expand(8, 4, 4), "label": torch.arange(8) % 2}
+    optim = wrapper(trainer)
+    logs = [trainer.train_step(batch, optim) for _ in range(40)]
+    assert logs[-1]["loss_codes"] < logs[0]["loss_codes"] - 0.2
+    first, second = trainer.eval().val_step(batch), trainer.val_step(batch)
+    assert torch.equal(first["nll"], second["nll"]) and first["nll"].shape == (8, 16)
+    assert first["mask"].all() == (kind == "ar")
+
+
+def test_codes_come_from_the_batch_or_a_tokenizer() -> None:
+    network = ARTransformer(16, 1, 64, 8, 1, 1)
+    with pytest.raises(KeyError, match="no 'codes'"):
+        TransformerTrainer(network).losses(images())
+    trainer = TransformerTrainer(network, tokenizer())
+    trainer.freeze()
+    assert torch.equal(trainer.codes(images()), trainer.tokenizer.encode(images()["image"]).flatten(1))
+    trainer.train().losses(images())["loss_codes"].backward()
+    assert all(p.grad is None for p in trainer.tokenizer.parameters()) and not trainer.tokenizer.training
+    with pytest.raises(ValueError, match="null_class=True"):
+        TransformerTrainer(network, label_drop=0.1)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Four pictures with noise as augmentation; counts how often one is read."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.noise, self.reads = noise, []
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict:
+        self.reads.append(index)
+        image = images()["image"][index]
+        return {"image": image + self.noise * torch.randn_like(image), "label": index % 2}
+
+
+def spread_tokenizer() -> nn.Module:
+    """Codes that lie among the features, so that more than one is in use."""
+    model = tokenizer()
+    nn.init.normal_(model.quantizer.embedding.weight, 0.0, 1.0)
+    return model
+
+
+def test_cached_codes_are_those_of_the_images(tmp_path) -> None:
+    model, data = spread_tokenizer(), Pictures()
+    trainer = TransformerTrainer(ARTransformer(16, 2, 64, 8, 1, 1), model, CodeCache(tmp_path / "codes", batch_size=3))
+    before = torch.get_rng_state()
+    cached = trainer.training_data(data)
+    assert torch.equal(torch.get_rng_state(), before)
+    read = len(data.reads)
+    expected = model.encode(images()["image"])
+    assert len(expected.unique()) > 2
+    for index in range(4):
+        assert torch.equal(cached[index]["codes"], expected[index]) and cached[index]["label"] == index % 2
+    assert len(data.reads) == read and len(cached) == 4
+    trainer.training_data(data)
+    assert len(data.reads) == read + 1, "a filled cache reads the first image only, to compare"
+    batch = torch.utils.data.default_collate([cached[i] for i in range(4)])
+    assert trainer.losses(batch)["loss_codes"].isfinite()
+
+
+def test_codes_of_another_tokenizer_or_data_set_are_refused(tmp_path) -> None:
+    cache, model = CodeCache(tmp_path / "codes"), spread_tokenizer()
+    cache.fill(Pictures(), model)
+    model.decoder.stem.weight.data += 1
+    cache.fill(Pictures(), model)
+    with pytest.raises(StaleCacheError, match="noise"):
+        cache.fill(Pictures(noise=0.5), model)
+    model.encoder.stem.weight.data += 1
+    with pytest.raises(StaleCacheError, match="tokenizer"):
+        cache.fill(Pictures(), model)
+
+
+def test_views_are_augmented_apart_and_drawn(tmp_path) -> None:
+    cached = CodeCache(tmp_path / "codes", views=3).fill(Pictures(noise=1.0), spread_tokenizer())
+    torch.manual_seed(0)
+    seen = {tuple(cached[0]["codes"].flatten().tolist()) for _ in range(30)}
+    assert len(seen) == 3
+    again = CodeCache(tmp_path / "again", views=3).fill(Pictures(noise=1.0), spread_tokenizer())
+    assert tuple(again[0]["codes"].flatten().tolist()) in seen
+    with pytest.raises(ValueError, match="at least one view"):
+        CodeCache(tmp_path, views=0)
