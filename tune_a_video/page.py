@@ -11,10 +11,12 @@ from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from PIL import Image
 
 from core.registry import HOOKS
 from core.trainer import unwrap
 from tune_a_video.editing import Edits, plain_scores
+from tune_a_video.strips import strips
 from tune_a_video.video_io import save_video, to_pixels
 
 _STYLE = (
@@ -32,7 +34,8 @@ def file_name(text: str, limit: int = 60) -> str:
 def write_page(
     made: Edits, folder: Path, *, scores: Mapping[str, Any] | None = None, fps: float = 8.0, mp4: bool = True
 ) -> Path:
-    """Writes `index.html`, `scores.json`, a GIF (and MP4) and a folder of PNG frames for every video.
+    """Writes `index.html`, `scores.json`, all videos as one picture (`strips.png`), and for every video a GIF (and MP4)
+    and a folder of PNG frames.
 
     Args:
         made: the clip and its edits.
@@ -46,6 +49,7 @@ def write_page(
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_video(made.grid(), folder / "side_by_side.gif", fps)
+    Image.fromarray(strips(made.columns())).save(folder / "strips.png")
     figures = []
     for i, (title, video) in enumerate(made.columns().items()):
         stem = f"{i:02d}-{file_name(title)}"
