@@ -81,20 +81,18 @@ class FeatureCache:
         """
         views = Views(dataset, self.crops)
         ids = [f"{index}-{view}" for index in range(len(dataset)) for view in range(len(views))]
-        example = views[0, 0]["image"][None]
         backbone.eval()
-        # A run that fills the cache goes on with the random numbers of one that finds it filled.
+        # A run from the cache goes on with the random numbers of one from pictures, whether it fills the cache or not.
         with preserved_random_state(), torch.no_grad(), context():
+            example = views[0, 0]["image"][None]
             shape = (*backbone.grid(example), backbone.dim)
             provenance |= _origin(dataset, views, example, backbone) | {"dtype": str(self.dtype), "shape": shape}
             # The name is the content's: settings that are tried in turn do not overwrite each other.
             name = blake2b(repr(sorted(provenance.items())).encode(), digest_size=8).hexdigest()
             with DerivedCache(self.folder / name, provenance, ids=ids) as cache:
-                missing = cache.missing(mine=True)
-                self._check_space(len(missing), shape)
-                loader = DataLoader(
-                    _Pictures(views, missing), self.batch_size, num_workers=self.num_workers, collate_fn=_collate
-                )
+                self._check_space(len(cache.missing()), shape)  # of all processes together
+                pictures = _Pictures(views, cache.missing(mine=True))
+                loader = DataLoader(pictures, self.batch_size, num_workers=self.num_workers, collate_fn=_collate)
                 for names, images in Progress().over(loader, f"features of {type(dataset).__name__}"):
                     features = backbone(images.to(_device(backbone))).unflatten(1, shape[:2])
                     cache.write(names, {"features": self._rounded(features)})

@@ -92,6 +92,17 @@ def test_flips_are_kept_and_vary_from_epoch_to_epoch(flowers, tmp_path) -> None:
     assert {len(views) for views in seen.values()} == {2}
 
 
+def test_filling_and_finding_leave_random_numbers_as_they_were(flowers, tmp_path) -> None:
+    data = Flowers(flowers, "train", transform=CropTrain(32, 32, "center", 0.5), masks=False)
+    for _ in ("fills it", "finds it"):
+        backbone = vit()
+        torch.manual_seed(3)
+        expected = torch.rand(4)
+        torch.manual_seed(3)
+        FeatureCache(tmp_path).fill(data, backbone)
+        assert torch.equal(torch.rand(4), expected)
+
+
 def test_half_precision_is_close_and_half_the_size(flowers, tmp_path) -> None:
     data = Flowers(flowers, "train", transform=Square(32), masks=False)
     exact, half = (FeatureCache(tmp_path / dtype, dtype).fill(data, vit()) for dtype in ("float32", "float16"))
