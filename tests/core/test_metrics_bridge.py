@@ -310,4 +310,5 @@ def test_processes_with_uneven_shares_give_the_figures_of_one(tmp_path):
         alone.process({}, data)
         assert found[0][name][0] == pytest.approx(_expected(data), abs=1e-6), name
         assert found[0][name][1] == pytest.approx(alone.evaluate(len(data["label"]))), name
-    assert len(list(tmp_path.glob("refused-*"))) == 2  # one process's NaN is every process's error: none waits for the other
+    # The NaN of one process is the error of every process: none waits for the other.
+    assert len(list(tmp_path.glob("refused-*"))) == 2
