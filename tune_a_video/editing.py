@@ -16,15 +16,16 @@ from tune_a_video.losses import frame_noise
 from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.video_io import video_grid
 
-INITS = ("ddim_inversion", "noise", "shared_noise", "sdedit:STRENGTH")
+INITS = ("ddim_inversion", "noise", "shared_noise", "ddim_inversion:EVERY", "sdedit:STRENGTH")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How edits are sampled; the defaults are the released configurations'.
 
-    init: where sampling starts: `ddim_inversion` of the source, `noise`, `shared_noise` (the same for all frames), or
-        `sdedit:0.6` (the source noised so far).
+    init: where sampling starts: `ddim_inversion` of the source, `noise`, `shared_noise` (the same for all frames),
+        `ddim_inversion:2` (every second frame inverted and noise for those between, whose content only the tuned
+        network knows), or `sdedit:0.6` (the source noised so far).
     steps: of the inversion and of sampling.
     guidance_scale: of classifier-free guidance.
     eta: of DDIM.
@@ -56,7 +57,7 @@ class Sampling:
     cache: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.init not in INITS[:3] and self.strength is None:
+        if self.init not in INITS[1:3] and self.inverted_every is None and self.strength is None:
             raise ValueError(f"no init {self.init!r}: use {', '.join(INITS)}")
         if self.steps < 1 or (self.prompts_at_once is not None and self.prompts_at_once < 1):
             raise ValueError(f"steps={self.steps}, prompts_at_once={self.prompts_at_once}: at least one")
@@ -76,6 +77,23 @@ class Sampling:
         if unknown:
             raise ValueError(f"sample has no {', '.join(unknown)}")
         return cls(**(value or {}))
+
+    @property
+    def inverted_every(self) -> int | None:
+        """Frames 0, n, 2 n, ... start from the inversion: n; None where none does."""
+        kind, colon, number = self.init.partition(":")
+        if kind != "ddim_inversion":
+            return None
+        if colon and not (number.isdecimal() and int(number)):
+            raise ValueError(f"init={self.init!r}: ddim_inversion:EVERY with a whole number from 1")
+        return int(number) if colon else 1
+
+    def from_noise(self, frames: int) -> Tensor:
+        """Which of the frames start from nothing but noise, `(f,)` bool."""
+        mask = torch.full((frames,), self.strength is None)
+        if self.inverted_every is not None:
+            mask[:: self.inverted_every] = False
+        return mask
 
     @property
     def strength(self) -> float | None:
@@ -102,7 +120,7 @@ def _scheduler_class(name: str) -> Any:
 
 
 def starting_latents(pipe: TuneAVideoPipeline, latents: Tensor, caption: str, sampling: Sampling) -> Tensor:
-    """What sampling starts from, `(1, c, f, h, w)`: inverted latents, noise, or (for SDEdit) the clean latents.
+    """What sampling starts from, `(1, c, f, h, w)`: inverted latents, noise, both, or (for SDEdit) the clean latents.
 
     Args:
         pipe: the model under test.
@@ -110,15 +128,18 @@ def starting_latents(pipe: TuneAVideoPipeline, latents: Tensor, caption: str, sa
         caption: of the source.
         sampling: says how.
     """
-    if sampling.init == "ddim_inversion":
-        prompt = caption if sampling.inversion_prompt is None else sampling.inversion_prompt
-        options = {"window": sampling.window, "overlap": sampling.overlap, "cache": sampling.cache}
-        return pipe.invert(latents, prompt, sampling.steps, iterations=sampling.inversion_iters, **options)
     if sampling.strength is not None:
         return latents
     generator = torch.Generator().manual_seed(sampling.seed)
     kind = "shared" if sampling.init == "shared_noise" else "iid"
-    return frame_noise(tuple(latents.shape), kind, generator=generator).to(latents)
+    noise = frame_noise(tuple(latents.shape), kind, generator=generator).to(latents)
+    if sampling.inverted_every is None:
+        return noise
+    prompt = caption if sampling.inversion_prompt is None else sampling.inversion_prompt
+    options = {"window": sampling.window, "overlap": sampling.overlap, "cache": sampling.cache}
+    inverted = pipe.invert(latents, prompt, sampling.steps, iterations=sampling.inversion_iters, **options)
+    noise[:, :, :: sampling.inverted_every] = inverted[:, :, :: sampling.inverted_every]
+    return noise
 
 
 def edit(

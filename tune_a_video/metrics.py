@@ -103,7 +103,7 @@ def _several(frames: Tensor, name: str) -> int:
 
 # ---------------------------------------------------------------------- metrics of videos
 class _Means(Metric):
-    """Means of named figures over videos."""
+    """Means of named figures over the videos that have them; what no video has is left out."""
 
     full_state_update = False
     is_differentiable = False
@@ -116,12 +116,16 @@ class _Means(Metric):
 
     def add(self, values: Mapping[str, float | Tensor]) -> None:
         """Counts one video."""
-        self.total += torch.stack([torch.as_tensor(values[n]).double().to(self.total.device) for n in self.figures])
-        self.count += 1
+        for place, name in enumerate(self.figures):
+            if name in values:
+                self.total[place] += torch.as_tensor(values[name]).double().to(self.total.device)
+                self.count[place] += 1
 
     def compute(self) -> dict[str, Tensor]:
         """Figure -> mean over videos."""
-        return dict(zip(self.figures, self.total / self.count, strict=True))
+        means = dict(zip(self.figures, self.total / self.count, strict=True))
+        had = {name: mean for (name, mean), count in zip(means.items(), self.count, strict=True) if count}
+        return had or means
 
 
 _Read = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], Tensor]
@@ -242,6 +246,8 @@ class PickScore(TextAlignment):
 class DrawnScores(_Means):
     """Readings of edited clips of the drawn world: means of `path`, `words`, `agree`, `joint` and `jitter`.
 
+    Where only some frames started from noise, also `path_new`: the path of those alone.
+
     Args:
         folder: the stand-in (`tools/prepare_data.py task=tiny_sd`), for its judge.
     """
@@ -249,25 +255,31 @@ class DrawnScores(_Means):
     def __init__(self, folder: str | os.PathLike, **options: Any) -> None:
         from tune_a_video.standin import Reading, load_judge
 
-        super().__init__(Reading._fields, **options)
+        super().__init__((*Reading._fields, "path_new"), **options)
         self.judge = load_judge(folder)
 
-    def update(self, videos: Tensor, centres: Tensor, prompts: Sequence[str]) -> None:
+    def update(self, videos: Tensor, centres: Tensor, prompts: Sequence[str], from_noise: Tensor | None = None) -> None:
         """Takes videos.
 
         Args:
             videos: (b, 3, f, 16, 16) in [0, 1].
             centres: of the sources' objects, (b, f, 2) in pixels.
             prompts: captions of the drawn world, one for each.
+            from_noise: frames that did not start from the source, (b, f) bool; None: not known.
 
         Raises:
             ValueError: shapes or numbers do not fit, or a prompt is no caption of that world.
         """
-        from tune_a_video.standin import measure, parse_caption
+        from tune_a_video.standin import measure, parse_caption, path_distances
 
         _check_videos(videos)
-        for video, path, prompt in zip(videos.float(), centres, prompts, strict=True):
-            self.add(measure(2 * video.transpose(0, 1) - 1, path, parse_caption(prompt), self.judge)._asdict())
+        new = torch.zeros(centres.shape[:2], dtype=torch.bool) if from_noise is None else from_noise
+        for video, path, prompt, mask in zip(videos.float(), centres, prompts, new.to(centres.device), strict=True):
+            frames = 2 * video.transpose(0, 1) - 1
+            values = measure(frames, path, parse_caption(prompt), self.judge)._asdict()
+            if mask.any() and not mask.all():
+                values["path_new"] = path_distances(frames[mask], path[mask]).mean()
+            self.add(values)
 
 
 def _check_videos(videos: Tensor) -> None:
@@ -281,10 +293,10 @@ class EditQuality(TorchMetrics):
     """Scores the edits that `TuneAVideoTrainer.predict` returns; each edit of each clip counts once.
 
     Reads `video` and `source` `(R, 3, f, H, W)` in [0, 1], texts `prompt` and `source_prompt`, and of the drawn world
-    `centres` `(R, f, 2)`.
+    `centres` `(R, f, 2)` and `from_noise` `(R, f)`.
 
     Gives the figures of `ClipScores`, and `pick_score`, `warp_error` (under the source's motion), and the drawn world's
-    `path`, `words`, `agree`, `joint`, `jitter`: those for which a file or folder is given.
+    `path`, `words`, `agree`, `joint`, `jitter` (and `path_new`): those for which a file or folder is given.
 
     Args:
         clip: folder of a CLIP, or of the stand-in.
@@ -316,7 +328,8 @@ class EditQuality(TorchMetrics):
         if raft is not None:
             metrics["warp_error"], inputs["warp_error"] = WarpError(raft), ["video", "source"]
         if drawn is not None:
-            metrics["drawn"], inputs["drawn"] = DrawnScores(drawn), ["video", "centres", "prompt"]
+            metrics["drawn"] = DrawnScores(drawn)
+            inputs["drawn"] = ["video", "centres", "prompt", "from_noise"]
         if not metrics:
             raise ConfigError("EditQuality: give clip=, pick_score=, raft= or drawn=, a folder or file of each")
         # A clip with several edits gives several samples.

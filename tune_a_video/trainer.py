@@ -250,9 +250,9 @@ class TuneAVideoTrainer(Trainer):
         """All edits of the clips, one row for each clip and prompt.
 
         Returns:
-            `video` and `source` `(R, 3, f, H, W)` in [0, 1]; R texts `prompt` and `source_prompt`; `sample_id`
-            `CLIP/NUMBER`; whatever else the batch holds for each clip; and per clip `scores`, see
-            `tune_a_video.editing.plain_scores`.
+            `video` and `source` `(R, 3, f, H, W)` in [0, 1]; `from_noise` `(R, f)`, frames that did not start from the
+            source; R texts `prompt` and `source_prompt`; `sample_id` `CLIP/NUMBER`; whatever else the batch holds for
+            each clip; and per clip `scores`, see `tune_a_video.editing.plain_scores`.
         """
         made = [self._edits_of(batch, i) for i in range(len(batch["video"]))]
         self._shown = {one.sample_id: one for one in made}
@@ -262,6 +262,7 @@ class TuneAVideoTrainer(Trainer):
             **{key: _repeated(value, clips) for key, value in batch.items() if key not in skipped},
             "video": torch.cat([one.videos for one in made]),
             "source": torch.stack([made[i].source for i in clips]),
+            "from_noise": self.sample.from_noise(batch["video"].shape[1]).repeat(len(clips), 1),
             "prompt": [prompt for one in made for prompt in one.prompts],
             "source_prompt": [made[i].caption for i in clips],
             "sample_id": [f"{one.sample_id}/{k}" for one in made for k in range(len(one.prompts))],
@@ -277,7 +278,7 @@ class TuneAVideoTrainer(Trainer):
         latents = self.encoding(video, caption, sample_id)[0]
         with torch.no_grad(), self._parts_here() as pipe:
             start = starting_latents(pipe, latents, caption, self.sample)
-            inverted = self.sample.init == "ddim_inversion"
+            inverted = self.sample.inverted_every is not None
             inversion = reconstruct(pipe, start, caption, self.sample) if inverted else None
             videos = edit(pipe, latents, caption, prompts, self.sample, start)
         source = rearrange(video.float() / 2 + 0.5, "f c h w -> c f h w").clamp(0, 1)

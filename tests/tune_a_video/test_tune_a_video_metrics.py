@@ -28,7 +28,7 @@ from tune_a_video.metrics import (
     frame_consistency,
     text_alignment,
 )
-from tune_a_video.standin import captions, draw_clip, make_tokenizer, measure
+from tune_a_video.standin import captions, draw_clip, make_tokenizer, measure, path_distances
 from tune_a_video.standin.folder import save_tiny_clip
 from tune_a_video.standin.networks import Judge, TinyCLIP, text_config
 from tune_a_video.warp import visible, warp, warp_error
@@ -215,6 +215,16 @@ def test_drawn_scores_are_readings(standin):
     for name, value in figures.items():
         mean = sum(getattr(reading, name) for reading in by_hand) / 2
         assert value.item() == pytest.approx(mean, rel=1e-3), name
+    # The frames that started from noise have a path of their own; a video without such frames does not count in it.
+    shifted = videos.roll(2, dims=-1)
+    shifted[:, :, :-2] = videos[:, :, :-2]
+    mask = torch.arange(videos.shape[2]) >= videos.shape[2] - 2
+    metric = DrawnScores(standin)
+    metric.update(shifted, centres, [c.caption for c in clips], mask.expand(2, -1))
+    metric.update(videos, centres, [c.caption for c in clips], torch.zeros_like(mask).expand(2, -1))
+    frames = 2 * shifted[:, :, mask].transpose(1, 2) - 1
+    distances = [path_distances(f, c.centres[mask]).mean().item() for f, c in zip(frames, clips, strict=True)]
+    assert metric.compute()["path_new"].item() == pytest.approx(sum(distances) / 2, rel=1e-5) and min(distances) > 1
     with pytest.raises(ValueError, match="no caption of the drawn world"):
         metric.update(videos, centres, ["a jeep", "a car"])
 
@@ -231,6 +241,7 @@ def test_an_evaluator_counts_every_edit_of_every_clip(standin, folder):
             "prompt": prompts,
             "source_prompt": [clip.caption] * count,
             "centres": clip.centres.expand(count, -1, -1),
+            "from_noise": torch.zeros(count, len(clip.centres), dtype=torch.bool),
         }
         evaluator.process({}, {**predicted, "sample_id": [f"drawn-{seed}/{k}" for k in range(count)]})
         alone.update(predicted["video"], predicted["centres"], prompts)

@@ -205,6 +205,7 @@ def test_checkpoints_hold_the_tuned_tensors_and_fit_back(sd_folder):
         ({"noise": "pink"}, "iid"),
         ({"caption_dropout": 2.0}, "share"),
         ({"sample": {"init": "inversion"}}, "ddim_inversion"),
+        ({"sample": {"init": "ddim_inversion:0"}}, "whole number from 1"),
         ({"sample": {"init": "sdedit:2"}}, "strength"),
         ({"sample": {"scheduler": "DDIM"}}, "DDIMScheduler"),
         ({"sample": {"step": 3}}, "step"),
@@ -271,6 +272,12 @@ def test_starts_of_sampling(sd_folder):
     }
     assert starts["shared_noise"].std(dim=2).max() == 0 < starts["noise"].std(dim=2).min()
     assert torch.equal(starts["sdedit:0.5"], latents)
+    gaps = Sampling(init="ddim_inversion:2", steps=4)
+    start = starting_latents(made.pipe, latents, "a man", gaps)
+    assert torch.equal(start[:, :, ::2], starts["ddim_inversion"][:, :, ::2])
+    assert torch.equal(start[:, :, 1], starts["noise"][:, :, 1])
+    assert gaps.from_noise(3).tolist() == [False, True, False]
+    assert Sampling(init="noise").from_noise(3).all() and not Sampling(init="sdedit:0.5").from_noise(3).any()
     captioned = starting_latents(made.pipe, latents, "a man", Sampling(steps=4, inversion_prompt=None))
     assert not torch.allclose(captioned, starts["ddim_inversion"])
     assert type(made.pipe.scheduler).__name__ == "DDIMScheduler"
