@@ -249,7 +249,7 @@ def test_an_evaluator_counts_every_edit_of_every_clip(standin, folder):
     drawn = {name: value.item() for name, value in alone.compute().items()}
     assert set(figures) == {"frame_consistency", "frame_accuracy", "pick_score", *drawn}
     assert {name: figures[name] for name in drawn} == pytest.approx(drawn) and figures["path"] < 0.3
-    assert alone.count.tolist() == [4] * 5
+    assert alone.count.tolist() == [4] * 5 + [0]
     with pytest.raises(MetricError, match="not one sample"):
         evaluator.evaluate(2)
     with pytest.raises(MetricError, match="'video'"):
