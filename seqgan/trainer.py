@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from core.errors import ConfigError
 from core.trainer import Batch, Inference, Trainer
 from seqgan.codes import CodeCache
-from seqgan.diagnostics import predicted_images
+from seqgan.diagnostics import codebook_usage, predicted_images
 from seqgan.generation import Generator, check_codes, spread_labels
 from seqgan.inference import (
     REQUESTS,
@@ -44,6 +44,8 @@ from seqgan.sampling import ARSampler, ParallelSampler
 
 # In the second phase; `TokenizerTrainer(frozen=...)` takes them.
 CODES = ("network.encoder", "network.quant_conv", "network.quantizer")
+# Steps without use after which the log calls a code dead.
+DEAD_AFTER = 100
 
 
 class TokenizerTrainer(Trainer):
@@ -102,6 +104,8 @@ class TokenizerTrainer(Trainer):
         self.penalty, self.penalty_every = penalty, penalty_every
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        # Step in which every code was last used, for the log; it begins anew when a run goes on.
+        self.register_buffer("last_use", torch.zeros(network.quantizer.size, dtype=torch.long), persistent=False)
         self._step = 0
         self._made: Tensor | None = None
 
@@ -125,7 +129,10 @@ class TokenizerTrainer(Trainer):
         return logs
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The tokenizer's weighted terms; `layer_*` are the perceptual loss' taps before weighting."""
+        """The tokenizer's weighted terms; `layer_*` are the perceptual loss' taps before weighting.
+
+        Of the codebook: `codes_in_batch`, their `perplexity`, and `dead_codes`, unused for `DEAD_AFTER` steps.
+        """
         image = batch["image"]
         made, indices, terms = self.network(image)
         self._made = made.detach()
@@ -140,8 +147,18 @@ class TokenizerTrainer(Trainer):
             found |= {f"loss_{name}": term for name, term in terms.items()}
         if self.discriminator is not None:
             found |= self._against(made, reconstruction)
-        found["codes_in_batch"] = made.new_tensor(float(len(indices.unique())))
-        return found
+        return found | self._use(indices)
+
+    @torch.no_grad()
+    def _use(self, indices: Tensor) -> dict[str, Tensor]:
+        flat = indices.flatten()
+        counts = torch.zeros_like(self.last_use).index_add_(0, flat, torch.ones_like(flat))
+        self.last_use.masked_fill_(counts > 0, self._step)
+        return {
+            "codes_in_batch": (counts > 0).sum().float(),
+            "perplexity": codebook_usage(counts).perplexity.float(),
+            "dead_codes": (self._step - self.last_use >= DEAD_AFTER).sum().float(),
+        }
 
     def _against(self, made: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         factor = started(self._step, self.adversarial_start, 1.0, self.adversarial_ramp)
