@@ -207,6 +207,15 @@ class TokenizerTrainer(Trainer):
         side = None if self.input_shape is None else self.input_shape[-1]
         return reconstruct_picture(self.network, file, side, self.device)
 
+    def table_figures(self, cfg: Any) -> dict[str, int]:
+        """`codebook`, its size, `code_channels`, and `codes` of an image of `input_shape`."""
+        weight = self.network.quantizer.embedding.weight
+        figures = {"codebook": weight.shape[0], "code_channels": weight.shape[1]}
+        if self.input_shape is not None:
+            features = self.network.features(torch.zeros(1, *self.input_shape, device=weight.device))
+            figures["codes"] = features.shape[-2] * features.shape[-1]
+        return figures
+
 
 class TransformerTrainer(Trainer):
     """A transformer over codes: cross-entropy of all codes, or of the masked ones.

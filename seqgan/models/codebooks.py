@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqgan.models.quantizer import Quantized, VectorQuantizer
+from seqgan.models.quantizer import Quantized, VectorQuantizer, full_precision
 
 KINDS = ("vq", "ema", "l2norm_factorized", "kmeans_restart")
 
@@ -191,7 +191,7 @@ class FactorizedQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise features `(B, C, H, W)`."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             low = self._low(z.float().movedim(1, -1)).movedim(-1, 1)
             z_q, indices, losses = self.codes(low)
             return Quantized(self._high(z_q), indices, losses)

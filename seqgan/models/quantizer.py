@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 
 INITS = ("flax", "taming")
 GRADIENTS = ("straight_through", "rotation")
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """No autocast on the device of a tensor; the meta device knows none."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Quantized(NamedTuple):
@@ -76,7 +82,7 @@ class VectorQuantizer(nn.Module):
         """
         if z.shape[1] != self.dim:
             raise ValueError(f"features of {z.shape[1]} channels, but codes of {self.dim}: give both the same width")
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             z = z.float()
             features = rearrange(z, "b c h w -> b (h w) c")
             squared = None

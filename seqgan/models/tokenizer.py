@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from seqgan.models.codebooks import quantizer_of_kind
 from seqgan.models.conv_vqgan import MULTIPLIERS, ConvDecoder, ConvEncoder
-from seqgan.models.quantizer import VectorQuantizer
+from seqgan.models.quantizer import VectorQuantizer, full_precision
 from seqgan.models.taming_vqgan import VQGANDecoder, VQGANEncoder
 
 
@@ -65,7 +65,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Codes `(B, h, w)` of images, in float32 also under autocast: a code changes where rounding moves a tie."""
-        with torch.autocast(image.device.type, enabled=False):
+        with full_precision(image):
             return self.quantizer.nearest(self.features(image.float()).movedim(1, -1))
 
     def decode(self, indices: Tensor) -> Tensor:
