@@ -19,14 +19,16 @@ class InferOptions(Protocol):
     """What `infer` reads of the command line."""
 
     checkpoint: str
-    input: str
+    input: str | None
     output: str
     device: str
     config_dir: str | None
 
 
 def infer(overrides: list[str], options: InferOptions) -> list[dict[str, Any]]:
-    """Writes, for every input file, the trainer's pictures, and ``results.json`` with all records.
+    """Writes, for every input file, the trainer's pictures and arrays, and ``results.json`` with all records.
+
+    Without an input, what the trainer generates by itself is written under the name ``samples``.
 
     A file that cannot be read is reported in its record and does not stop the others.
 
@@ -46,7 +48,11 @@ def infer(overrides: list[str], options: InferOptions) -> list[dict[str, Any]]:
     from core.runner import pick_device
     from core.weights import load_weights
 
-    files = input_files(Path(options.input))
+    files: list[Path | None] = [None]
+    names = ["samples"]
+    if options.input is not None:
+        found = input_files(Path(options.input))
+        files, names = list(found), _names(found, Path(options.input))
     device = pick_device(options.device)
     trainer = build_trainer(compose(overrides, options.config_dir))
     print(load_weights(trainer, find_checkpoint(options.checkpoint)))
@@ -55,7 +61,7 @@ def infer(overrides: list[str], options: InferOptions) -> list[dict[str, Any]]:
     output.mkdir(parents=True, exist_ok=True)
     records = []
     with torch.no_grad():
-        for file, name in zip(files, _names(files, Path(options.input)), strict=True):
+        for file, name in zip(files, names, strict=True):
             records.append(_one(trainer, file, output / name))
             print(json.dumps(records[-1], default=float))
     (output / "results.json").write_text(json.dumps(records, indent=1, default=float) + "\n")
@@ -74,18 +80,26 @@ def _names(files: list[Path], root: Path) -> list[str]:
     return names
 
 
-def _one(trainer: Any, file: Path, output: Path) -> dict[str, Any]:
+def _one(trainer: Any, file: Path | None, output: Path) -> dict[str, Any]:
+    named = {} if file is None else {"file": str(file)}
     try:
-        result = trainer.infer(file)
+        result = trainer.generate() if file is None else trainer.infer(file)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        return {"file": str(file), "error": f"{type(error).__name__}: {error}"}
+        return {**named, "error": f"{type(error).__name__}: {error}"}
     pictures = {
         name: str(write_picture(array, output.with_name(f"{output.name}_{name}")))
         for name, array in result.pictures.items()
     }
-    return {"file": str(file), **result.record, "pictures": pictures}
+    record = {**named, **result.record, "pictures": pictures}
+    if result.arrays:
+        record["arrays"] = {}
+        for name, arrays in result.arrays.items():
+            path = output.with_name(f"{output.name}_{name}.npz")
+            np.savez(path, **arrays)
+            record["arrays"][name] = str(path)
+    return record
 
 
 def input_files(path: Path) -> list[Path]:

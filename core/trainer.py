@@ -30,10 +30,12 @@ class Inference:
 
     record: values for the JSON file.
     pictures: name -> uint8 array, (H, W, 3) for a PNG or (T, H, W, 3) for a GIF.
+    arrays: name -> arrays by name, for an NPZ file.
     """
 
     record: dict[str, Any]
     pictures: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Trainer(BaseModel):
@@ -67,6 +69,10 @@ class Trainer(BaseModel):
     def infer(self, file: Path) -> Inference:
         """The prediction for a user's own file, with pictures that explain it."""
         raise ConfigError(f"{type(self).__name__} offers no inference on single files")
+
+    def generate(self) -> Inference:
+        """What the model makes without any input, for ``tools/infer.py`` without ``input=``."""
+        raise ConfigError(f"{type(self).__name__} makes nothing without an input: give input=FILE_OR_FOLDER")
 
     def training_data(self, dataset: Any) -> Any:
         """What is trained on in place of a training data set: itself, or what a frozen part makes of it, kept on disk.

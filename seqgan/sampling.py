@@ -4,12 +4,13 @@
     codes = sampler(transformer, label, generator=torch.Generator().manual_seed(0))
     images = tokenizer.decode(codes)
 
-`codes` and `known` keep given codes in place: completion for autoregressive models, inpainting for masked ones.
+`codes` and `known` keep given codes in place: completion for autoregressive models, inpainting for masked ones. With a
+list of generators, one for each image, an image's noise does not depend on what else is in its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ from seqgan.models.masked import MaskedTransformer
 from seqgan.models.masking import mask_count
 
 CFG_SCHEDULES = ("constant", "linear")
+
+#: Of all noise of a batch, or one for every image of it; None: torch's own.
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
@@ -66,9 +70,18 @@ def guide(cond: Tensor, uncond: Tensor, weight: float, schedule: str = "constant
     return (1 + weight) * cond - weight * uncond
 
 
-def gumbel(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Gumbel noise in float32: its largest sum with logits is a sample of their softmax."""
-    noise = torch.empty(shape, device=device).exponential_(generator=generator)
+def gumbel(shape: tuple[int, ...], device: torch.device, generator: Generators = None) -> Tensor:
+    """Gumbel noise `(B, ...)` in float32: its largest sum with logits is a sample of their softmax.
+
+    Raises:
+        ValueError: a list of generators that are not one for every row.
+    """
+    noise = torch.empty(shape, device=device)
+    if generator is None or isinstance(generator, torch.Generator):
+        noise.exponential_(generator=generator)
+    else:
+        for row, own in zip(noise, generator, strict=True):
+            row.exponential_(generator=own)
     return -noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
 
 
@@ -145,7 +158,7 @@ class ARSampler:
         label: Tensor | None = None,
         batch: int = 1,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         codes: Tensor | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
@@ -155,7 +168,7 @@ class ARSampler:
             model: in eval mode.
             label: classes `(B,)`; None: an unconditional model.
             batch: B, where there is no label.
-            generator: of the noise, on the model's device.
+            generator: of the noise, on the model's device; a list of B has one for every image.
             codes: `(B, N)`, given ones.
             known: `(B, N)`, True where `codes` is to be kept.
 
@@ -184,7 +197,7 @@ class ARSampler:
             tokens = torch.cat([tokens, (drawn.repeat(2) if self.cfg else drawn)[:, None]], dim=1)
         return tokens[:batch, 1:]
 
-    def _draw(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _draw(self, logits: Tensor, generator: Generators) -> Tensor:
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         likely = keep_likely(logits / self.temperature, self.top_k, self.top_p)
@@ -218,7 +231,7 @@ class ParallelSampler:
         label: Tensor | None = None,
         batch: int = 1,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         codes: Tensor | None = None,
         known: Tensor | None = None,
     ) -> Tensor:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from core.trainer import Batch, Trainer
+from core.errors import ConfigError
+from core.trainer import Batch, Inference, Trainer
 from seqgan.codes import CodeCache
+from seqgan.diagnostics import codebook_usage, predicted_images
+from seqgan.generation import Generator, check_codes, spread_labels
+from seqgan.inference import (
+    REQUESTS,
+    SampleRequest,
+    complete_picture,
+    predict_picture,
+    read_request,
+    reconstruct_picture,
+    reconstructions,
+    samples,
+    tokenizer_of,
+)
 from seqgan.losses import (
     adaptive_weight,
     autoregressive_loss,
@@ -22,9 +39,13 @@ from seqgan.losses import (
 )
 from seqgan.models import ARTransformer, MaskedTransformer, Tokenizer, training_mask
 from seqgan.perceptual import SemanticPerceptualLoss
+from seqgan.pictures import grid, strips, to_pixels
+from seqgan.sampling import ARSampler, ParallelSampler
 
 # In the second phase; `TokenizerTrainer(frozen=...)` takes them.
 CODES = ("network.encoder", "network.quant_conv", "network.quantizer")
+# Steps without use after which the log calls a code dead.
+DEAD_AFTER = 100
 
 
 class TokenizerTrainer(Trainer):
@@ -83,6 +104,8 @@ class TokenizerTrainer(Trainer):
         self.penalty, self.penalty_every = penalty, penalty_every
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        # Step in which every code was last used, for the log; it begins anew when a run goes on.
+        self.register_buffer("last_use", torch.zeros(network.quantizer.size, dtype=torch.long), persistent=False)
         self._step = 0
         self._made: Tensor | None = None
 
@@ -106,7 +129,10 @@ class TokenizerTrainer(Trainer):
         return logs
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The tokenizer's weighted terms; `layer_*` are the perceptual loss' taps before weighting."""
+        """The tokenizer's weighted terms; `layer_*` are the perceptual loss' taps before weighting.
+
+        Of the codebook: `codes_in_batch`, their `perplexity`, and `dead_codes`, unused for `DEAD_AFTER` steps.
+        """
         image = batch["image"]
         made, indices, terms = self.network(image)
         self._made = made.detach()
@@ -121,8 +147,18 @@ class TokenizerTrainer(Trainer):
             found |= {f"loss_{name}": term for name, term in terms.items()}
         if self.discriminator is not None:
             found |= self._against(made, reconstruction)
-        found["codes_in_batch"] = made.new_tensor(float(len(indices.unique())))
-        return found
+        return found | self._use(indices)
+
+    @torch.no_grad()
+    def _use(self, indices: Tensor) -> dict[str, Tensor]:
+        flat = indices.flatten()
+        counts = torch.zeros_like(self.last_use).index_add_(0, flat, torch.ones_like(flat))
+        self.last_use.masked_fill_(counts > 0, self._step)
+        return {
+            "codes_in_batch": (counts > 0).sum().float(),
+            "perplexity": codebook_usage(counts).perplexity.float(),
+            "dead_codes": (self._step - self.last_use >= DEAD_AFTER).sum().float(),
+        }
 
     def _against(self, made: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         factor = started(self._step, self.adversarial_start, 1.0, self.adversarial_ramp)
@@ -151,10 +187,34 @@ class TokenizerTrainer(Trainer):
         return found
 
     def predict(self, batch: Batch) -> dict[str, Any]:
-        """`image` and `reconstruction` `(B, 3, H, W)` in [-1, 1], and `indices` `(B, h, w)`."""
-        made, indices, _ = self.network(batch["image"])
+        """`image` and `reconstruction` `(B, 3, H, W)` in [-1, 1], `indices` `(B, h, w)`, `features` `(B, C, h, w)`.
+
+        Features are those before quantisation.
+        """
+        features = self.network.features(batch["image"])
+        z_q, indices, _ = self.network.quantizer(features)
+        made = self.network.decoder(self.network.post_quant_conv(z_q))
         kept = {key: batch[key] for key in ("image", "label", "sample_id") if key in batch}
-        return {**kept, "reconstruction": made.clamp(-1, 1), "indices": indices}
+        return {**kept, "reconstruction": made.clamp(-1, 1), "indices": indices, "features": features}
+
+    def media(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Image, reconstruction and codes of every sample."""
+        made, indices, _ = self.network(batch["image"])
+        return {"reconstructions": reconstructions(self.network, batch["image"], made, indices)}
+
+    def infer(self, file: Path) -> Inference:
+        """A picture, its reconstruction and its codes; see `seqgan.inference.reconstruct_picture`."""
+        side = None if self.input_shape is None else self.input_shape[-1]
+        return reconstruct_picture(self.network, file, side, self.device)
+
+    def table_figures(self, cfg: Any) -> dict[str, int]:
+        """`codebook`, its size, `code_channels`, and `codes` of an image of `input_shape`."""
+        weight = self.network.quantizer.embedding.weight
+        figures = {"codebook": weight.shape[0], "code_channels": weight.shape[1]}
+        if self.input_shape is not None:
+            features = self.network.features(torch.zeros(1, *self.input_shape, device=weight.device))
+            figures["codes"] = features.shape[-2] * features.shape[-1]
+        return figures
 
 
 class TransformerTrainer(Trainer):
@@ -171,7 +231,12 @@ class TransformerTrainer(Trainer):
         smoothing: of labels, for masked codes.
         min_mask_rate: smallest share of masked codes in training.
         mask_seed: of the masks of evaluation.
+        sampler: how codes are drawn; None: the transformer's with its defaults.
+        request: what is generated by `tools/infer.py`; None: see `SampleRequest`.
+        sample_evaluation: predictions have `sample`, an image of every sample's class, for `SampleQuality`.
         frozen: see `core.Trainer`.
+
+    A checkpoint remembers the fingerprint of the tokenizer whose codes were learnt.
 
     Raises:
         ValueError: labels are to be dropped, but the network has no "no class"; a cache without a tokenizer.
@@ -186,6 +251,9 @@ class TransformerTrainer(Trainer):
         smoothing: float = 0.1,
         min_mask_rate: float = 0.0,
         mask_seed: int = 0,
+        sampler: ARSampler | ParallelSampler | None = None,
+        request: SampleRequest | None = None,
+        sample_evaluation: bool = False,
         frozen: Sequence[str] = (),
     ) -> None:
         if label_drop and network.null_label is None:
@@ -195,17 +263,37 @@ class TransformerTrainer(Trainer):
         super().__init__((*frozen, "tokenizer") if tokenizer is not None else frozen)
         self.network, self.tokenizer, self.cache = network, tokenizer, cache
         self.label_drop, self.smoothing, self.min_mask_rate = label_drop, smoothing, min_mask_rate
-        self.mask_seed = mask_seed
+        self.mask_seed, self.sample_evaluation = mask_seed, sample_evaluation
+        self.sampler, self.request = sampler, SampleRequest() if request is None else request
+        # SHA-256 of the tokenizer whose codes were learnt; zeros: not known.
+        self.register_buffer("learnt_codes", torch.zeros(32, dtype=torch.uint8))
 
     def inference_network(self) -> nn.Module:
         """The transformer."""
         return self.network
 
     def training_data(self, dataset: Dataset) -> Dataset:
-        """The codes of a data set's images where there is a `cache`, which is filled first."""
+        """The codes of a data set's images where there is a `cache`, which is filled first.
+
+        Raises:
+            ConfigError: an earlier run of this transformer learnt the codes of another tokenizer.
+        """
+        if self.tokenizer is not None:
+            self.check_tokenizer()
+            own = list(bytes.fromhex(self.tokenizer.fingerprint()))
+            self.learnt_codes.copy_(torch.tensor(own, dtype=torch.uint8))
         if self.cache is None or self.tokenizer is None:
             return dataset
         return self.cache.fill(dataset, self.tokenizer)
+
+    def check_tokenizer(self) -> None:
+        """Holds the tokenizer against the one whose codes were learnt, where that is known.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        if self.tokenizer is not None and self.learnt_codes.any():
+            check_codes(bytes(self.learnt_codes.tolist()).hex(), self.tokenizer)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_codes` in nats per code, and the share of codes that are predicted rightly, `accuracy`."""
@@ -251,5 +339,76 @@ class TransformerTrainer(Trainer):
             mask = training_mask(ratio, score, self.min_mask_rate).to(codes.device)
             logits = self.network(codes, mask, label)
         nll = nn.functional.cross_entropy(logits.movedim(-1, 1).float(), codes, reduction="none")
-        kept = {key: batch[key] for key in ("label", "sample_id") if key in batch}
-        return {**kept, "nll": nll, "right": logits.argmax(dim=-1) == codes, "mask": mask}
+        kept = {key: batch[key] for key in ("image", "label", "sample_id") if key in batch}
+        found = {**kept, "nll": nll, "right": logits.argmax(dim=-1) == codes, "mask": mask}
+        if self.sample_evaluation:
+            found["sample"] = self._sample_like(batch, label)
+        return found
+
+    def _sample_like(self, batch: Batch, label: Tensor | None) -> Tensor:
+        """An image for each sample, of its class, uint8 `(B, 3, H, W)`; its noise is that of the sample's name."""
+        made = self.generator()
+        labels = [0] * len(batch["sample_id"]) if label is None else label.tolist()
+        numbers = [int(hashlib.sha256(str(name).encode()).hexdigest()[:12], 16) for name in batch["sample_id"]]
+        drawn = made.codes(labels, self.request.seed, self.request.batch, numbers=numbers)
+        pixels = [torch.from_numpy(to_pixels(made.tokenizer.decode(codes))) for codes in drawn]
+        return torch.cat(pixels).movedim(-1, 1).to(self.device)
+
+    def generator(self, request: SampleRequest | None = None) -> Generator:
+        """Transformer, tokenizer and sampler together; the decoder is that of the request's tokenizer, if it names one.
+
+        Raises:
+            ConfigError: no tokenizer, or one that makes other codes than those learnt.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("images need a tokenizer: give model.tokenizer the one whose codes the transformer knows")
+        self.check_tokenizer()
+        made, other = Generator(self.tokenizer, self.network, self.sampler), (request or self.request).tokenizer
+        return made if other is None else made.with_decoder(tokenizer_of(other))
+
+    def generate(self) -> Inference:
+        """Samples as `request` asks for; see `seqgan.inference.samples`."""
+        return samples(self.generator(), self.request)
+
+    def infer(self, file: Path) -> Inference:
+        """Samples for a file of labels or a request; of a picture completions, or with AR predictions of its codes."""
+        if file.suffix in REQUESTS:
+            asked = read_request(file, self.request)
+            return samples(self.generator(asked), asked)
+        if isinstance(self.network, ARTransformer) and self.request.keep is None:
+            return predict_picture(self.generator(), file, self.request)
+        return complete_picture(self.generator(), file, self.request)
+
+    def media(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Samples of the batch's classes; with AR, images beside their reconstructions and predictions."""
+        if self.tokenizer is None:
+            return {}
+        made, label = self.generator(), self._label(batch)
+        count = len(batch["sample_id"])
+        labels = spread_labels(count, self.network.num_classes) if label is None else label.tolist()
+        shown = {"samples": grid(made.sample(labels, self.request.seed, self.request.batch))}
+        if "image" in batch and isinstance(self.network, ARTransformer):
+            decoded = predicted_images(made.tokenizer, self.network, batch["image"], label)
+            shown["predictions"] = strips(*(to_pixels(part) for part in (batch["image"], *decoded)))
+        return shown
+
+    def example_inputs(self, batch_size: int, device: torch.device | str) -> tuple[Any, ...]:
+        """Codes, for masked transformers a mask, and labels, all of zeros."""
+        codes = torch.zeros(batch_size, self.network.length, dtype=torch.long, device=device)
+        mask = () if isinstance(self.network, ARTransformer) else (torch.ones_like(codes, dtype=torch.bool),)
+        return (codes, *mask, codes[:, 0])
+
+    def example_batch(self, batch_size: int, device: torch.device | str) -> Batch:
+        """Codes and labels of zeros."""
+        codes, *_, label = self.example_inputs(batch_size, device)
+        return {"codes": codes, "label": label, "sample_id": [str(i) for i in range(batch_size)]}
+
+    def table_figures(self, cfg: Any) -> dict[str, int]:
+        """`steps` of sampling an image, and parameters together with the tokenizer's, `parameters_with_tokenizer`."""
+        ar = isinstance(self.network, ARTransformer)
+        sampler = ParallelSampler() if self.sampler is None else self.sampler
+        parts = [part for part in (self.network, self.tokenizer) if part is not None]
+        return {
+            "steps": self.network.length if ar else sampler.steps,
+            "parameters_with_tokenizer": sum(p.numel() for part in parts for p in part.parameters()),
+        }

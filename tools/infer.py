@@ -4,8 +4,8 @@
   python tools/infer.py experiment=stvit/digits checkpoint=weights.pt input=folder output=out
 
 `input` is a file or a folder (images and videos below it). For every file `output` gets pictures (PNG, GIF) that
-explain the result, and `results.json` holds one record per file. Everything else is an override of the experiment's
-config.
+explain the result, and `results.json` holds one record per file. Models that generate need no input: what they make is
+written as `samples_*`. Everything else is an override of the experiment's config.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Options:
     """What to look at."""
 
     checkpoint: str = field(metadata={"help": "run folder, checkpoint or weights file"})
-    input: str = field(metadata={"help": "a file, or a folder of files"})
     output: str = field(metadata={"help": "folder for pictures and results.json"})
+    input: str | None = field(default=None, metadata={"help": "a file, or a folder of files; null: nothing is needed"})
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
     config_dir: str | None = field(default=None, metadata={"help": "a folder of configs of your own"})
 

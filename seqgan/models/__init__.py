@@ -2,6 +2,7 @@
 
 from seqgan.models.attention import RegionalDilatedAttention, SpatialAttention
 from seqgan.models.autoregressive import ARTransformer, KeyValueCache, ar_base, ar_large
+from seqgan.models.codebooks import EMAQuantizer, FactorizedQuantizer, RestartQuantizer, quantizer_of_kind
 from seqgan.models.conv_vqgan import ConvDecoder, ConvEncoder
 from seqgan.models.discriminators import PatchDiscriminator, StyleDiscriminator
 from seqgan.models.entropy import MaskGITEntropy, UsageEntropy, code_usage
@@ -17,6 +18,8 @@ __all__ = [
     "ARTransformer",
     "ConvDecoder",
     "ConvEncoder",
+    "EMAQuantizer",
+    "FactorizedQuantizer",
     "KeyValueCache",
     "MaskGITEntropy",
     "MaskedTransformer",
@@ -24,6 +27,7 @@ __all__ = [
     "Quantized",
     "RegionalDilatedAttention",
     "ResidualBlock",
+    "RestartQuantizer",
     "SpatialAttention",
     "StyleDiscriminator",
     "Tokenizer",
@@ -40,6 +44,7 @@ __all__ = [
     "mask_ratio",
     "nar_base",
     "nar_large",
+    "quantizer_of_kind",
     "second_phase",
     "training_mask",
     "vqgan_tokenizer",

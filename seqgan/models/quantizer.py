@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -11,6 +12,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 INITS = ("flax", "taming")
+GRADIENTS = ("straight_through", "rotation")
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """No autocast on the device of a tensor; the meta device knows none."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Quantized(NamedTuple):
@@ -36,10 +43,11 @@ class VectorQuantizer(nn.Module):
         legacy_beta: put `beta` on the codebook term instead, as the code of VQGAN does by default.
         entropy: module that turns squared distances `(B, N, K)` into a further term, e.g. `UsageEntropy`; None: none.
         init: `flax`: uniform within sqrt(3/K), MaskGIT's; `taming`: uniform within 1/K.
+        gradient: that features get: `straight_through`, the codes' own; `rotation`, see `rotated`.
         block: positions at a time in the search for the nearest code.
 
     Raises:
-        ValueError: an unknown init, or sizes below one.
+        ValueError: an unknown init or gradient, or sizes below one.
     """
 
     def __init__(
@@ -51,15 +59,17 @@ class VectorQuantizer(nn.Module):
         legacy_beta: bool = False,
         entropy: nn.Module | None = None,
         init: str = "flax",
+        gradient: str = "straight_through",
         block: int = 16384,
     ) -> None:
         super().__init__()
-        if init not in INITS:
-            raise ValueError(f"unknown init {init!r}: use {', '.join(INITS)}")
+        for name, value, known in (("init", init, INITS), ("gradient", gradient, GRADIENTS)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: use {', '.join(known)}")
         if size < 1 or dim < 1 or block < 1:
             raise ValueError(f"size {size}, dim {dim} and block {block} must be positive")
         self.size, self.dim, self.beta, self.legacy_beta, self.block = size, dim, beta, legacy_beta, block
-        self.entropy = entropy
+        self.entropy, self.gradient = entropy, gradient
         self.embedding = nn.Embedding(size, dim)
         bound = 1 / size if init == "taming" else math.sqrt(3 / size)
         nn.init.uniform_(self.embedding.weight, -bound, bound)
@@ -72,7 +82,7 @@ class VectorQuantizer(nn.Module):
         """
         if z.shape[1] != self.dim:
             raise ValueError(f"features of {z.shape[1]} channels, but codes of {self.dim}: give both the same width")
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             z = z.float()
             features = rearrange(z, "b c h w -> b (h w) c")
             squared = None
@@ -83,17 +93,26 @@ class VectorQuantizer(nn.Module):
                 indices = self.nearest(features)
             indices = rearrange(indices, "b (h w) -> b h w", h=z.shape[2])
             codes = self.lookup(indices)
-            codebook, commit = F.mse_loss(codes, z.detach()), F.mse_loss(z, codes.detach())
-            weights = (self.beta, 1.0) if self.legacy_beta else (1.0, self.beta)
-            losses = {"codebook": weights[0] * codebook, "commit": weights[1] * commit}
+            losses = self.terms(z, codes)
             if self.entropy is not None:
                 losses["entropy"] = self.entropy(self.squared_distances(features) if squared is None else squared)
+            carrier = rotated(z, codes.detach()) if self.gradient == "rotation" else z
             # In this order the value is the code itself, so that decoding the indices gives the same image.
-            return Quantized(codes.detach() + (z - z.detach()), indices, losses)
+            return Quantized(codes.detach() + (carrier - carrier.detach()), indices, losses)
+
+    def terms(self, z: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Codebook and commitment losses of features and their codes, of one shape."""
+        codebook, commit = F.mse_loss(codes, z.detach()), F.mse_loss(z, codes.detach())
+        weights = (self.beta, 1.0) if self.legacy_beta else (1.0, self.beta)
+        return {"codebook": weights[0] * codebook, "commit": weights[1] * commit}
+
+    def codebook(self) -> Tensor:
+        """The codes `(K, C)` that features are compared with, in float32."""
+        return self.embedding.weight.float()
 
     def squared_distances(self, features: Tensor) -> Tensor:
         """Squared distances `(..., K)` of features `(..., C)` to the codes."""
-        codes = self.embedding.weight.float()
+        codes = self.codebook()
         return features.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * features @ codes.t()
 
     @torch.no_grad()
@@ -102,7 +121,7 @@ class VectorQuantizer(nn.Module):
 
         The features' own length does not change which code is nearest, so it is left out.
         """
-        codes = self.embedding.weight.float()
+        codes = self.codebook()
         lengths = codes.square().sum(-1)
         rows = features.reshape(-1, self.dim).split(self.block)
         found = [torch.addmm(lengths, part, codes.t(), alpha=-2).argmin(dim=-1) for part in rows]
@@ -110,4 +129,24 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes `(B, C, H, W)` of indices `(B, H, W)`."""
-        return self.embedding(indices).movedim(-1, 1)
+        return F.embedding(indices, self.codebook()).movedim(-1, 1)
+
+
+def rotated(z: Tensor, codes: Tensor) -> Tensor:
+    """Features turned and stretched onto their codes, where turn and length are constants (Fifty et al. 2024).
+
+    Gradients at the codes come back turned by the angle between code and feature, instead of unchanged.
+
+    Args:
+        z: `(B, C, H, W)`.
+        codes: of the same shape, without gradient.
+    """
+    with torch.no_grad():
+        before = z.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        length = codes.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        a, b = z / before, codes / length
+        middle = F.normalize(a + b, dim=1)
+        stretch = length / before
+    # Two reflections make a rotation from direction a to direction b, whatever lies beside both stays.
+    turned = z - 2 * middle * (middle * z).sum(1, keepdim=True) + 2 * b * (a * z).sum(1, keepdim=True)
+    return stretch * turned

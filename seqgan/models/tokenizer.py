@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from seqgan.models.codebooks import quantizer_of_kind
 from seqgan.models.conv_vqgan import MULTIPLIERS, ConvDecoder, ConvEncoder
-from seqgan.models.quantizer import VectorQuantizer
+from seqgan.models.quantizer import VectorQuantizer, full_precision
 from seqgan.models.taming_vqgan import VQGANDecoder, VQGANEncoder
 
 
@@ -64,7 +65,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Codes `(B, h, w)` of images, in float32 also under autocast: a code changes where rounding moves a tie."""
-        with torch.autocast(image.device.type, enabled=False):
+        with full_precision(image):
             return self.quantizer.nearest(self.features(image.float()).movedim(1, -1))
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -108,14 +109,18 @@ def conv_tokenizer(
     entropy: nn.Module | None = None,
     window: int = 8,
     head_dim: int = 64,
+    quantizer: str = "vq",
+    quantizer_options: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
     """The paper's tokenizer: 54.5M parameters in the first phase, 57.9M with `extra='attn1'` (table 3).
 
-    Arguments as in `ConvEncoder`, `ConvDecoder` and `VectorQuantizer`.
+    Arguments as in `ConvEncoder`, `ConvDecoder` and `VectorQuantizer`; `quantizer` is the kind, see
+    `seqgan.models.quantizer_of_kind`, and `quantizer_options` are further arguments of it.
     """
+    options = {"entropy": entropy, **(quantizer_options or {})}
     return Tokenizer(
         ConvEncoder(filters, multipliers, num_res_blocks, z_dim, shortcut),
-        VectorQuantizer(codebook_size, z_dim, beta, entropy=entropy),
+        quantizer_of_kind(quantizer, codebook_size, z_dim, beta, **options),
         ConvDecoder(filters, multipliers, num_res_blocks, z_dim, shortcut, extra, window, head_dim),
     )
 

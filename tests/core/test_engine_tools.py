@@ -96,3 +96,5 @@ def test_a_trainer_without_inference_says_so(user, trained, tmp_path, monkeypatc
     options = Options(checkpoint=str(trained), input=str(tmp_path / "a.png"), output=str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="offers no inference"):
         infer(["experiment=mine/tiny"], options)
+    with pytest.raises(ConfigError, match="give input=FILE_OR_FOLDER"):
+        infer(["experiment=mine/tiny"], Options(checkpoint=str(trained), input=None, output=str(tmp_path / "out")))

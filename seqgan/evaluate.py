@@ -1,0 +1,146 @@
+"""FID, Inception score, precision and recall of a set of pictures against another.
+
+  python -m seqgan.evaluate samples=out/samples_50000x256x256x3.npz reference=VIRTUAL_imagenet256_labeled.npz \\
+    weights=weights-inception-2015-12-05-6726825d.pth
+  python -m seqgan.evaluate samples=out reference=/data/ffhq weights=... statistics=ffhq.npz output=figures.json
+
+`samples` and `reference` are a folder of pictures or an NPZ file with `arr_0`, uint8 (N, H, W, 3), as ADM's evaluation
+has them. Where the reference has statistics `mu` and `sigma`, FID is taken against these; without pictures beside them
+there are no precision and recall. Pictures are compared at their own size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.cli import parse, run
+from core.data import load_image
+from core.data.images import IMAGE_EXTENSIONS
+from core.errors import ConfigError
+from core.progress import Progress
+
+
+@dataclass
+class Options:
+    """What is compared with what."""
+
+    samples: str = field(metadata={"help": "folder of pictures, or NPZ file"})
+    reference: str = field(metadata={"help": "folder of pictures, or NPZ file with pictures or statistics"})
+    weights: str = field(metadata={"help": "torch-fidelity's Inception"})
+    layer: int = field(default=2048, metadata={"help": "features: 64, 192, 768 or 2048"})
+    splits: int = field(default=10, metadata={"help": "of the Inception score; 0: none"})
+    neighbours: int = field(default=3, metadata={"help": "of precision and recall; 0: none"})
+    batch: int = 50
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    statistics: str | None = field(default=None, metadata={"help": "NPZ file for mu and sigma of the reference"})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the figures"})
+
+
+class Pictures:
+    """A folder of pictures, in order, or those of an NPZ file.
+
+    Args:
+        path: of either.
+        key: what it is called in errors.
+
+    Raises:
+        ConfigError: neither, or nothing in it.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.array: np.ndarray | None = None
+        self.files: list[Path] = []
+        if path.is_dir():
+            self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
+            if not self.files:
+                raise ConfigError(f"{key}={path}: no pictures in it ({', '.join(IMAGE_EXTENSIONS)})")
+        elif path.is_file() and path.suffix == ".npz":
+            with np.load(path) as arrays:
+                self.array = arrays.get("arr_0")
+            if self.array is not None and (self.array.dtype != np.uint8 or self.array.shape[3:] != (3,)):
+                raise ConfigError(f"{key}={path}: arr_0 is {self.array.dtype} {self.array.shape}: uint8 (N, H, W, 3)")
+        else:
+            raise ConfigError(f"{key}={path}: neither a folder nor an .npz file")
+
+    def __len__(self) -> int:
+        return len(self.files) if self.array is None else len(self.array)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """uint8 `(B, 3, H, W)`; pictures of a folder that differ in size come in batches of their own."""
+        if self.array is not None:
+            for start in range(0, len(self.array), size):
+                yield torch.from_numpy(self.array[start : start + size]).movedim(-1, 1).contiguous()
+            return
+        waiting: list[np.ndarray] = []
+        for file in self.files:
+            picture = np.asarray(load_image(file))
+            if waiting and (len(waiting) == size or picture.shape != waiting[0].shape):
+                yield torch.from_numpy(np.stack(waiting)).movedim(-1, 1).contiguous()
+                waiting = []
+            waiting.append(picture)
+        if waiting:
+            yield torch.from_numpy(np.stack(waiting)).movedim(-1, 1).contiguous()
+
+
+def evaluate(options: Options) -> dict[str, Any]:
+    """The figures, and how many pictures they rest on.
+
+    Raises:
+        ConfigError: sources that are not there or do not fit.
+    """
+    from core.runner import pick_device
+    from seqgan.fidelity import Inception, read_statistics, write_statistics
+    from seqgan.metrics import ImageScores
+
+    device = pick_device(options.device)
+    made, real = Pictures(Path(options.samples), "samples"), Pictures(Path(options.reference), "reference")
+    if not len(made):
+        raise ConfigError(f"samples={options.samples} has no pictures (arr_0)")
+    found = read_statistics(options.reference) if Path(options.reference).is_file() else None
+    if found is None and not len(real):
+        raise ConfigError(f"reference={options.reference} has neither pictures (arr_0) nor statistics (mu, sigma)")
+    compare = options.neighbours if len(real) else 0
+    network = Inception(options.weights, options.layer, logits=options.splits > 0)
+    scores = ImageScores(network, None, options.splits, compare).to(device)
+    if found is not None and len(found.mean) != network.width:
+        raise ConfigError(f"{options.reference} has statistics of {len(found.mean)} features: set layer= to that")
+    size = options.batch
+    for images in Progress().over(made.batches(size), "samples", -(-len(made) // size)):
+        scores.update(images.to(device))
+    if found is None or compare:
+        for images in Progress().over(real.batches(size), "reference", -(-len(real) // size)):
+            scores.update(None, images.to(device))
+    scores.reference = found
+    figures: dict[str, Any] = {name: float(value) for name, value in scores.compute().items()}
+    if options.statistics is not None:
+        write_statistics(options.statistics, scores.statistics("real") if found is None else found)
+    return {
+        **figures,
+        "samples": len(made),
+        "reference": len(real),
+        "reference_statistics": "computed" if found is None else "of the file",
+        "layer": options.layer,
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Prints the figures, and writes them where an output is given."""
+    options, _ = parse(argv, Options, doc=__doc__)
+    figures = evaluate(options)
+    print(json.dumps(figures, indent=1))
+    if options.output:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

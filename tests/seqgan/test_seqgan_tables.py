@@ -1,0 +1,58 @@
+"""Costs that tables compute: tokenizers and transformers at full size, counted without memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from core.figures import Figures
+from seqgan.models import ar_base, ar_large, conv_tokenizer, nar_base, nar_large
+from seqgan.sampling import ParallelSampler
+from seqgan.trainer import TokenizerTrainer, TransformerTrainer
+
+# The decoder's four doublings with their convolutions take 24.2 GMACs as they stand and 10.8 as they are computed.
+ENCODER, DECODER, PAIR = 64.3, 93.3 - 13.4, 17.0
+
+
+def figures(trainer: torch.nn.Module):
+    made = Figures(lambda cfg, device: trainer)
+    return lambda name: made.of({"name": "x", "model": {}}, name)
+
+
+@pytest.mark.parametrize(
+    ("extra", "millions", "more"), [("none", 54.516, 0.0), ("attn1", 57.939, PAIR), ("attn2", 61.362, 2 * PAIR)]
+)
+def test_tokenizers(extra: str, millions: float, more: float) -> None:
+    with torch.device("meta"):
+        trainer = TokenizerTrainer(conv_tokenizer(extra=extra), input_shape=(3, 256, 256))
+    of = figures(trainer)
+    assert of("parameters") / 1e6 == pytest.approx(millions, abs=5e-4)
+    assert of("macs/encoder") / 1e9 == pytest.approx(ENCODER, rel=0.01)
+    assert of("macs/decoder") / 1e9 == pytest.approx(DECODER + more, rel=0.01)
+    assert (of("codes"), of("codebook"), of("code_channels")) == (256, 1024, 256)
+
+
+def test_kinds_of_codebooks() -> None:
+    options = {"quantizer": "l2norm_factorized", "codebook_size": 8192, "quantizer_options": {"code_dim": 32}}
+    with torch.device("meta"):
+        of = figures(TokenizerTrainer(conv_tokenizer(**options)))
+    assert (of("codebook"), of("code_channels")) == (8192, 32)
+
+
+@pytest.mark.parametrize(
+    ("build", "gigas", "steps", "paper"),
+    [(ar_base, 46.1, 256, 229), (nar_base, 46.4, 12, 229), (ar_large, 80.8, 256, 364), (nar_large, 81.4, 12, 364)],
+)
+def test_transformers(build, gigas: float, steps: int, paper: int) -> None:
+    with torch.device("meta"):
+        of = figures(TransformerTrainer(build(), conv_tokenizer(extra="attn1")))
+    assert of("macs") / 1e9 == pytest.approx(gigas, rel=0.01)
+    assert of("steps") == steps
+    # The paper's counts leave class tokens out.
+    assert of("parameters_with_tokenizer") / 1e6 == pytest.approx(paper, rel=0.0125)
+
+
+def test_steps_are_the_samplers() -> None:
+    with torch.device("meta"):
+        trainer = TransformerTrainer(nar_base(), sampler=ParallelSampler(8))
+    assert figures(trainer)("steps") == 8
