@@ -26,7 +26,7 @@ class InferOptions(Protocol):
 
 
 def infer(overrides: list[str], options: InferOptions) -> list[dict[str, Any]]:
-    """Writes, for every input file, the trainer's pictures, and ``results.json`` with all records.
+    """Writes, for every input file, the trainer's pictures and other files, and ``results.json`` with all records.
 
     A file that cannot be read is reported in its record and does not stop the others.
 
@@ -85,7 +85,8 @@ def _one(trainer: Any, file: Path, output: Path) -> dict[str, Any]:
         name: str(write_picture(array, output.with_name(f"{output.name}_{name}")))
         for name, array in result.pictures.items()
     }
-    return {"file": str(file), **result.record, "pictures": pictures}
+    more = {} if result.write is None else {"page": str(result.write(output))}
+    return {"file": str(file), **result.record, "pictures": pictures, **more}
 
 
 def input_files(path: Path) -> list[Path]:
