@@ -26,7 +26,7 @@ class InferOptions(Protocol):
 
 
 def infer(overrides: list[str], options: InferOptions) -> list[dict[str, Any]]:
-    """Writes, for every input file, the trainer's pictures and arrays, and ``results.json`` with all records.
+    """Writes, for every input file, the trainer's pictures and other files, and ``results.json`` with all records.
 
     Without an input, what the trainer generates by itself is written under the name ``samples``.
 
@@ -99,6 +99,8 @@ def _one(trainer: Any, file: Path | None, output: Path) -> dict[str, Any]:
             path = output.with_name(f"{output.name}_{name}.npz")
             np.savez(path, **arrays)
             record["arrays"][name] = str(path)
+    if result.write is not None:
+        record["page"] = str(result.write(output))
     return record
 
 

@@ -7,7 +7,7 @@ engine around it (core.runner, core.loop) decides where and how often they are c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,13 @@ class Inference:
     record: values for the JSON file.
     pictures: name -> uint8 array, (H, W, 3) for a PNG or (T, H, W, 3) for a GIF.
     arrays: name -> arrays by name, for an NPZ file.
+    write: writes further files into a folder of the input's own, which it makes, and returns the one to open first.
     """
 
     record: dict[str, Any]
     pictures: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
+    write: Callable[[Path], Path] | None = None
 
 
 class Trainer(BaseModel):

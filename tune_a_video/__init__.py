@@ -37,6 +37,7 @@ _EXPORTS = {
     "DrawnClip": "tune_a_video.data",
     "LoveuTGVE": "tune_a_video.data",
     "Submission": "tune_a_video.data",
+    "SubmissionFiles": "tune_a_video.submission",
     "ClipScores": "tune_a_video.metrics",
     "DrawnScores": "tune_a_video.metrics",
     "EditQuality": "tune_a_video.metrics",

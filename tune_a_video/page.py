@@ -97,7 +97,7 @@ class ResultsPage(Hook):
     """After training, writes the tuned tensors; after an evaluation, a page for every clip.
 
     `RUN/tuned.safetensors` with `tuned.json` is what `TuneAVideoUNet.load_delta` and `model.delta` take;
-    `RUN/page/CLIP/index.html` is the page.
+    `RUN/page/CLIP/index.html` is the page, written by the process that evaluated the clip.
 
     Args:
         pipeline: also write the whole pipeline to `RUN/pipeline`, for `TuneAVideoPipeline.from_pretrained`.
@@ -109,24 +109,33 @@ class ResultsPage(Hook):
 
     def __init__(self, pipeline: bool = False, fps: float = 8.0, mp4: bool = True) -> None:
         self.pipeline, self.fps, self.mp4 = pipeline, fps, mp4
+        self._made: list[Edits] = []
 
     def after_train(self, runner: Any) -> None:
         """Writes the tuned tensors."""
         trainer = unwrap(runner.model)
+        about = trainer.provenance()
         if not is_main_process():
             return
         folder = Path(runner.work_dir)
-        trainer.network.save_delta(folder / "tuned", steps=runner.iter, **trainer.provenance())
+        trainer.network.save_delta(folder / "tuned", steps=runner.iter, **about)
         if self.pipeline:
             trainer.pipe.save_pretrained(folder / "pipeline")
 
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Keeps the edits of a batch."""
+        self._made += unwrap(runner.model).shown
+
+    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Keeps the edits of a batch."""
+        self.after_val_iter(runner, batch_idx, data_batch, outputs)
+
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Writes the pages."""
-        if not is_main_process():
-            return
-        for made in unwrap(runner.model).shown:
-            folder = Path(runner.work_dir) / "page" / file_name(made.sample_id)
-            page = write_page(made, folder, scores=metrics, fps=self.fps, mp4=self.mp4)
+        made, self._made = self._made, []
+        for one in made:
+            folder = Path(runner.work_dir) / "page" / file_name(one.sample_id)
+            page = write_page(one, folder, scores=metrics, fps=self.fps, mp4=self.mp4)
             runner.logger.info(f"page: {page}")
 
     def after_test_epoch(self, runner: Any, metrics: Mapping[str, Any] | None = None) -> None:

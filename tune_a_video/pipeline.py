@@ -11,8 +11,9 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from tune_a_video.control import Share, as_module, prepare
 from tune_a_video.folders import check_folder, ddim, read_parts
 from tune_a_video.inversion import ddim_invert
 from tune_a_video.inversion_cache import cached_inversion
@@ -67,18 +69,29 @@ class TuneAVideoPipeline(
         text_encoder, tokenizer: of the image model.
         unet: the video network.
         scheduler: any of diffusers; inversion takes its noise levels for DDIM.
+        controlnet: a `ControlNetModel` of diffusers or a list of them, whose frames a call gives as `control_video`.
 
     Raises:
         core.errors.VitrineError: the parts do not belong together.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components: ClassVar[list[str]] = ["controlnet"]
     _callback_tensor_inputs = ("latents", "prompt_embeds")
 
-    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: TuneAVideoUNet, scheduler: Any) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: TuneAVideoUNet,
+        scheduler: Any,
+        controlnet: Any = None,
+    ) -> None:
         super().__init__()
         check_parts(tokenizer, text_encoder, unet)
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.register_modules(controlnet=as_module(controlnet))
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     # ------------------------------------------------------------------ from folders
@@ -327,6 +340,11 @@ class TuneAVideoPipeline(
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cross_attention_kwargs: dict[str, Any] | None = None,
+        controlnet: Any = None,
+        control_video: Any = None,
+        controlnet_conditioning_scale: Share = 1.0,
+        control_guidance_start: Share = 0.0,
+        control_guidance_end: Share = 1.0,
     ) -> TuneAVideoPipelineOutput | tuple[Any]:
         """Videos of the prompts, all in one batch.
 
@@ -350,6 +368,11 @@ class TuneAVideoPipeline(
             callback_on_step_end: called with pipeline, step, timestep and tensors; what it returns replaces them.
             callback_on_step_end_tensor_inputs: which: `latents`, `prompt_embeds`.
             cross_attention_kwargs: for the attention processors, such as the scale of a LoRA.
+            controlnet: in place of the pipeline's own for this call.
+            control_video: its frames (depth, pose, edges, ...), as many and as large as the video's, see
+                `tune_a_video.control.prepare`; a list of such for several ControlNets.
+            controlnet_conditioning_scale: strength, or one for each ControlNet.
+            control_guidance_start, control_guidance_end: shares of the steps between which it takes part.
 
         Raises:
             ValueError: arguments that do not go together.
@@ -371,6 +394,16 @@ class TuneAVideoPipeline(
             text = torch.cat([empty, text])
         videos = len(text) // (2 if guided else 1)
         latents = self._start(latents, videos, video_length, height, width, generator)
+        control = prepare(
+            controlnet if controlnet is not None else self.controlnet,
+            control_video,
+            controlnet_conditioning_scale,
+            control_guidance_start,
+            control_guidance_end,
+            videos=videos,
+            latents=latents,
+            unit=self.vae_scale_factor,
+        )
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         timesteps = self.scheduler.timesteps
         if strength is None:
@@ -380,7 +413,10 @@ class TuneAVideoPipeline(
         extra = self._step_arguments(eta, generator)
         for i, t in enumerate(self.progress_bar(timesteps)):
             noisy = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-            output = self._predict(noisy, t, text, window, overlap, cross_attention_kwargs).float()
+            residuals = None
+            if control is not None:
+                residuals = partial(control.residuals, timestep=t, text=text, steps=(i, len(timesteps)))
+            output = self._predict(noisy, t, text, window, overlap, cross_attention_kwargs, residuals).float()
             if guided:
                 without, with_text = output.chunk(2)
                 output = without + guidance_scale * (with_text - without)
@@ -402,12 +438,17 @@ class TuneAVideoPipeline(
         window: int | None,
         overlap: int,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        residuals: Callable[..., dict[str, Any]] | None = None,
     ) -> Tensor:
-        def once(part: Tensor) -> Tensor:
+        def once(part: Tensor, frames: Sequence[int]) -> Tensor:
             options = {"encoder_hidden_states": text, "cross_attention_kwargs": cross_attention_kwargs}
+            if residuals is not None:
+                options |= residuals(part, frames=frames)
             return self.unet(part.to(self.unet.dtype), timestep, **options).sample
 
-        return once(noisy) if window is None else predict_in_windows(once, noisy, window, overlap)
+        return (
+            once(noisy, range(noisy.shape[2])) if window is None else predict_in_windows(once, noisy, window, overlap)
+        )
 
     def _texts(self, prompt: Any, embeds: Tensor | None, repeats: int, name: str = "prompt") -> Tensor:
         if embeds is None:

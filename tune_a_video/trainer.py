@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from mmengine.dist import all_gather_object
 from torch import Tensor
 
 from core.data import hash_state
 from core.errors import ConfigError
 from core.trainer import Batch, Inference, Trainer
+from tune_a_video.draws import own_rows
 from tune_a_video.editing import Edits, Sampling, edit, plain_scores, reconstruct, starting_latents
 from tune_a_video.folders import check_folder
 from tune_a_video.losses import NOISES, add_noise, denoising_loss, frame_noise, min_snr_weight, prediction_target
@@ -204,12 +206,14 @@ class TuneAVideoTrainer(Trainer):
         alphas, kind = self.noise_levels()
         noise = batch.get("noise")
         if noise is None:
-            noise = frame_noise(tuple(latents.shape), self.noise, self.noise_offset, device=latents.device)
+            shape, options = latents.shape[1:], {"device": latents.device}
+            noise = own_rows(lambda n: frame_noise((n, *shape), self.noise, self.noise_offset, **options), len(latents))
         timesteps = batch.get("timesteps")
         if timesteps is None:
-            timesteps = torch.randint(len(alphas), (len(latents),), device=latents.device)
+            timesteps = own_rows(lambda n: torch.randint(len(alphas), (n,), device=latents.device), len(latents))
         if self.caption_dropout and self.training:
-            dropped = torch.rand(len(latents), 1, 1, device=latents.device) < self.caption_dropout
+            chance = own_rows(lambda n: torch.rand(n, 1, 1, device=latents.device), len(latents))
+            dropped = chance < self.caption_dropout
             text = torch.where(dropped, self._empty(), text)
         noisy = add_noise(latents, noise, timesteps, alphas)
         target = prediction_target(latents, noise, timesteps, alphas, kind)
@@ -237,7 +241,9 @@ class TuneAVideoTrainer(Trainer):
         ]
         mean, std, text = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         draw = batch.get("posterior_noise")
-        return mean + std * (torch.randn_like(mean) if draw is None else draw), text
+        if draw is None:
+            draw = own_rows(lambda n: torch.randn(n, *mean.shape[1:], device=mean.device), len(mean))
+        return mean + std * draw, text
 
     def _empty(self) -> Tensor:
         if self._empty_text is None:
@@ -295,7 +301,7 @@ class TuneAVideoTrainer(Trainer):
         return list(self._shown.values())
 
     def infer(self, file: Path) -> Inference:
-        """Edits of a user's clip by `model.prompts`: GIFs, frames, and how far each edit is from the source.
+        """Edits of a user's clip by `model.prompts`: GIFs, frames, how far each edit is from the source, and the page.
 
         The caption is `model.clip.prompt`.
 
@@ -303,6 +309,7 @@ class TuneAVideoTrainer(Trainer):
             ConfigError: no caption or prompts; the clip is too short.
         """
         from tune_a_video.data import OneShotVideoDataset
+        from tune_a_video.page import write_page
 
         if not self.clip.get("prompt"):
             raise ConfigError("set model.clip.prompt to the caption of the clip")
@@ -316,17 +323,24 @@ class TuneAVideoTrainer(Trainer):
             name = name or f"edit_{i - len(made.columns()) + len(prompts)}"
             pixels = to_pixels(video)
             pictures |= {name: pixels} | {f"{name}_{k:05d}": frame for k, frame in enumerate(pixels)}
-        return Inference({"caption": made.caption, "prompts": prompts, "scores": plain_scores(made)}, pictures)
+        record = {"caption": made.caption, "prompts": prompts, "scores": plain_scores(made)}
+        return Inference(record, pictures, write=lambda folder: write_page(made, folder))
 
     # ------------------------------------------------------------------ state
     def provenance(self) -> dict[str, Any]:
-        """What the tuned tensors belong to: clips with captions and frames, trained modules, a hash of the base."""
+        """What the tuned tensors belong to: clips with captions and frames, trained modules, a hash of the base.
+
+        Clips are those of all processes, which have to call this together.
+        """
         own = set(self.state_dict())
         frozen = {name: value for name, value in super().state_dict().items() if name not in own}
+        seen: dict[str, tuple[str, int]] = {}
+        for part in all_gather_object(self._seen):
+            seen |= part
         return {
-            "clips": list(self._seen),
-            "caption": [caption for caption, _ in self._seen.values()],
-            "frames": [frames for _, frames in self._seen.values()],
+            "clips": list(seen),
+            "caption": [caption for caption, _ in seen.values()],
+            "frames": [frames for _, frames in seen.values()],
             "trainable_modules": self.trainable_modules,
             "base_hash": hash_state(frozen),
         }

@@ -6,7 +6,7 @@ Windows that do not begin with the clip's first frame get it in front, so that i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,25 +31,28 @@ def window_spans(frames: int, window: int, overlap: int) -> list[tuple[int, int]
     return [(start, start + window) for start in (*starts, frames - window)]
 
 
-def predict_in_windows(predict: Callable[[Tensor], Tensor], latents: Tensor, window: int, overlap: int) -> Tensor:
+def predict_in_windows(
+    predict: Callable[[Tensor, Sequence[int]], Tensor], latents: Tensor, window: int, overlap: int
+) -> Tensor:
     """A network's prediction for a clip of any length.
 
     Args:
-        predict: latents `(b, c, f, h, w)` to the same shape.
+        predict: latents `(b, c, f, h, w)`, and the numbers of their frames in the clip, to the same shape.
         latents: of the clip, `(b, c, F, h, w)`.
         window, overlap: see `window_spans`.
     """
     spans = window_spans(latents.shape[2], window, overlap)
     if len(spans) == 1:
-        return predict(latents)
+        return predict(latents, range(latents.shape[2]))
     total = torch.zeros_like(latents, dtype=torch.float32)
     count = torch.zeros(latents.shape[2], device=latents.device)
     for start, stop in spans:
-        part = latents[:, :, start:stop]
         anchored = start > 0
+        frames = [0, *range(start, stop)] if anchored else range(start, stop)
+        part = latents[:, :, start:stop]
         if anchored:
             part = torch.cat([latents[:, :, :1], part], dim=2)
-        output = predict(part)[:, :, int(anchored) :]
+        output = predict(part, frames)[:, :, int(anchored) :]
         total[:, :, start:stop] += output
         count[start:stop] += 1
     return (total / count.view(1, 1, -1, 1, 1)).to(latents.dtype)

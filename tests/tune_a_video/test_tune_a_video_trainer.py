@@ -354,6 +354,11 @@ def test_one_command_tunes_edits_and_leaves_a_page_and_another_one_edits_again(s
     assert record["prompts"] == ["a wolf is skiing"] and record["scores"]["edits"][0]["change"] > 0
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"clip_edit_0.gif", "clip_side_by_side.gif", "clip_edit_0_00002.png", "results.json"} <= files
+    page = tmp_path / "out" / "clip" / "index.html"
+    assert record["page"] == str(page) and "a wolf is skiing" in page.read_text()
+    assert json.loads((page.parent / "scores.json").read_text())["edits"] == record["scores"]["edits"]
+    assert len(list((page.parent / "frames" / "02-a-wolf-is-skiing").iterdir())) == 3
+    assert (page.parent / "02-a-wolf-is-skiing.gif").exists()
 
 
 def test_resumed_tuning_ends_with_the_same_weights(sd_folder, tmp_path):

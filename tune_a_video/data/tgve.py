@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 
 from core.data import MissingDataError, data_root, derive_seed
 from core.data.files import replacing
+from core.errors import ConfigError
+from core.registry import nearest
 from tune_a_video.data.frames import Pad, Resize, as_size, check_multiple, clip_indices, open_frames, to_float
 from tune_a_video.data.one_shot import read_sized
 
@@ -68,9 +70,11 @@ class LoveuTGVE(Dataset):
         size: None: as the frames are, 480 x 480.
         resize, pad, multiple: see `tune_a_video.data.OneShotVideoDataset`.
         seed: of the places.
+        clip: only this one: its row in the table from 0, its name, or `GROUP/NAME`. None: all.
 
     Raises:
         MissingDataError: no such folder or table, a missing column, a clip without frames; each names it.
+        ConfigError: there is no such clip, or several have that name.
     """
 
     def __init__(
@@ -84,9 +88,14 @@ class LoveuTGVE(Dataset):
         pad: Pad = "none",
         multiple: int = 8,
         seed: int = 0,
+        clip: str | int | None = None,
     ) -> None:
         self.root = data_root(root, what="LOVEU-TGVE-2023", layout=_LAYOUT)
         self.clips = read_table(self.root)
+        self._first = 0
+        if clip is not None:
+            self._first = _row_of(self.clips, clip)
+            self.clips = [self.clips[self._first]]
         self.n_frames, self.start, self.stride, self.seed = n_frames, start, stride, seed
         self.size, self.resize, self.pad, self.multiple = as_size(size), resize, pad, multiple
         if self.size is not None:
@@ -114,7 +123,21 @@ class LoveuTGVE(Dataset):
 
     def _place(self, index: int, count: int) -> int:
         room = 0 if self.n_frames is None else count - (self.n_frames - 1) * self.stride
-        return derive_seed(self.seed, index) % room if room > 1 else 0
+        return derive_seed(self.seed, self._first + index) % room if room > 1 else 0
+
+
+def _row_of(clips: list[TGVEClip], wanted: str | int) -> int:
+    if isinstance(wanted, int) and not isinstance(wanted, bool):
+        if not 0 <= wanted < len(clips):
+            raise ConfigError(f"clip={wanted}: the table has the clips 0 to {len(clips) - 1}")
+        return wanted
+    names = [f"{row.group}/{row.name}" for row in clips]
+    found = [i for i, (name, row) in enumerate(zip(names, clips, strict=True)) if wanted in (name, row.name)]
+    if not found:
+        raise ConfigError(f"clip={wanted}: the table has no such clip{nearest(str(wanted), [c.name for c in clips])}")
+    if len(found) > 1:
+        raise ConfigError(f"clip={wanted} is the name of several clips: use {', '.join(names[i] for i in found)}")
+    return found[0]
 
 
 def read_table(root: Path) -> list[TGVEClip]:
