@@ -54,6 +54,8 @@ class TuneAVideoTrainer(Trainer):
         architecture: of the network where there is no base: `sd1`, `sd2` or arguments of `TuneAVideoUNet`.
         base_lora: file of LoRA weights that is merged into the base first.
         base_lora_scale: its strength.
+        base_config: local folder of a pipeline that says what a single file holds, see
+            `tune_a_video.single_file.read_single_file`.
         variant: of the base's files, such as `fp16`.
         attention, group_norm, temporal: see `TuneAVideoUNet`.
         trainable_modules: names of modules, see `TuneAVideoUNet.trainable_parameters`; `[all]` for everything.
@@ -83,6 +85,7 @@ class TuneAVideoTrainer(Trainer):
         architecture: str | Mapping[str, Any] = "sd1",
         base_lora: str | None = None,
         base_lora_scale: float = 1.0,
+        base_config: str | None = None,
         variant: str | None = None,
         attention: FrameSpec = "first_prev",
         group_norm: str = "joint",
@@ -117,8 +120,8 @@ class TuneAVideoTrainer(Trainer):
             if torch.empty(0).is_meta:
                 self.network = _skeleton(base, architecture, options)
             else:
-                lora_options = {"lora": base_lora, "lora_scale": base_lora_scale}
-                made = TuneAVideoPipeline.from_base(base, variant=variant, **lora_options, **options)
+                files = {"lora": base_lora, "lora_scale": base_lora_scale, "config": base_config, "variant": variant}
+                made = TuneAVideoPipeline.from_base(base, **files, **options)
                 made.set_progress_bar_config(disable=True)
                 for part in (made.vae, made.text_encoder):
                     part.requires_grad_(False).eval()
