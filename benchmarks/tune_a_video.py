@@ -1,11 +1,14 @@
 """What tuning costs: attention over frames against concatenated keys, and a step against the plain recipe.
 
   python benchmarks/tune_a_video.py [frames=24] [tokens=1024] [channels=320] [size=sd1] [latent=16] [device=cpu]
-      [parts=[attention,step]] [rounds=5] [precision=fp32]
+      [parts=[attention,norm,step]] [rounds=5] [precision=fp32]
 
 `attention` measures first-and-previous attention of one layer, keys and values given: `ours`; `concatenated`, which
 lays out the keys of every frame before one fused call; `scores`, which also writes the scores out, as the released code
 does without xformers. Peak of tensors alive, and seconds, without gradients (`sampling`) and with them (`tuning`).
+
+`norm` measures the group norm over all frames without gradients, for `frames` of `tokens` places: `ours`, from every
+frame's statistics, and `reordered`, which lays the frames of each channel side by side first.
 
 `step` measures forward and backward of a tuning step with random weights: `ours` (posterior and text known, nothing
 recomputed); `encode`, which encodes the clip and its caption in every step; `released`, which also recomputes
@@ -34,6 +37,7 @@ from core.cli import parse, run
 from core.profile import benchmark, device_name, peak_memory
 from tune_a_video import TuneAVideoTrainer
 from tune_a_video.folders import ddim
+from tune_a_video.models import FrameCount, FrameGroupNorm
 from tune_a_video.models.frame_attention import attend, key_frames
 from tune_a_video.trainer import ARCHITECTURES
 
@@ -52,7 +56,7 @@ class Options:
     step_frames: int = field(default=4, metadata={"help": "frames of the step"})
     device: str = "cpu"
     precision: str = field(default="fp32", metadata={"help": "fp32, bf16"})
-    parts: list[str] = field(default_factory=lambda: ["attention", "step"])
+    parts: list[str] = field(default_factory=lambda: ["attention", "norm", "step"])
     rounds: int = 5
     threads: int = 1
     output: str | None = None
@@ -121,6 +125,38 @@ def _attention_pass(form: Callable[..., Tensor], tensors: list[Tensor], tuning: 
 def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     pairs = zip(ours, theirs, strict=True)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+# ---------------------------------------------------------------------- the norm over frames
+def measure_norm(options: Options) -> dict[str, Any]:
+    """Peak and seconds of two forms of the joint group norm, and their ratios to ours."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(options.frames, options.channels, options.tokens, 1, generator=generator).to(options.device)
+    norm = FrameGroupNorm(32, options.channels, 1e-5, True, FrameCount(options.frames)).to(options.device)
+
+    def reordered(x: Tensor) -> Tensor:
+        video = rearrange(x, "f c h w -> 1 c f h w")
+        normed = F.group_norm(video, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        # The convolution behind it wants the rows in one piece.
+        return rearrange(normed, "1 c f h w -> f c h w").contiguous()
+
+    def once(form: Callable[[Tensor], Tensor]) -> Callable[[], list[Tensor]]:
+        def run_once() -> list[Tensor]:
+            with torch.no_grad():
+                return [form(rows)]
+
+        return run_once
+
+    passes = {"ours": once(norm), "reordered": once(reordered)}
+    outputs = {name: run_once() for name, run_once in passes.items()}
+    peak = {name: peak_memory(run_once, device=options.device).tensors for name, run_once in passes.items()}
+    timed = benchmark(passes, device=options.device, repeats=options.rounds, warmup=1, threads=options.threads)
+    return {
+        "largest_relative_difference": float(f"{_distance(outputs['ours'], outputs['reordered']):.2g}"),
+        "megabytes": {name: round(value / 2**20, 1) for name, value in peak.items()},
+        "milliseconds": {name: round(1e3 * timed.time(name).median, 1) for name in passes},
+        "speedup": round(timed.speedup("ours", "reordered").median, 2),
+    }
 
 
 # ---------------------------------------------------------------------- a step
@@ -214,7 +250,7 @@ def _step_pass(trainer: TuneAVideoTrainer, batch: dict[str, Any], options: Optio
     return once
 
 
-PARTS = {"attention": measure_attention, "step": measure_step}
+PARTS = {"attention": measure_attention, "norm": measure_norm, "step": measure_step}
 
 
 def main(argv: list[str]) -> None:

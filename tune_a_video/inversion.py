@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 # Noise levels have no meaning for a sampler that starts from noise of its own.
@@ -96,7 +97,10 @@ def ddim_invert(
 
 
 def sampling_timesteps(scheduler: Any, steps: int) -> list[int]:
-    """The timesteps of `steps` sampling steps, descending; the scheduler itself is left as it is."""
-    copy = type(scheduler).from_config(scheduler.config)
+    """The timesteps of `steps` steps of DDIM, descending, whatever the scheduler; that is left as it is.
+
+    Samplers of higher order name timesteps twice, which a path from level to level cannot.
+    """
+    copy = DDIMScheduler.from_config(scheduler.config)
     copy.set_timesteps(steps)
     return [int(t) for t in copy.timesteps]

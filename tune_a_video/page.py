@@ -16,6 +16,8 @@ from PIL import Image
 from core.registry import HOOKS
 from core.trainer import unwrap
 from tune_a_video.editing import Edits, plain_scores
+from tune_a_video.models.lora_layers import merged_copy
+from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.strips import strips
 from tune_a_video.video_io import save_video, to_pixels
 
@@ -120,7 +122,8 @@ class ResultsPage(Hook):
         folder = Path(runner.work_dir)
         trainer.network.save_delta(folder / "tuned", steps=runner.iter, **about)
         if self.pipeline:
-            trainer.pipe.save_pretrained(folder / "pipeline")
+            network = merged_copy(trainer.network)
+            TuneAVideoPipeline(**{**trainer.pipe.components, "unet": network}).save_pretrained(folder / "pipeline")
 
     def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Keeps the edits of a batch."""

@@ -33,6 +33,7 @@ from tune_a_video.inversion_cache import cached_inversion
 from tune_a_video.lora import merge_lora
 from tune_a_video.models import TemporalConfig, TuneAVideoUNet
 from tune_a_video.models.frame_attention import FrameSpec
+from tune_a_video.single_file import read_single_file
 from tune_a_video.text import as_prompts, check_parts, text_states
 from tune_a_video.video_io import to_pixels
 from tune_a_video.windows import predict_in_windows
@@ -106,6 +107,7 @@ class TuneAVideoPipeline(
         lora: str | os.PathLike[str] | None = None,
         lora_scale: float = 1.0,
         variant: str | None = None,
+        config: str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> TuneAVideoPipeline:
         """An untuned pipeline over an image model, with DDIM sampling.
@@ -117,6 +119,8 @@ class TuneAVideoPipeline(
             lora: a file of LoRA weights that is merged into the image model first.
             lora_scale: its strength.
             variant: `fp16` for files of that name.
+            config: of a single file, which holds weights alone: local folder of a pipeline of the same kind, see
+                `tune_a_video.single_file.read_single_file`.
             torch_dtype: of all parameters; None: float32.
 
         Raises:
@@ -125,7 +129,7 @@ class TuneAVideoPipeline(
         """
         options = {"attention": attention, "group_norm": group_norm, "temporal": temporal}
         if isinstance(base, DiffusionPipeline) or (base is not None and Path(base).is_file()):
-            image = base if isinstance(base, DiffusionPipeline) else _single_file(Path(base), torch_dtype)
+            image = base if isinstance(base, DiffusionPipeline) else read_single_file(base, config, torch_dtype)
             unet = TuneAVideoUNet.from_unet2d(image.unet, **options)
             parts = {"vae": image.vae, "text_encoder": image.text_encoder, "tokenizer": image.tokenizer}
             parts["scheduler"] = ddim(dict(image.scheduler.config))
@@ -253,6 +257,14 @@ class TuneAVideoPipeline(
     def disable_vae_slicing(self) -> None:
         """Several frames are decoded together again."""
         self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Large frames pass through the autoencoder in overlapping tiles: less memory, faint differences at seams."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Frames pass through the autoencoder whole again."""
+        self.vae.disable_tiling()
 
     def _check_size(self, height: int, width: int) -> None:
         unit = self.vae_scale_factor
@@ -530,11 +542,3 @@ def _converted(videos: Tensor, output_type: str) -> Any:
 def _variant(folder: Path, variant: str | None) -> str | None:
     """The variant, if the folder has files of that name."""
     return variant if variant and any(f".{variant}." in file.name for file in folder.iterdir()) else None
-
-
-def _single_file(path: Path, torch_dtype: torch.dtype | None) -> DiffusionPipeline:
-    from diffusers import StableDiffusionPipeline
-
-    return StableDiffusionPipeline.from_single_file(
-        str(path), torch_dtype=torch_dtype or torch.float32, local_files_only=True, safety_checker=None
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tune_a_video.losses import NOISES, add_noise, denoising_loss, frame_noise, 
 from tune_a_video.models import TRAINABLE_MODULES, TuneAVideoUNet
 from tune_a_video.models.frame_attention import FrameSpec
 from tune_a_video.models.inflation import TEMPORAL_NAMES
+from tune_a_video.models.lora_layers import add_lora
 from tune_a_video.models.weights import read_config
 from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.prompts import Prompts, prompts_of
@@ -54,12 +54,14 @@ class TuneAVideoTrainer(Trainer):
         architecture: of the network where there is no base: `sd1`, `sd2` or arguments of `TuneAVideoUNet`.
         base_lora: file of LoRA weights that is merged into the base first.
         base_lora_scale: its strength.
+        base_config: local folder of a pipeline that says what a single file holds, see
+            `tune_a_video.single_file.read_single_file`.
         variant: of the base's files, such as `fp16`.
         attention, group_norm, temporal: see `TuneAVideoUNet`.
         trainable_modules: names of modules, see `TuneAVideoUNet.trainable_parameters`; `[all]` for everything.
             Convolutions over frames are always among them, `attn_temp` only where there is one.
         lora: `{rank: 8, alpha: 8}`: of the trainable modules, those of the image model get low-rank updates in place of
-            whole ones; needs peft.
+            whole ones; linear layers only.
         delta: file of tuned tensors to start from, see `TuneAVideoUNet.load_delta`.
         noise: of training, see `tune_a_video.losses.frame_noise`.
         noise_offset: see there.
@@ -74,7 +76,7 @@ class TuneAVideoTrainer(Trainer):
         frozen: see `core.Trainer`.
 
     Raises:
-        ConfigError: arguments that mean nothing, a base that is none, LoRA without peft.
+        ConfigError: arguments that mean nothing, a base that is none, LoRA of layers that are not linear.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class TuneAVideoTrainer(Trainer):
         architecture: str | Mapping[str, Any] = "sd1",
         base_lora: str | None = None,
         base_lora_scale: float = 1.0,
+        base_config: str | None = None,
         variant: str | None = None,
         attention: FrameSpec = "first_prev",
         group_norm: str = "joint",
@@ -117,8 +120,8 @@ class TuneAVideoTrainer(Trainer):
             if torch.empty(0).is_meta:
                 self.network = _skeleton(base, architecture, options)
             else:
-                lora_options = {"lora": base_lora, "lora_scale": base_lora_scale}
-                made = TuneAVideoPipeline.from_base(base, variant=variant, **lora_options, **options)
+                files = {"lora": base_lora, "lora_scale": base_lora_scale, "config": base_config, "variant": variant}
+                made = TuneAVideoPipeline.from_base(base, **files, **options)
                 made.set_progress_bar_config(disable=True)
                 for part in (made.vae, made.text_encoder):
                     part.requires_grad_(False).eval()
@@ -150,16 +153,15 @@ class TuneAVideoTrainer(Trainer):
         self.trained = self.network.set_trainable(modules)
         if lora is None:
             return
-        if importlib.util.find_spec("peft") is None:
-            raise ConfigError("model.lora needs the package peft: install it, or set model.lora=null")
-        from peft import LoraConfig
-
         whole = [name for name in self.trained if any(part in name for part in TEMPORAL_NAMES)]
         layers = sorted({name.rpartition(".")[0] for name in self.trained if name not in whole})
+        unknown = sorted(set(lora) - {"rank", "alpha"})
+        if unknown:
+            raise ValueError(f"lora has no {', '.join(unknown)}: rank, alpha")
         rank = int(lora.get("rank", 8))
-        self.network.add_adapter(LoraConfig(r=rank, lora_alpha=lora.get("alpha", rank), target_modules=layers))
+        updates = add_lora(self.network, layers, rank, float(lora.get("alpha", rank)))
         for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_("lora_" in name or name in whole)
+            parameter.requires_grad_(name in updates or name in whole)
         self.trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
 
     # ------------------------------------------------------------------ parts

@@ -132,6 +132,35 @@ def test_joint_norm_sees_all_frames_and_per_frame_norm_one():
     torch.testing.assert_close(alone, F.group_norm(rows, 2))
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_norm_from_the_statistics_of_frames_is_the_joint_one(offset):
+    """Without gradients no copy in another order is made; frames here differ in mean and spread."""
+    norm = torch.nn.GroupNorm(2, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    video = torch.randn(2, 6, 3, 5, 4) * torch.tensor([0.1, 1.0, 3.0]).view(1, 1, 3, 1, 1)
+    video += torch.tensor([-1.0, 0.0, 2.0]).view(1, 1, 3, 1, 1) + offset
+    rows = rearrange(video, "b c f h w -> (b f) c h w")
+    joint = FrameGroupNorm.around(norm, FrameCount(3))
+    want = rearrange(
+        F.group_norm(video.double(), 2, norm.weight.double(), norm.bias.double()), "b c f h w -> (b f) c h w"
+    )
+    with torch.no_grad():
+        out = joint(rows)
+        assert (out - want).abs().max() < (1e-6 if not offset else 1e-4) * want.abs().max()
+        assert out.is_contiguous() and out.dtype == torch.float32
+        half = joint(rows.bfloat16())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert joint(rows.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(joint(rows), want.float(), atol=1e-4, rtol=1e-4)  # with gradients
+    assert half.dtype == torch.bfloat16
+    if not offset:
+        assert (half.double() - want).abs().max() < 0.02 * want.abs().max()
+    constant = torch.full((3, 6, 4, 4), 2.0)
+    with torch.no_grad():
+        torch.testing.assert_close(joint(constant), norm.bias.view(1, 6, 1, 1).expand(3, 6, 4, 4), atol=1e-4, rtol=0)
+
+
 def test_temporal_attention_joins_the_frames_of_a_place(image_unet):
     unet = stir(video_unet(image_unet))
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]

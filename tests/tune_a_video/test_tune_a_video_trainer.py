@@ -1,10 +1,11 @@
 """One-shot tuning: the loss, what is trained and kept, what a run leaves, and the errors on the way."""
 
-import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from core.config import compose
 from core.errors import ConfigError
@@ -22,6 +23,11 @@ from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.trainer import TuneAVideoTrainer
 
 QUICK = {"steps": 2, "guidance_scale": 2.0}
+DRAWS = {
+    "noise": torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+    "posterior_noise": torch.zeros(1, 4, 3, 8, 8),
+    "timesteps": torch.tensor([400]),
+}
 
 
 def trainer(folder, **options):
@@ -170,14 +176,61 @@ def test_only_the_chosen_parameters_move(sd_folder):
     assert len(everything.trained) == len(list(everything.network.parameters()))
 
 
-def test_lora_without_peft_says_what_to_do(sd_folder):
-    if importlib.util.find_spec("peft") is None:
-        with pytest.raises(ConfigError, match="peft"):
-            trainer(sd_folder, lora={"rank": 2})
-    else:
-        made = trainer(sd_folder, lora={"rank": 2})
-        assert any("lora_A" in name for name in made.trained) and any("attn_temp" in name for name in made.trained)
-        assert losses_of_steps(made, 1)
+def test_low_rank_updates_alone_are_trained_and_read_back(sd_folder, tmp_path):
+    made = trainer(sd_folder, lora={"rank": 2, "alpha": 4})
+    before = {name: value.clone() for name, value in made.network.state_dict().items()}
+    plain = trainer(sd_folder)
+    assert sum(p.numel() for p in made.parameters() if p.requires_grad) < sum(
+        p.numel() for p in plain.parameters() if p.requires_grad
+    )
+    torch.testing.assert_close(made.losses({**batch(), **DRAWS}), plain.losses({**batch(), **DRAWS}))
+    losses_of_steps(made)
+    moved = {name for name, value in made.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all("lora_" in name or "attn_temp" in name for name in moved)
+    assert any("attn1.to_q.lora_A" in name for name in moved) and any("attn2.to_q.lora_B" in name for name in moved)
+    assert {name for name, p in made.network.named_parameters() if p.grad is not None} == set(made.trained)
+    want = made.eval().losses({**batch(), **DRAWS})
+    assert (want["loss_denoising"] - plain.eval().losses({**batch(), **DRAWS})["loss_denoising"]).abs() > 1e-5
+
+    file = made.network.save_delta(tmp_path / "tuned")
+    merged = trainer(sd_folder, delta=str(file)).eval()  # a network without such layers
+    assert not any("lora" in name for name in merged.network.state_dict())
+    torch.testing.assert_close(merged.losses({**batch(), **DRAWS}), want)
+    again = trainer(sd_folder, lora={"rank": 2, "alpha": 4}).eval()
+    assert again.network.load_delta(file)["attention"] == "first_prev"
+    torch.testing.assert_close(again.losses({**batch(), **DRAWS}), want)
+    resumed = trainer(sd_folder, lora={"rank": 2, "alpha": 4}).eval()
+    resumed.load_state_dict(made.state_dict(), strict=False)
+    torch.testing.assert_close(resumed.losses({**batch(), **DRAWS}), want)
+
+
+def test_a_pipeline_tuned_by_low_rank_updates_is_saved_whole(sd_folder, tmp_path):
+    from tune_a_video.page import ResultsPage
+
+    made = trainer(sd_folder, lora={"rank": 2}, trainable_modules=["attn1", "attn_temp"])
+    losses_of_steps(made)
+    runner = SimpleNamespace(model=made.eval(), work_dir=str(tmp_path), iter=3)
+    ResultsPage(pipeline=True).after_train(runner)
+    back = TuneAVideoPipeline.from_pretrained(tmp_path / "pipeline")
+    options = {"latents": torch.randn(1, 4, 3, 8, 8), "num_inference_steps": 2, "output_type": "latent"}
+    torch.testing.assert_close(back("a", **options).videos, made.pipe("a", **options).videos, atol=1e-4, rtol=1e-4)
+    assert made.network.state_dict().keys() - back.unet.state_dict().keys()  # the trained one goes on as it was
+
+
+def test_low_rank_updates_that_mean_nothing(sd_folder, tmp_path):
+    for options, message in (
+        ({"lora": {"rank": 0}}, "rank=0"),
+        ({"lora": {"r": 4}}, "lora has no r"),
+        ({"lora": {"rank": 2}, "trainable_modules": ["conv_in"]}, "conv_in is a Conv2d"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trainer(sd_folder, **options)
+    file = trainer(sd_folder, lora={"rank": 2}).network.save_delta(tmp_path / "tuned")
+    state = load_file(file)
+    state = {name: value[:, :4].contiguous() if "lora_A" in name else value for name, value in state.items()}
+    save_file(state, tmp_path / "narrow.safetensors")
+    with pytest.raises(ConfigError, match="no place here"):
+        trainer(sd_folder, delta=str(tmp_path / "narrow.safetensors"))
 
 
 def test_checkpoints_hold_the_tuned_tensors_and_fit_back(sd_folder):

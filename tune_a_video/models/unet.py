@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tune_a_video.models.frame_attention import FrameSpec, check_spec
 from tune_a_video.models.frames import FrameCount, fold, unfold
 from tune_a_video.models.inflation import TEMPORAL_NAMES, inflate, set_frame_attention
+from tune_a_video.models.lora_layers import lora_buffers, merge_updates
 from tune_a_video.models.temporal import TemporalConfig
 from tune_a_video.models.weights import read_config, read_delta, read_network, write_delta
 
@@ -301,6 +302,7 @@ class TuneAVideoUNet(UNet2DConditionModel):
         else:
             chosen = set(self.trainable_parameters(modules))
         chosen |= {name for name, _ in self.named_parameters() if any(part in name for part in TEMPORAL_NAMES)}
+        chosen |= set(lora_buffers(self))
         return {name: value.detach() for name, value in self.state_dict().items() if name in chosen}
 
     def save_delta(
@@ -322,6 +324,8 @@ class TuneAVideoUNet(UNet2DConditionModel):
     def load_delta(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Loads tensors that `save_delta` wrote, or a `tuneavideo-<step>.pth` of the LOVEU-TGVE fork.
 
+        Low-rank updates are added to the matrices that they were trained for.
+
         Returns:
             What the JSON beside the file says; empty without one.
 
@@ -335,6 +339,8 @@ class TuneAVideoUNet(UNet2DConditionModel):
             if name in about and about[name] != mine:
                 raise ValueError(f"{path} was tuned with {name}={about[name]!r}, this network has {mine!r}")
         own = self.state_dict()
+        if not lora_buffers(self):
+            state = merge_updates(state, own, str(path))
         strange = sorted(set(state) - set(own))
         wrong = sorted(name for name in set(state) & set(own) if state[name].shape != own[name].shape)
         if strange or wrong:
