@@ -179,6 +179,28 @@ def test_beta_weighs_commitment_and_legacy_the_codebook(legacy: bool) -> None:
     assert ratio.item() == pytest.approx(4.0 if legacy else 0.25)
 
 
+def test_gradients_stop_where_the_equation_says() -> None:
+    """Features get the gradient at their codes and that of the commitment alone; codes get the codebook's alone."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 4, beta=0.25)
+    weight = quantizer.embedding.weight
+    z = torch.randn(2, 4, 3, 3, requires_grad=True)
+
+    def gradients(value: Tensor) -> list[Tensor | None]:
+        return list(torch.autograd.grad(value, (z, weight), allow_unused=True))
+
+    out = quantizer(z)
+    codes = quantizer.lookup(out.indices).detach()
+    assert torch.equal(out.z_q, codes)
+    given = torch.randn_like(codes)
+    at_features, at_codes = gradients((out.z_q * given).sum())
+    assert torch.equal(at_features, given) and at_codes is None
+    at_features, at_codes = gradients(quantizer(z).losses["codebook"])
+    assert at_features is None and at_codes.abs().sum() > 0
+    at_features, at_codes = gradients(quantizer(z).losses["commit"])
+    assert torch.allclose(at_features, 0.25 * 2 * (z - codes) / z.numel(), atol=1e-6) and at_codes is None
+
+
 def use_after_training(term: nn.Module | None) -> float:
     """Perplexity of the codes of fixed features after the codebook was trained."""
     torch.manual_seed(0)

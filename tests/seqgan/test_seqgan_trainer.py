@@ -187,6 +187,32 @@ def test_codes_of_another_tokenizer_or_data_set_are_refused(tmp_path) -> None:
         cache.fill(Pictures(), model)
 
 
+class Turned:
+    """A transform that the first picture does not show."""
+
+    def __repr__(self) -> str:
+        return "Turned()"
+
+
+def test_another_transform_is_refused(tmp_path) -> None:
+    cache, model, data = CodeCache(tmp_path / "codes"), spread_tokenizer(), Pictures()
+    cache.fill(data, model)
+    data.transform = Turned()
+    with pytest.raises(StaleCacheError, match="transform"):
+        cache.fill(data, model)
+
+
+def test_codes_are_kept_as_evaluation_has_them_and_in_full(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = conv_tokenizer(32, (1, 1), 1, codebook_size=300, z_dim=8)
+    nn.init.normal_(model.quantizer.embedding.weight)
+    model.quant_conv = nn.Dropout(0.5)
+    cached = CodeCache(tmp_path / "codes").fill(Pictures(), model.train())
+    expected = model.eval().encode(images()["image"])
+    assert expected.max() > 255
+    assert all(torch.equal(cached[i]["codes"], expected[i]) for i in range(4))
+
+
 def test_views_are_augmented_apart_and_drawn(tmp_path) -> None:
     cached = CodeCache(tmp_path / "codes", views=3).fill(Pictures(noise=1.0), spread_tokenizer())
     torch.manual_seed(0)
