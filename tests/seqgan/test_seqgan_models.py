@@ -229,6 +229,9 @@ def test_scopes_and_distances_of_entropy() -> None:
     values = {d: UsageEntropy(1.0, distance=d, scope="image")(near).item() for d in ("l2", "l2_squared")}
     assert values["l2"] < values["l2_squared"] < 0
     assert UsageEntropy(1.0)(near).item() == pytest.approx(-UsageEntropy(1.0, sign="paper")(near).item())
+    uneven = torch.tensor([[[0.0, 2.0]]])
+    assert UsageEntropy(1.0, temperature=2.0)(uneven).item() == pytest.approx(UsageEntropy(1.0)(uneven / 2).item())
+    assert UsageEntropy(1.0, temperature=2.0)(uneven) < UsageEntropy(1.0)(uneven) - 0.1
     with pytest.raises(ValueError, match="unknown scope"):
         UsageEntropy(scope="pixel")
 

@@ -195,6 +195,11 @@ def test_schedule_in_float32() -> None:
         mask_ratio("sine", torch.ones(1), 4)
 
 
+def test_at_least_one_code_becomes_known_in_a_step() -> None:
+    few = mask_count("cosine", 0, 12, masked=torch.tensor([3, 16, 1]), unknown=torch.tensor([16, 16, 16]))
+    assert few.tolist() == [2, 15, 1]
+
+
 def test_every_step_keeps_more_codes() -> None:
     seen = []
 
