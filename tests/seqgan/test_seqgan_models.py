@@ -120,6 +120,12 @@ def test_the_fingerprint_follows_encoder_and_codebook() -> None:
     model.decoder.stem.weight.data += 1
     prints.add(model.fingerprint())
     assert len(prints) == 3
+    other = vqgan_tokenizer(32, (1, 2), 1, (4,), 8, z_channels=8, codebook_size=16, embed_dim=4)
+    before = other.fingerprint()
+    other.post_quant_conv.weight.data += 1
+    assert other.fingerprint() == before
+    other.quant_conv.bias.data += 1e-3
+    assert other.fingerprint() != before
 
 
 def test_upsampling_equals_nearest_and_convolution() -> None:
