@@ -48,10 +48,6 @@ _EXPORTS = {
     "code_histogram": "seqgan.diagnostics",
     "teacher_forced": "seqgan.diagnostics",
     "predicted_images": "seqgan.diagnostics",
-    "TokenizerQuality": "seqgan.metrics",
-    "CodePredictability": "seqgan.metrics",
-    "SampleQuality": "seqgan.metrics",
-    "frechet_distance": "seqgan.fidelity",
     "TokenizerTrainer": "seqgan.trainer",
     "TransformerTrainer": "seqgan.trainer",
     "SemanticPerceptualLoss": "seqgan.perceptual",
@@ -64,6 +60,10 @@ _EXPORTS = {
     "generator_loss": "seqgan.losses",
     "gradient_penalty": "seqgan.losses",
     "masked_loss": "seqgan.losses",
+    "TokenizerQuality": "seqgan.metrics",
+    "CodePredictability": "seqgan.metrics",
+    "SampleQuality": "seqgan.metrics",
+    "frechet_distance": "seqgan.fidelity",
 }
 
 __all__ = list(_EXPORTS)

@@ -70,6 +70,7 @@ def test_codes_are_replaced_after_patience_and_not_before() -> None:
     quantizer(z)
     assert torch.equal(quantizer.embedding.weight[1:], z.view(1, 2).expand(2, 2))
     assert torch.equal(quantizer.embedding.weight[0], far[0])
+    assert quantizer.idle.max() == 1, "a code that began anew has its patience again"
     quantizer.idle.fill_(9)
     kept = quantizer.embedding.weight.clone()
     quantizer.eval()(z)

@@ -64,6 +64,7 @@ def test_adaptive_weight_makes_gradients_equally_long() -> None:
     ]
     assert lengths[0].item() == pytest.approx(lengths[1].item(), rel=1e-3) and not weight.requires_grad
     assert adaptive_weight(first, 0 * second, layer.weight, 0.8, limit=2.0).item() == pytest.approx(1.6)
+    assert adaptive_weight(0 * first, 0 * second, layer.weight).item() == 0
 
 
 def test_the_adversarial_loss_starts_and_ramps() -> None:
@@ -99,6 +100,14 @@ def test_only_masked_codes_count_and_images_weigh_alike() -> None:
     assert value.item() == pytest.approx((one + math.log(4)) / 2, rel=1e-5)
     logits[0, 1:] = torch.randn(2, 4)
     assert torch.equal(masked_loss(logits, codes, mask, 0.0), value)
+
+
+def test_smoothing_spreads_a_share_over_all_codes() -> None:
+    logits = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0))
+    codes, mask = torch.tensor([[1, 3]]), torch.ones(1, 2, dtype=torch.bool)
+    logs = logits.log_softmax(dim=-1)
+    expected = -(0.9 * logs.gather(-1, codes[..., None])[..., 0] + 0.1 * logs.mean(dim=-1)).mean()
+    assert masked_loss(logits, codes, mask).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # ------------------------------------------------------------------ perceptual

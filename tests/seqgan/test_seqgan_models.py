@@ -120,6 +120,12 @@ def test_the_fingerprint_follows_encoder_and_codebook() -> None:
     model.decoder.stem.weight.data += 1
     prints.add(model.fingerprint())
     assert len(prints) == 3
+    other = vqgan_tokenizer(32, (1, 2), 1, (4,), 8, z_channels=8, codebook_size=16, embed_dim=4)
+    before = other.fingerprint()
+    other.post_quant_conv.weight.data += 1
+    assert other.fingerprint() == before
+    other.quant_conv.bias.data += 1e-3
+    assert other.fingerprint() != before
 
 
 def test_upsampling_equals_nearest_and_convolution() -> None:
@@ -179,6 +185,28 @@ def test_beta_weighs_commitment_and_legacy_the_codebook(legacy: bool) -> None:
     assert ratio.item() == pytest.approx(4.0 if legacy else 0.25)
 
 
+def test_gradients_stop_where_the_equation_says() -> None:
+    """Features get the gradient at their codes and that of the commitment alone; codes get the codebook's alone."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 4, beta=0.25)
+    weight = quantizer.embedding.weight
+    z = torch.randn(2, 4, 3, 3, requires_grad=True)
+
+    def gradients(value: Tensor) -> list[Tensor | None]:
+        return list(torch.autograd.grad(value, (z, weight), allow_unused=True))
+
+    out = quantizer(z)
+    codes = quantizer.lookup(out.indices).detach()
+    assert torch.equal(out.z_q, codes)
+    given = torch.randn_like(codes)
+    at_features, at_codes = gradients((out.z_q * given).sum())
+    assert torch.equal(at_features, given) and at_codes is None
+    at_features, at_codes = gradients(quantizer(z).losses["codebook"])
+    assert at_features is None and at_codes.abs().sum() > 0
+    at_features, at_codes = gradients(quantizer(z).losses["commit"])
+    assert torch.allclose(at_features, 0.25 * 2 * (z - codes) / z.numel(), atol=1e-6) and at_codes is None
+
+
 def use_after_training(term: nn.Module | None) -> float:
     """Perplexity of the codes of fixed features after the codebook was trained."""
     torch.manual_seed(0)
@@ -207,6 +235,9 @@ def test_scopes_and_distances_of_entropy() -> None:
     values = {d: UsageEntropy(1.0, distance=d, scope="image")(near).item() for d in ("l2", "l2_squared")}
     assert values["l2"] < values["l2_squared"] < 0
     assert UsageEntropy(1.0)(near).item() == pytest.approx(-UsageEntropy(1.0, sign="paper")(near).item())
+    uneven = torch.tensor([[[0.0, 2.0]]])
+    assert UsageEntropy(1.0, temperature=2.0)(uneven).item() == pytest.approx(UsageEntropy(1.0)(uneven / 2).item())
+    assert UsageEntropy(1.0, temperature=2.0)(uneven) < UsageEntropy(1.0)(uneven) - 0.1
     with pytest.raises(ValueError, match="unknown scope"):
         UsageEntropy(scope="pixel")
 

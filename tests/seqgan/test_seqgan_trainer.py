@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from core.data import StaleCacheError
 from core.param_groups import OptimConstructor
 from seqgan.codes import CodeCache
+from seqgan.losses import gradient_penalty
 from seqgan.models import (
     ARTransformer,
     MaskedTransformer,
@@ -122,6 +123,35 @@ def test_transformers_learn_codes(kind: str) -> None:
     assert first["mask"].all() == (kind == "ar")
 
 
+def test_hidden_labels_and_smoothing_reach_the_loss() -> None:
+    torch.manual_seed(0)
+    network = ARTransformer(8, 2, 16, dim=16, depth=1, num_heads=2, null_class=True)
+    nn.init.normal_(network.tokens.weight)
+    batch = {"codes": torch.randint(8, (4, 4, 4)), "label": torch.arange(4) % 2}
+    without = {**batch, "label": torch.full((4,), network.null_label)}
+    plain = TransformerTrainer(network).eval()
+    hidden = TransformerTrainer(network, label_drop=1.0).eval()
+    values = [t.losses(b)["loss_codes"].item() for t, b in ((hidden, batch), (plain, without), (plain, batch))]
+    assert values[0] == values[1] != values[2]
+    masked = MaskedTransformer(8, 2, 16, dim=16, depth=1, num_heads=2)
+    nn.init.normal_(masked.tokens.weight)
+    found = []
+    for smoothing in (0.0, 0.3):
+        torch.manual_seed(1)
+        found.append(TransformerTrainer(masked, smoothing=smoothing).eval().losses(batch)["loss_codes"].item())
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+def test_a_lazy_penalty_costs_as_much_on_average() -> None:
+    critic = StyleDiscriminator(16, channels={4: 8, 8: 4, 16: 4})
+    costs = []
+    for every in (1, 4):
+        trainer = TokenizerTrainer(tokenizer(), discriminator=critic, penalty=3.0, penalty_every=every)
+        costs.append(trainer.discriminator_losses(images())["loss_penalty"].item())
+    expected = 3.0 * gradient_penalty(critic, images()["image"]).item()
+    assert costs == pytest.approx([expected, 4 * expected], rel=1e-4)
+
+
 def test_codes_come_from_the_batch_or_a_tokenizer() -> None:
     network = ARTransformer(16, 1, 64, 8, 1, 1)
     with pytest.raises(KeyError, match="no 'codes'"):
@@ -185,6 +215,32 @@ def test_codes_of_another_tokenizer_or_data_set_are_refused(tmp_path) -> None:
     model.encoder.stem.weight.data += 1
     with pytest.raises(StaleCacheError, match="tokenizer"):
         cache.fill(Pictures(), model)
+
+
+class Turned:
+    """A transform that the first picture does not show."""
+
+    def __repr__(self) -> str:
+        return "Turned()"
+
+
+def test_another_transform_is_refused(tmp_path) -> None:
+    cache, model, data = CodeCache(tmp_path / "codes"), spread_tokenizer(), Pictures()
+    cache.fill(data, model)
+    data.transform = Turned()
+    with pytest.raises(StaleCacheError, match="transform"):
+        cache.fill(data, model)
+
+
+def test_codes_are_kept_as_evaluation_has_them_and_in_full(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = conv_tokenizer(32, (1, 1), 1, codebook_size=300, z_dim=8)
+    nn.init.normal_(model.quantizer.embedding.weight)
+    model.quant_conv = nn.Dropout(0.5)
+    cached = CodeCache(tmp_path / "codes").fill(Pictures(), model.train())
+    expected = model.eval().encode(images()["image"])
+    assert expected.max() > 255
+    assert all(torch.equal(cached[i]["codes"], expected[i]) for i in range(4))
 
 
 def test_views_are_augmented_apart_and_drawn(tmp_path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seqgan import sampling
 from seqgan.models import ARTransformer, MaskedTransformer, ar_base, ar_large, mask_ratio, nar_base, nar_large
 from seqgan.models import training_mask as draw_mask
 from seqgan.models.masking import mask_count
@@ -99,6 +100,32 @@ def test_samples_follow_the_model() -> None:
     assert torch.allclose(first.bincount(minlength=K) / 1000, expected, atol=0.05)
 
 
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_temperature_sharpens_and_flattens(kind: str) -> None:
+    model, label = (ar() if kind == "ar" else nar()), torch.zeros(64, dtype=torch.long)
+    options = {} if kind == "ar" else {"steps": 1}
+
+    def codes(temperature: float) -> Tensor:
+        sampler = (ARSampler if kind == "ar" else ParallelSampler)(temperature=temperature, **options)
+        return sampler(model, label, generator=seed())
+
+    assert torch.equal(codes(1e-4), codes(0.0)) and len(codes(0.0).unique(dim=0)) == 1
+    # At a high temperature all codes are about as likely: 1024 draws of 12, 85 of each.
+    assert codes(1e4).flatten().bincount(minlength=K).min() > 50
+    assert codes(1.0).flatten().bincount(minlength=K).min() < 50
+
+
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_an_image_with_its_own_generator_is_drawn_alike_in_every_batch(kind: str) -> None:
+    model, sampler = (ar(), ARSampler()) if kind == "ar" else (nar(), ParallelSampler(3))
+    whole = sampler(model, labels(), generator=[seed(i) for i in range(4)])
+    for i in range(4):
+        assert torch.equal(sampler(model, labels()[i : i + 1], generator=[seed(i)])[0], whole[i])
+    assert not torch.equal(whole[1], whole[2]), "one class, other noise"
+    with pytest.raises(ValueError, match="shorter"):
+        sampler(model, labels(), generator=[seed(0)])
+
+
 def test_given_codes_stay_and_are_read() -> None:
     known = torch.zeros(4, N, dtype=torch.bool)
     known[:, :5] = True
@@ -137,6 +164,9 @@ def test_likely_codes_are_kept() -> None:
     assert kept(top_p=0.8) == [True, True, False, False] and kept(top_p=0.81) == [True, True, True, False]
     assert kept(top_p=1e-6) == [True, False, False, False]
     assert keep_likely(torch.zeros(4), top_k=1).isfinite().all()  # ties stay
+    # Logits need not be normalised, and the fewest are kept where they reach the share exactly.
+    assert keep_likely(logits + 3, top_p=0.8).isfinite().tolist() == [True, True, False, False]
+    assert keep_likely(torch.zeros(2), top_p=0.5).isfinite().sum() == 1
     with pytest.raises(ValueError, match="top_p"):
         keep_likely(logits, top_p=0.0)
 
@@ -163,6 +193,11 @@ def test_schedule_in_float32() -> None:
     assert counts(8) == [251, 236, 212, 181, 142, 97, 49, 1]
     with pytest.raises(ValueError, match="unknown mask schedule"):
         mask_ratio("sine", torch.ones(1), 4)
+
+
+def test_at_least_one_code_becomes_known_in_a_step() -> None:
+    few = mask_count("cosine", 0, 12, masked=torch.tensor([3, 16, 1]), unknown=torch.tensor([16, 16, 16]))
+    assert few.tolist() == [2, 15, 1]
 
 
 def test_every_step_keeps_more_codes() -> None:
@@ -206,6 +241,56 @@ def test_the_first_step_is_shared_by_a_class() -> None:
     with torch.no_grad():
         plain = list(decoding_steps(predict, some_codes(), masks, draw, 3))[-1]
     assert torch.equal(shared, plain)
+
+
+def test_images_of_one_class_keep_their_own_given_codes() -> None:
+    model, label = nar(), torch.zeros(2, dtype=torch.long)
+    known = torch.zeros(2, N, dtype=torch.bool)
+    known[:, : N // 2] = True
+    greedy = ParallelSampler(1, choice_temperature=0.0, temperature=0.0)
+    given = some_codes(2)
+    both = greedy(model, label, codes=given, known=known)
+    for i in range(2):
+        one = slice(i, i + 1)
+        assert torch.equal(greedy(model, label[one], codes=given[one], known=known[one])[0], both[i])
+
+
+def test_the_noise_of_the_choice_falls_to_zero() -> None:
+    """Of two steps the first has half of the temperature: a noise of 4 does not make up for 3 nats."""
+    logits = torch.tensor([[[8.0, 0.0], [0.0, 0.0]]])
+    logits[0, 1] = torch.tensor([3.0, 3.0])  # log-probabilities 0 and -0.7
+    noise = {2: torch.tensor([[0.0, 1.2]])}
+    masks = []
+
+    def predict(step: int, codes: Tensor, masked: Tensor) -> Tensor:
+        masks.append(masked.clone())
+        return logits
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape) if len(shape) == 3 else noise[2]
+
+    start = torch.zeros(1, 2, dtype=torch.long)
+    list(decoding_steps(predict, start, start.bool(), draw, 2, choice_temperature=1.0))
+    assert masks[1].tolist() == [[False, True]]
+
+
+def test_guidance_of_masked_models_is_that_of_their_logits() -> None:
+    model = nar()
+    sampler = ParallelSampler(1, temperature=0.0, cfg=3.0)
+    hidden = torch.ones(4, N, dtype=torch.bool)
+    with torch.no_grad():
+        cond = model(some_codes(), hidden, labels())
+        uncond = model(some_codes(), hidden, torch.full((4,), model.null_label))
+    assert torch.equal(sampler(model, labels()), (4 * cond - 3 * uncond).argmax(dim=-1))
+    assert not torch.equal(sampler(model, labels()), cond.argmax(dim=-1))
+
+
+def test_linear_guidance_reaches_its_weight_at_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    plain = sampling.guide
+    monkeypatch.setattr(sampling, "guide", lambda *given: (seen.append(given[2:]), plain(*given))[1])
+    ParallelSampler(3, cfg=2.0, cfg_schedule="linear")(nar(), labels(), generator=seed())
+    assert seen == [(2.0, "linear", 0.0), (2.0, "linear", 0.5), (2.0, "linear", 1.0)]
 
 
 def test_guidance() -> None:
