@@ -296,6 +296,8 @@ def _stage_config(cfg: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_stage(load_from: Any, cfg: dict[str, Any], earlier: list[str]) -> Any:
+    if isinstance(load_from, list):
+        return [_from_stage(one, cfg, earlier) for one in load_from]
     if not isinstance(load_from, dict) or "stage" not in load_from:
         return load_from
     name = load_from["stage"]

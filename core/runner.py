@@ -394,8 +394,9 @@ class Runner(MMRunner):
 
         source = self.settings["load_from"]
         if source is not None and not self.settings.get("resume_from"):
-            options = {"path": source} if isinstance(source, str) else dict(source)
-            self.logger.info(load_weights(model, **options))
+            for one in source if isinstance(source, list | tuple) else [source]:
+                options = {"path": one} if isinstance(one, str) else dict(one)
+                self.logger.info(load_weights(model, **options))
 
     def _init_model_weights(self) -> None:
         """Nothing: `build_model` has done it, alike on every process, and DDP sees to it."""

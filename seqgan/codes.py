@@ -32,18 +32,24 @@ class CodeCache:
         views: how often each image is read and augmented; one of them is drawn in every epoch.
         batch_size: images that the encoder sees at once.
         num_workers: processes that read images meanwhile.
+        per_tokenizer: keep the codes of every tokenizer in a folder of its own below, in place of refusing others.
 
     Raises:
         ValueError: fewer than one view.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], views: int = 1, batch_size: int = 32, num_workers: int = 0
+        self,
+        folder: str | os.PathLike[str],
+        views: int = 1,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        per_tokenizer: bool = False,
     ) -> None:
         if views < 1:
             raise ValueError(f"cache.views={views}: keep at least one view of an image")
         self.folder, self.views = Path(folder), views
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.per_tokenizer = batch_size, num_workers, per_tokenizer
 
     def fill(self, dataset: Dataset, tokenizer: Tokenizer) -> CachedCodes:
         """The data set with codes in place of images; encodes those that are missing, each process its share.
@@ -64,7 +70,8 @@ class CodeCache:
         # A run that fills the cache goes on with the random numbers of one that finds it filled.
         with preserved_random_state():
             provenance = self._origin(dataset, views) | {"tokenizer": tokenizer.fingerprint(), "dtype": str(small)}
-            with DerivedCache(self.folder, provenance, ids=ids) as cache:
+            folder = self.folder / provenance["tokenizer"][:16] if self.per_tokenizer else self.folder
+            with DerivedCache(folder, provenance, ids=ids) as cache:
                 missing = _Views(dataset, cache.missing(mine=True))
                 loader = DataLoader(missing, self.batch_size, num_workers=self.num_workers, collate_fn=_collate)
                 for names, images, labels in Progress().over(loader, f"codes of {type(dataset).__name__}"):

@@ -1,4 +1,4 @@
-"""Preparation tasks of seqgan: MaskGIT's files into ones that `tools/convert.py` reads."""
+"""Preparation tasks of seqgan: MaskGIT's files into ones that `tools/convert.py` reads; networks of the stand-in."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from core.checkpoint import save_atomic
 from core.errors import ConfigError
 from core.prepare import preparer
 from seqgan.checkpoint.msgpack import read_flax
+from seqgan.data import ShapeGlyphs
+from seqgan.standin.judges import ROOT, prepare_networks
 
-__all__ = ["flax_weights"]
+__all__ = ["flax_weights", "shape_glyphs"]
 
 
 @preparer("flax_weights")
@@ -36,3 +38,15 @@ def flax_weights(source: Path, output: Path, prefix: str = "params.") -> str:
         raise ConfigError(f"no array of {source} begins with prefix={prefix}; there are {', '.join(list(found)[:6])}")
     save_atomic({name: value.contiguous() for name, value in state.items()}, output)
     return f"{output}: {len(state)} of {len(found)} arrays"
+
+
+@preparer("shape_glyphs")
+def shape_glyphs(output: Path = Path(ROOT), seed: int = 0) -> str:
+    """Trains the loss network and the judge of ShapeGlyphs; its experiments otherwise do so when they first need them.
+
+    Args:
+        output: folder of them, by seed.
+        seed: of the images and of both networks.
+    """
+    right = prepare_networks(ShapeGlyphs("train", seed), output)
+    return f"{output}/{seed}: " + ", ".join(f"{kind} network right on {share:.1%}" for kind, share in right.items())

@@ -1,0 +1,184 @@
+"""The stand-in: images, networks, judges, and a whole run in three stages at a tiny size."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core.config import compose
+from core.errors import ConfigError
+from core.launch import run
+from seqgan.data.shape_glyphs import CLASSES, ShapeGlyphs, shape_masks
+from seqgan.models import UsageEntropy, VectorQuantizer
+from seqgan.standin import judges
+from seqgan.standin.judges import TemplateJudge, augmented, frechet, shape_perceptual
+from seqgan.standin.networks import LossNetwork, SmallDecoder, small_tokenizer, small_transformer
+from seqgan.standin.trainer import TwoDecoderTransformer
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def tokenizer(attention: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return small_tokenizer(VectorQuantizer(64, 16, entropy=UsageEntropy()), attention)
+
+
+def test_counts_are_those_of_the_setting() -> None:
+    assert count(tokenizer()) == 215_267
+    assert count(tokenizer(True)) - count(tokenizer()) == 9_504
+    assert count(LossNetwork()) == 121_373
+    transformer = small_transformer()
+    # The head has a row for every class token as well, which no loss reads.
+    assert count(transformer) - 10 * 64 == 161_216
+
+
+def test_images_follow_from_split_and_seed_and_asked_classes_are_even() -> None:
+    train, test = ShapeGlyphs("train", 3, count=40), ShapeGlyphs("test", 3, count=40)
+    assert torch.equal(train[7]["image"], ShapeGlyphs("train", 3, count=40)[7]["image"])
+    assert not torch.equal(train[7]["image"], test[7]["image"])
+    assert not torch.equal(train[7]["image"], ShapeGlyphs("train", 4, count=40)[7]["image"])
+    image = train.drawn.image
+    assert image.shape == (40, 3, 24, 24) and -1 <= image.min() < image.max() <= 1
+    assert torch.bincount(torch.tensor([test[i]["asked"] for i in range(40)])).tolist() == [4] * 10
+    with pytest.raises(ValueError, match="train, test"):
+        ShapeGlyphs("val")
+
+
+def test_shapes_are_brighter_than_what_is_behind_and_not_coloured() -> None:
+    data = ShapeGlyphs("train", 0, count=1500)
+    drawn = data.drawn
+    cx, cy, half = (12 + 2.5 * drawn.place[:, 0], 12 + 2.5 * drawn.place[:, 1], 6.5 + drawn.place[:, 2])
+    mask = shape_masks(cx, cy, half)[torch.arange(1500), drawn.label][:, None].float()
+    inside = (drawn.image * mask).sum((2, 3)) / mask.sum((2, 3))
+    outside = (drawn.image * (1 - mask)).sum((2, 3)) / (1 - mask).sum((2, 3))
+    lift = (inside - outside).mean(0)
+    assert ((lift > 0.35) & (lift < 0.55)).all() and lift.max() - lift.min() < 0.05
+    ring, disc, post = (
+        shape_masks(*torch.tensor([[12.0], [12.0], [6.5]]))[0, CLASSES.index(n)] for n in ("ring", "disc", "post")
+    )
+    assert disc[12, 12] and not ring[12, 12] and ring[12, 17] and post[5, 12] and not post[12, 5]
+
+
+def test_the_template_judge_reads_real_images() -> None:
+    data = ShapeGlyphs("test", 0, count=300)
+    found = TemplateJudge(*data.templates())(data.drawn.image)
+    assert (found == data.drawn.label).float().mean() > 0.95
+
+
+def test_frechet_distance_of_gaussians() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 3, generator=generator)
+    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+    # N(0, 1) against N(m, s^2) in one dimension of three: m^2 + (1 - s)^2.
+    y = x * torch.tensor([2.0, 1.0, 1.0]) + torch.tensor([0.0, 3.0, 0.0])
+    assert frechet(x, y) == pytest.approx(9 + 1, rel=0.05)
+
+
+def test_augmentation_does_not_move_the_shape() -> None:
+    torch.manual_seed(0)
+    image = ShapeGlyphs("train", 0, count=200).drawn.image
+    out = augmented(image)
+    assert out.shape == image.shape and not torch.equal(out, image)
+    grey, before = out.mean(1).flatten(1), image.mean(1).flatten(1)
+    same = F.cosine_similarity(grey - grey.mean(1, keepdim=True), before - before.mean(1, keepdim=True))
+    assert same.mean() > 0.7 and (same > 0.3).all()
+
+
+@pytest.fixture
+def quick_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = {kind: (model, 12, stream) for kind, (model, _, stream) in judges._RECIPES.items()}
+    monkeypatch.setattr(judges, "_RECIPES", recipes)
+
+
+def test_taps_are_relative_errors_and_networks_are_kept(tmp_path, quick_networks) -> None:
+    data = ShapeGlyphs("train", 1, count=600)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    loss = shape_perceptual(data, 1.0, root=str(tmp_path))
+    assert torch.equal(torch.rand(1), expected), "training a network leaves the caller's random numbers alone"
+    image = data.drawn.image[:500]
+    mean = {name: value.mean(0, keepdim=True) for name, value in loss.network(image).items()}
+    for name, value in loss.network(image).items():
+        # What predicts nothing but the mean has a relative error of one.
+        error = (value - mean[name]).square().mean() / loss.scales[name]
+        assert float(error) == pytest.approx(1, rel=1e-4), name
+    (file,) = (tmp_path / "1").glob("loss-*.pt")
+    stamp = file.stat().st_mtime_ns
+    again = shape_perceptual(data, 0.0, root=str(tmp_path))
+    assert file.stat().st_mtime_ns == stamp
+    assert torch.equal(again.network.network.head.weight, loss.network.network.head.weight)
+    value, _ = again(image[:4], image[4:8])
+    assert value == pytest.approx(
+        sum(float(t) for n, t in again.distances(image[:4], image[4:8]).items() if n in again.low), rel=1e-5
+    )
+
+
+def test_attention_of_the_second_phase_starts_as_nothing() -> None:
+    torch.manual_seed(0)
+    first, second = SmallDecoder(), SmallDecoder(attention=True)
+    second.load_state_dict({**second.state_dict(), **first.state_dict()})
+    z = torch.randn(2, 16, 6, 6)
+    assert torch.equal(first(z), second(z))
+
+
+def test_decoding_with_another_first_phase_is_refused() -> None:
+    first, other = tokenizer(), tokenizer(True)
+    other.encoder[0].weight.data += 1e-3
+    trainer = TwoDecoderTransformer(small_transformer(dim=16, depth=1), first, other).eval()
+    batch = {
+        "image": torch.zeros(2, 3, 24, 24),
+        "label": torch.zeros(2).long(),
+        "asked": torch.arange(2),
+        "sample_id": ["test-0-0", "test-0-1"],
+    }
+    with pytest.raises(ConfigError, match="another encoder or codebook"):
+        trainer.predict(batch)
+    other.encoder.load_state_dict(first.encoder.state_dict())
+    other.quantizer.load_state_dict(first.quantizer.state_dict())
+    out = trainer.predict(batch)
+    assert torch.equal(out["codes"], out["codes2"]) and out["sample2"].shape == (2, 3, 24, 24)
+
+
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_three_stages_from_one_first_phase(kind: str, tmp_path, quick_networks, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = {
+        "experiment": "seqgan/shape_glyphs",
+        "runs_dir": tmp_path,
+        "stages.2.model.network.kind": kind,
+        "stages.2.model.network.dim": 16,
+        "stages.2.model.network.depth": 1,
+        "+train_dataloader.dataset.count": 128,
+        "train_dataloader.batch_size": 16,
+        "+stages.2.test_dataloader.dataset.count": 60,
+        "train_cfg.max_steps": 4,
+        "stages.1.train_cfg.max_steps": 3,
+        "stages.2.train_cfg.max_steps": 3,
+        "param_scheduler.0.warmup": 1,
+    }
+    result = run(compose([f"{key}={value}" for key, value in changes.items()]))
+    figures = result["metrics"]
+    assert figures["codes_identical"] == 1 and figures["l1_1"] != figures["l1_2"]
+    assert {"bits", "consistency_1", "template_2", "gfid_2", "pixel_fid_1", "rfid_2", "perplexity"} <= figures.keys()
+    folder = tmp_path / "seqgan" / "shape_glyphs"
+    (made,) = folder.glob("*/result.json")
+    assert json.loads(made.read_text())["metrics"]["bits"] == figures["bits"]
+    weights = [
+        torch.load(next(made.parent.glob(f"stage_{i}_*/checkpoints/*")), weights_only=False)["model"] for i in range(3)
+    ]
+    for name, value in weights[0].items():
+        if name.startswith(("network.encoder", "network.quantizer")):
+            assert torch.equal(value, weights[1][name]) and torch.equal(
+                value, weights[2][name.replace("network.", "tokenizer.", 1)]
+            )
+    changed = [
+        n for n in weights[0] if n.startswith("network.decoder") and not torch.equal(weights[0][n], weights[1][n])
+    ]
+    assert changed, "the second phase trains the decoder"
