@@ -72,6 +72,18 @@ def test_samples_do_not_depend_on_the_batches(kind: str) -> None:
     assert np.array_equal(to_pixels(made.tokenizer.decode(codes)), parts)
 
 
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_unconditional_models_need_no_labels(kind: str) -> None:
+    sampler = ARSampler() if kind == "ar" else ParallelSampler(2)
+    model = TransformerTrainer(
+        transformer(kind, 1), tokenizer(), sampler=sampler, request=SampleRequest(count=5, batch=2)
+    )
+    found = model.eval().generate()
+    assert found.record["labels"] == [0] * 5
+    images = found.arrays["5x8x8x3"]["arr_0"]
+    assert images.shape == (5, 8, 8, 3) and len({image.tobytes() for image in images}) > 1
+
+
 def test_labels_are_spread_and_checked() -> None:
     assert spread_labels(4, 8) == [0, 2, 4, 6] and spread_labels(5, 2) == [0, 1, 0, 1, 0]
     assert SampleRequest(labels=[7, 9], count=3).classes(10) == [7, 9, 7]

@@ -252,7 +252,7 @@ def test_bits_of_an_untrained_transformer() -> None:
 def test_only_masked_codes_count() -> None:
     judge = CodePredictability()
     mask = torch.tensor([[True, False, False, False]])
-    nll, right = torch.tensor([[math.log(8), 9.0, 9.0, 9.0]]), torch.tensor([[True, False, False, False]])
+    nll, right = torch.tensor([[math.log(8), 9.0, 9.0, 9.0]]), torch.tensor([[True, True, True, False]])
     judge.process({}, {"nll": nll, "right": right, "mask": mask, "sample_id": ["a"]})
     found = judge.evaluate(1)
     assert found["bits_per_code"] == pytest.approx(3) and found["top1"] == 1 and "bits_per_pixel" not in found
