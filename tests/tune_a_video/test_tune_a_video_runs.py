@@ -21,7 +21,6 @@ from tune_a_video.data import LoveuTGVE
 from tune_a_video.draws import own_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-SCORES = ["~test_evaluator", "+test_evaluator={type: tune_a_video.PlainScores}"]
 
 
 def write_frames(folder, count, seed):
@@ -72,7 +71,6 @@ def test_two_processes_tune_as_one_with_the_joint_batch(sd_folder, tmp_path):
         "model.sample.steps=1",
         "optim_wrapper.optimizer.lr=1.0e-3",
         "train_cfg.max_steps=4",
-        *SCORES,
     ]
     run(compose([*given, f"run_dir={tmp_path / 'one'}", "train_dataloader.batch_size=2"]))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -137,7 +135,6 @@ def benchmark_overrides(sd_folder, benchmark, tmp_path):
         "+test_dataloader.num_workers=0",
         "model.sample.steps=1",
         "train_cfg.max_steps=1",
-        *SCORES,
     ]
 
 
@@ -165,6 +162,14 @@ def test_prompts_that_are_not_the_benchmarks_make_no_submission(sd_folder, bench
         run(compose([*given, "model.prompts=['a','b','c','d']"]))
     with pytest.raises(ConfigError, match="team="):
         run(compose([*given, "custom_hooks.1.team=a/b"]))
+
+
+def test_scores_of_the_benchmark_are_asked_for_by_one_key(sd_folder, benchmark, tmp_path):
+    given = benchmark_overrides(sd_folder, benchmark, tmp_path)
+    assert compose(given)["test_evaluator"] == {"type": "tune_a_video.PlainScores"}  # works without another model
+    asked = "{type: tune_a_video.EditQuality, clip: folder, pick_score: other}"
+    cfg = compose([*given, f"+test_evaluator={asked}"])
+    assert cfg["test_evaluator"] == {"type": "tune_a_video.EditQuality", "clip": "folder", "pick_score": "other"}
 
 
 def test_clips_of_the_benchmark_are_chosen_by_row_and_name(benchmark):
