@@ -51,6 +51,7 @@ _EXPORTS = {
     "FFHQ": "seqgan.data",
     "LSUN": "seqgan.data",
     "TokenizerTransform": "seqgan.data",
+    "ShapeDigits": "seqgan.data",
     "ShapeGlyphs": "seqgan.data",
     "ShapeReport": "seqgan.standin",
     "TwoDecoderTransformer": "seqgan.standin",

@@ -109,6 +109,7 @@ class ShapeGlyphs(Dataset):
     """
 
     classes = CLASSES
+    local_contrast = False  # whether the judge without a network compares images less their local mean
 
     def __init__(self, split: str = "train", seed: int = 0, count: int | None = None) -> None:
         if split not in SPLITS:

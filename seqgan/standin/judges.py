@@ -137,19 +137,26 @@ class TemplateJudge:
     Args:
         masks: `(T, 24, 24)` float.
         labels: `(T,)`, of the masks.
+        local: take the mean over 9 x 9 pixels off images and masks first.
     """
 
-    def __init__(self, masks: Tensor, labels: Tensor) -> None:
-        flat = masks.flatten(1).float()
+    def __init__(self, masks: Tensor, labels: Tensor, local: bool = False) -> None:
+        self.local = local
+        flat = self._prepared(masks.float()).flatten(1)
         self.templates = F.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
         self.labels = labels
 
     def __call__(self, image: Tensor) -> Tensor:
         """Classes `(B,)` of images `(B, 3, 24, 24)`."""
-        grey = image.mean(dim=1).flatten(1)
+        grey = self._prepared(image.mean(dim=1)).flatten(1)
         grey = grey - grey.mean(dim=1, keepdim=True)
         # An image's own length does not change which template correlates most.
         return self.labels[(grey @ self.templates.T).argmax(dim=1)]
+
+    def _prepared(self, grey: Tensor) -> Tensor:
+        if not self.local:
+            return grey
+        return grey - F.avg_pool2d(F.pad(grey[:, None], (4, 4, 4, 4), mode="replicate"), 9, 1)[:, 0]
 
 
 def frechet(a: Tensor, b: Tensor) -> float:

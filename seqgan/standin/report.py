@@ -53,7 +53,10 @@ class ShapeReport(BaseMetric):
     def compute_metrics(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         """All figures."""
         every = {key: torch.stack([row[key] for row in results]) for key in _KEPT}
-        judge, template = trained_network("judge", self.data, self.root), TemplateJudge(*self.data.templates())
+        judge, template = (
+            trained_network("judge", self.data, self.root),
+            TemplateJudge(*self.data.templates(), self.data.local_contrast),
+        )
         image, label, asked = every["image"], every["label"], every["asked"]
         use = codebook_usage(code_histogram(every["codes"], self.codebook_size))
         found = {

@@ -12,12 +12,15 @@ from torch import nn
 from core.config import compose
 from core.errors import ConfigError
 from core.launch import run
+from seqgan.data.shape_digits import ShapeDigits, placed, scanned
 from seqgan.data.shape_glyphs import CLASSES, ShapeGlyphs, shape_masks
 from seqgan.models import UsageEntropy, VectorQuantizer
 from seqgan.standin import judges
 from seqgan.standin.judges import TemplateJudge, augmented, frechet, shape_perceptual
 from seqgan.standin.networks import LossNetwork, SmallDecoder, small_tokenizer, small_transformer
 from seqgan.standin.trainer import TwoDecoderTransformer
+from seqgan.tradeoff import PANELS, curve
+from seqgan.tradeoff import main as draw_main
 
 
 def count(module: nn.Module) -> int:
@@ -182,3 +185,35 @@ def test_three_stages_from_one_first_phase(kind: str, tmp_path, quick_networks, 
         n for n in weights[0] if n.startswith("network.decoder") and not torch.equal(weights[0][n], weights[1][n])
     ]
     assert changed, "the second phase trains the decoder"
+
+
+def test_digits_have_other_writers_in_the_test_and_a_template_judge() -> None:
+    train, test = ShapeDigits("train", 0, count=300), ShapeDigits("test", 0, count=300)
+    assert train.drawn.image.shape == test.drawn.image.shape == (300, 3, 24, 24)
+    found = TemplateJudge(*test.templates(), test.local_contrast)(test.drawn.image)
+    # Real digits in loud surroundings: a weaker judge than that of shapes, far above chance.
+    assert (found == test.drawn.label).float().mean() > 0.6
+    # Without what is drawn behind them, digits are where `place` says.
+    figure = placed(scanned()[0][:5], torch.full((5,), 8.0), torch.full((5,), 15.0), torch.full((5,), 6.0))
+    grid = torch.arange(24.0)
+    mean_x = (figure.sum(1) * grid).sum(1) / figure.sum((1, 2))
+    mean_y = (figure.sum(2) * grid).sum(1) / figure.sum((1, 2))
+    assert ((mean_x - 8).abs() < 1.5).all() and ((mean_y - 15).abs() < 1.5).all()
+
+
+def test_the_curve_is_drawn_from_stored_results(tmp_path, capsys) -> None:
+    def stored(alpha: float, values: list[float]) -> dict:
+        runs = [{"metrics": dict.fromkeys(PANELS, value)} for value in values]
+        return {"label": f"alpha {alpha:g}", "runs": runs}
+
+    file = tmp_path / "alphas.json"
+    file.write_text(json.dumps({"rows": [stored(1, [3.0, 4.0]), stored(0.5, []), stored(0, [1.0])]}))
+    points = curve(file)
+    assert list(points) == [0.0, 1.0] and points[1.0][1]["bits"] == 4
+    draw_main([f"results={file}", f"output={tmp_path}/x.png"])
+    assert (tmp_path / "x.png").stat().st_size > 5000 and "alpha 1: 2" in capsys.readouterr().out
+    file.write_text(json.dumps({"rows": [stored(1, [3.0])]}))
+    with pytest.raises(ConfigError, match="1 values of alpha"):
+        curve(file)
+    with pytest.raises(ConfigError, match="run=true writes it"):
+        curve(tmp_path / "none.json")
