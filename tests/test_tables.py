@@ -37,6 +37,13 @@ COUNTED = {
         ("Stable Diffusion 2.x", "parameters"): 915.509764,
         ("Stable Diffusion 1.x, frame by frame", "macs"): 3212,
     },
+    "seqgan/tokenizers": {
+        ("VQGAN without attention (first phase)", "parameters"): 54.515587,
+        ("VQGAN without attention (first phase)", "encoder"): 64.3,
+        ("VQGAN without attention (first phase)", "decoder"): 93.3 - 13.4,  # doublings as four small convolutions
+        ("SeQ-GAN (second phase)", "decoder"): 93.3 - 13.4 + 17.0,
+        ("VQGAN", "parameters"): 72.141699,
+    },
     "stvit/imagenet_deit": {
         ("DeiT-T", "macs"): 1.258,
         ("DeiT-S", "macs"): 4.608,
