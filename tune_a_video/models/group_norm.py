@@ -38,7 +38,8 @@ class FrameGroupNorm(nn.GroupNorm):
         if self.count.frames == 1:
             return super().forward(input)
         videos = self.count.videos(len(input))
-        if torch.is_autocast_enabled(input.device.type):
+        kind = input.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             input = input.float()  # as autocast has it for every group norm
         trains = torch.is_grad_enabled() and (input.requires_grad or (self.affine and self.weight.requires_grad))
         if input.dtype == torch.float32 and not trains:
