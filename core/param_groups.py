@@ -263,7 +263,8 @@ class OptimConstructor:
           generator: {optimizer: {...}}                        # params default to the submodule of that name
           discriminator: {optimizer: {...}, params: [image_discriminator, video_discriminator]}
 
-    ``params`` are submodule or parameter names from the model's root, or shell patterns of whole parameter names.
+    ``params`` are submodule or parameter names from the model's root, or shell patterns of whole parameter names. The
+    first form also serves a trainer that names several ``optimizer_parts``: each gets such an optimizer of its own.
 
     ``no_decay``: ndim_max (1; null for no rule), bias (true), norm (true: parameters of norm layers), model (true: what
     the networks name in timm's ``no_weight_decay()``), names (patterns), exempt (patterns decayed for all the rules).
@@ -299,12 +300,16 @@ class OptimConstructor:
         """The wrapper of one optimizer, or an `OptimWrapperDict`; `model` may be wrapped by DistributedDataParallel."""
         model = unwrap(model)
         parameters = _named(model)
-        if "optimizer" in self.config:
-            wrapper, taken = self._one(model, parameters, dict(self.config), name="optim_wrapper")
+        config = dict(self.config)
+        if "optimizer" in config and (parts := getattr(model, "optimizer_parts", ())):
+            shared = config.pop("optimizer")
+            config |= {part: {"optimizer": shared} for part in parts}
+        if "optimizer" in config:
+            wrapper, taken = self._one(model, parameters, config, name="optim_wrapper")
             _check_assigned(parameters, {"optim_wrapper": taken})
             return wrapper
-        named = {k: v for k, v in self.config.items() if isinstance(v, Mapping) and "optimizer" in v}
-        shared = {k: v for k, v in self.config.items() if k not in named}
+        named = {k: v for k, v in config.items() if isinstance(v, Mapping) and "optimizer" in v}
+        shared = {k: v for k, v in config.items() if k not in named}
         if not named:
             raise ConfigError("optim_wrapper has no key 'optimizer', and no named entry with one")
         known = [*inspect.signature(OptimWrapper).parameters, "paramwise", "type"]
@@ -315,9 +320,9 @@ class OptimConstructor:
                     f"{nearest(key, known)}"
                 )
         built, taken = {}, {}
-        for name, config in named.items():
-            config = {"params": [name], **shared, **config}
-            built[name], taken[name] = self._one(model, parameters, config, name=f"optim_wrapper.{name}")
+        for name, own in named.items():
+            whole = {"params": [name], **shared, **own}
+            built[name], taken[name] = self._one(model, parameters, whole, name=f"optim_wrapper.{name}")
         _check_assigned(parameters, taken)
         return OptimWrapperDict(**built)
 

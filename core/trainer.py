@@ -52,6 +52,8 @@ class Trainer(BaseModel):
 
     #: Shape of one input without the batch axis, e.g. (3, 224, 224); profiling and compilation use it.
     input_shape: tuple[int, ...] | None = None
+    #: Submodules with an optimizer of their own, where there are several; a config with one ``optimizer`` serves each.
+    optimizer_parts: tuple[str, ...] = ()
 
     def __init__(self, frozen: Sequence[str] = ()) -> None:
         super().__init__()

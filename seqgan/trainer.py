@@ -55,7 +55,7 @@ class TokenizerTrainer(Trainer):
     the network has an enhanced decoder and starts from the first phase's weights.
 
     A discriminator is trained from the first step on, also before its loss reaches the decoder. With one there are two
-    optimizers, `network` and `discriminator`; otherwise one.
+    optimizers, `network` and `discriminator` (of one config or each of its own); otherwise one.
 
     Args:
         network: the tokenizer.
@@ -102,6 +102,7 @@ class TokenizerTrainer(Trainer):
         self.adversarial, self.adaptive, self.discriminator_factor = adversarial, adaptive, discriminator_factor
         self.adversarial_start, self.adversarial_ramp = adversarial_start, adversarial_ramp
         self.penalty, self.penalty_every = penalty, penalty_every
+        self.optimizer_parts = () if discriminator is None else ("network", "discriminator")
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         # Step in which every code was last used, for the log; it begins anew when a run goes on.

@@ -286,6 +286,26 @@ def test_several_optimizers_own_their_networks() -> None:
     assert all(w._clean for w in wrappers.values())
 
 
+def test_one_config_serves_a_trainer_with_several_parts() -> None:
+    model = Gan()
+    model.optimizer_parts = ("generator", "image_discriminator", "video_discriminator")
+    config = {
+        "type": "core.OptimWrapper",
+        "optimizer": {"type": "torch.optim.SGD", "lr": 0.1},
+        "clip_grad": {"max_norm": 1.0},
+    }
+    wrappers = OptimConstructor(config)(model)
+    names = {k: [n for g in w.optimizer.param_groups for n in g["param_names"]] for k, w in wrappers.items()}
+    assert names == {part: [f"{part}.weight", f"{part}.bias"] for part in model.optimizer_parts}
+    assert len({id(w.optimizer) for w in wrappers.values()}) == 3
+    assert all(w._clip["max_norm"] == 1.0 for w in wrappers.values())
+    assert set(OptimConstructor(gan_config())(model).keys()) == {"generator", "discriminator"}, "named ones come first"
+    model.video_discriminator.requires_grad_(True)
+    model.optimizer_parts = model.optimizer_parts[:2]
+    with pytest.raises(ConfigError, match=r"no optimizer trains video_discriminator"):
+        OptimConstructor(config)(model)
+
+
 def test_every_trained_parameter_is_in_exactly_one_group() -> None:
     lost = gan_config()
     lost["discriminator"]["params"] = ["image_discriminator"]
