@@ -108,7 +108,7 @@ def main(argv: list[str]) -> Any:
                 f"runs: {folder} was tested on {data}, the first on {seen[0]}: they cannot share a picture"
             )
         dataset = build(data, DATASETS)
-        first = {int(dataset[i]["label"]): i for i in reversed(range(200))}  # an image of each class
+        first = {int(dataset[i]["label"]): i for i in reversed(range(len(dataset)))}  # an image of each class
         image = torch.stack([dataset[first[label]]["image"] for label in sorted(first)])
         found[title] = rows(trainer, image)
     from PIL import Image

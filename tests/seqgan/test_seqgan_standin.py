@@ -18,6 +18,7 @@ from seqgan.models import UsageEntropy, VectorQuantizer
 from seqgan.standin import judges
 from seqgan.standin.judges import TemplateJudge, augmented, frechet, shape_perceptual
 from seqgan.standin.networks import LossNetwork, SmallDecoder, small_tokenizer, small_transformer
+from seqgan.standin.sheet import main as draw_sheet
 from seqgan.standin.trainer import TwoDecoderTransformer
 from seqgan.tradeoff import PANELS, curve
 from seqgan.tradeoff import main as draw_main
@@ -149,11 +150,13 @@ def test_decoding_with_another_first_phase_is_refused() -> None:
     assert torch.equal(out["codes"], out["codes2"]) and out["sample2"].shape == (2, 3, 24, 24)
 
 
-@pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_three_stages_from_one_first_phase(kind: str, tmp_path, quick_networks, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("experiment", "kind"), [("shape_glyphs", "ar"), ("shape_glyphs", "nar"), ("shape_glyphs_gan", "ar")]
+)
+def test_three_stages_from_one_first_phase(experiment: str, kind: str, tmp_path, quick_networks, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     changes = {
-        "experiment": "seqgan/shape_glyphs",
+        "experiment": f"seqgan/{experiment}",
         "runs_dir": tmp_path,
         "stages.2.model.network.kind": kind,
         "stages.2.model.network.dim": 16,
@@ -170,7 +173,7 @@ def test_three_stages_from_one_first_phase(kind: str, tmp_path, quick_networks, 
     figures = result["metrics"]
     assert figures["codes_identical"] == 1 and figures["l1_1"] != figures["l1_2"]
     assert {"bits", "consistency_1", "template_2", "gfid_2", "pixel_fid_1", "rfid_2", "perplexity"} <= figures.keys()
-    folder = tmp_path / "seqgan" / "shape_glyphs"
+    folder = tmp_path / "seqgan" / experiment
     (made,) = folder.glob("*/result.json")
     assert json.loads(made.read_text())["metrics"]["bits"] == figures["bits"]
     weights = [
@@ -185,6 +188,15 @@ def test_three_stages_from_one_first_phase(kind: str, tmp_path, quick_networks, 
         n for n in weights[0] if n.startswith("network.decoder") and not torch.equal(weights[0][n], weights[1][n])
     ]
     assert changed, "the second phase trains the decoder"
+    judged = [name for name in weights[0] if name.startswith("discriminator.")]
+    assert bool(judged) == experiment.endswith("gan")
+    assert all(not torch.equal(weights[0][n], weights[1][n]) for n in judged if n.endswith("weight"))
+
+    run_folder = str(made.parent)
+    draw_sheet([f"runs=[{run_folder},{run_folder}]", "titles=[a,b]", f"output={tmp_path}/sheet.png"])
+    assert (tmp_path / "sheet.png").stat().st_size > 20_000
+    with pytest.raises(ConfigError, match="2 titles"):
+        draw_sheet([f"runs=[{run_folder}]", "titles=[a,b]"])
 
 
 def test_digits_have_other_writers_in_the_test_and_a_template_judge() -> None:
