@@ -130,6 +130,8 @@ class TorchMetrics(BaseMetric):
 
     @staticmethod
     def _update(name: str, metric: Metric | MetricCollection, values: list[Any]) -> None:
+        # Some metrics of torchmetrics take views, which channels_last and transposed tensors refuse.
+        values = [v.contiguous() if isinstance(v, torch.Tensor) else v for v in values]
         try:
             metric.update(*values)
         except (ValueError, RuntimeError, TypeError) as error:

@@ -129,6 +129,13 @@ def test_half_precision_scores_are_widened():
     assert _evaluate(build(_config()), half, [40]) == pytest.approx(_evaluate(build(_config()), exact, [40]))
 
 
+def test_tensors_in_any_memory_format_are_taken():
+    made, real = (torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(2))
+    metric = TorchMetrics({"l1": {"type": "torchmetrics.MeanAbsoluteError"}}, prediction="made", target="image")
+    metric.process({}, {"made": made.transpose(2, 3), "image": real.transpose(2, 3)})
+    assert metric.evaluate(2)["l1"] == pytest.approx(float((made - real).abs().mean()))
+
+
 def test_an_evaluation_that_means_nothing_is_an_error_and_the_next_one_is_clean():
     data = _data(12)
     metric = build(_config())
