@@ -94,13 +94,22 @@ class SmallEncoder(nn.Sequential):
 
 
 class SmallDecoder(nn.Module):
-    """Features back to images; `attention` adds what the second phase adds, which does nothing at first."""
+    """Features back to images.
 
-    def __init__(self, width: int = 48, z_dim: int = 16, *, attention: bool = False) -> None:
+    Args:
+        width: channels at the lowest resolution.
+        z_dim: channels of features.
+        attention: what the second phase adds; it does nothing at first.
+        blocks: residual blocks more at both resolutions, the stronger decoder of table 1.
+    """
+
+    def __init__(self, width: int = 48, z_dim: int = 16, *, attention: bool = False, blocks: int = 0) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(z_dim, width, 3, padding=1)
         self.block1, self.block2 = SmallBlock(width), SmallBlock(width)
         self.extra = SpatialAttention(width, 2, groups=8, zero_init=True) if attention else nn.Identity()
+        self.low = nn.Sequential(*(SmallBlock(width) for _ in range(blocks)))
+        self.high = nn.Sequential(*(SmallBlock(width // 2) for _ in range(blocks)))
         self.norm_out = nn.GroupNorm(8, width)
         self.up = nn.ConvTranspose2d(width, width // 2, 4, 2, 1)
         self.out = nn.ConvTranspose2d(width // 2, 3, 4, 2, 1)
@@ -112,22 +121,24 @@ class SmallDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Images `(B, 3, 4h, 4w)` of features `(B, z_dim, h, w)`; values are not limited."""
-        x = self.block2(self.extra(self.block1(self.conv_in(z))))
-        return self.out(F.silu(self.up(F.silu(self.norm_out(x)))))
+        x = self.low(self.block2(self.extra(self.block1(self.conv_in(z)))))
+        return self.out(F.silu(self.high(self.up(F.silu(self.norm_out(x))))))
 
 
-def small_tokenizer(quantizer: VectorQuantizer, attention: bool = False, codebook_std: float = 0.3) -> Tokenizer:
+def small_tokenizer(
+    quantizer: VectorQuantizer, attention: bool = False, codebook_std: float = 0.3, blocks: int = 0
+) -> Tokenizer:
     """The stand-in's tokenizer: 36 codes of an image of 24 x 24; 215,267 parameters with 64 codes of 16 channels.
 
     Args:
         quantizer: features to codes.
         attention: in the decoder, see `SmallDecoder`; 9,504 parameters more.
         codebook_std: deviation of the codes at first.
+        blocks: of the decoder, see `SmallDecoder`.
     """
     nn.init.normal_(quantizer.embedding.weight, std=codebook_std)
-    return Tokenizer(
-        SmallEncoder(z_dim=quantizer.dim), quantizer, SmallDecoder(z_dim=quantizer.dim, attention=attention)
-    )
+    decoder = SmallDecoder(z_dim=quantizer.dim, attention=attention, blocks=blocks)
+    return Tokenizer(SmallEncoder(z_dim=quantizer.dim), quantizer, decoder)
 
 
 def small_transformer(

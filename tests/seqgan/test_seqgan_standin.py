@@ -124,6 +124,12 @@ def test_taps_are_relative_errors_and_networks_are_kept(tmp_path, quick_networks
     )
 
 
+def test_a_stronger_decoder_has_blocks_at_both_resolutions() -> None:
+    plain, strong = SmallDecoder(), SmallDecoder(blocks=2)
+    assert count(strong) - count(plain) == 2 * sum(2 * (9 * c * c + c + 2 * c) for c in (48, 24))
+    assert strong(torch.randn(2, 16, 6, 6)).shape == (2, 3, 24, 24)
+
+
 def test_attention_of_the_second_phase_starts_as_nothing() -> None:
     torch.manual_seed(0)
     first, second = SmallDecoder(), SmallDecoder(attention=True)
