@@ -10,18 +10,17 @@ not counted. Wall-clock time is what users wait for; the process's CPU time does
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from mmengine.hooks import Hook
 from torch import Tensor, nn
 
+from core.benchmarking import conditions, publish
 from core.cli import parse, run
 from core.config import compose
 from core.data.loader import build_loader
@@ -159,17 +158,8 @@ def main(argv: list[str]) -> None:
             "overhead": round(statistics.median(ratios), 4),
             "overhead_per_round": [round(r, 4) for r in ratios],
         }
-    figures |= {
-        "threads": options.threads,
-        "steps_per_round": options.steps - options.skip,
-        "command": " ".join(["python benchmarks/engine.py", *argv]),
-        "torch": torch.__version__,
-    }
-    print(json.dumps(figures, indent=1))
-    if options.output:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    figures |= {"steps_per_round": options.steps - options.skip, **conditions(__file__, argv, options)}
+    publish(figures, options.output)
 
 
 if __name__ == "__main__":

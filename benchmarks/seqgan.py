@@ -18,7 +18,6 @@ At full size on a CPU `sampling anew=exact` takes an hour or more: try dim=256 d
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -33,10 +32,9 @@ from torch import Tensor
 # This file has the name of the package that it measures: look for that in the repository, not beside the file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.benchmarking import conditions, measure, publish
 from core.cli import parse, run
-from core.errors import ConfigError
-from core.profile import benchmark, device_name
-from core.registry import nearest
+from core.profile import benchmark
 from seqgan import (
     ARSampler,
     ARTransformer,
@@ -242,24 +240,14 @@ PARTS = {
 def main(argv: list[str]) -> None:
     """Prints the figures, and writes them as JSON where an output is given."""
     options, _ = parse(argv, Options, doc=__doc__)
-    for name in options.parts:
-        if name not in PARTS:
-            raise ConfigError(f"parts: no '{name}'{nearest(name, PARTS)} (there are: {', '.join(PARTS)})")
-    figures: dict[str, Any] = {name: PARTS[name](options) for name in options.parts}
-    figures |= {
+    figures = measure(PARTS, options) | {
         "batch": options.batch,
         "codes": options.side**2,
         "layers": options.depth,
         "channels": options.dim,
-        "threads": options.threads,
-        "device": device_name(options.device),
-        "command": " ".join(["python benchmarks/seqgan.py", *(a for a in argv if not a.startswith("output="))]),
+        **conditions(__file__, argv, options),
     }
-    print(json.dumps(figures, indent=1))
-    if options.output:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    publish(figures, options.output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Memory at evaluation size: batch=32 grid=40 parts=[loss]. Features at training s
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,9 +30,10 @@ from torch import Tensor, nn
 # This file has the name of the package that it measures: look for that in the repository, not beside the file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.benchmarking import conditions, measure, publish
 from core.cli import parse, run
 from core.data import build_loader, to_device
-from core.profile import benchmark, device_name, peak_memory
+from core.profile import benchmark, peak_memory
 from slot_walks import FeatureCache, SlotEncoder, SlotTrainer, SlotWalker, WalkLoss, dino_vits8
 from slot_walks.data import Flowers, Square
 from slot_walks.data.standin import draw_scene
@@ -178,20 +178,13 @@ PARTS = {"loss": measure_loss, "step": measure_step, "cache": measure_cache}
 def main(argv: list[str]) -> None:
     """Prints the figures, and writes them as JSON where an output is given."""
     options, _ = parse(argv, Options, doc=__doc__)
-    figures: dict[str, Any] = {name: PARTS[name](options) for name in options.parts}
-    figures |= {
+    figures = measure(PARTS, options) | {
         "batch": options.batch,
         "tokens": options.grid**2,
         "slots": options.slots,
-        "threads": options.threads,
-        "device": device_name(options.device),
-        "command": " ".join(["python benchmarks/slot_walks.py", *(a for a in argv if not a.startswith("output="))]),
+        **conditions(__file__, argv, options),
     }
-    print(json.dumps(figures, indent=1))
-    if options.output:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    publish(figures, options.output)
 
 
 if __name__ == "__main__":

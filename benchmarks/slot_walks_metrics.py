@@ -9,12 +9,10 @@ label maps on the CPU and have to agree to 1e-6. They run in turn in one process
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import sklearn
@@ -22,6 +20,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
+from core.benchmarking import conditions, publish
 from core.cli import parse, run
 from core.metrics import GroupingScores
 
@@ -114,7 +113,6 @@ def main(argv: list[str]) -> None:
     each = {name: 1e3 * statistics.median(values) / options.images for name, values in times.items()}
     ari = [a / o for a, o in zip(times["ari"], times["ours"], strict=True)]
     both = [(a + m) / o for a, m, o in zip(times["ari"], times["mbo"], times["ours"], strict=True)]
-    shown = [word for word in argv if not word.startswith("output=")]
     figures = {
         "milliseconds_per_image": {
             "all three from one table": round(each["ours"], 3),
@@ -126,16 +124,10 @@ def main(argv: list[str]) -> None:
         "times_faster_than_all_per_round": [round(r, 1) for r in both],
         "images": options.images,
         "size": options.size,
-        "threads": options.threads,
-        "command": " ".join(["python benchmarks/slot_walks_metrics.py", *shown]),
-        "torch": torch.__version__,
+        **conditions(__file__, argv, options),
         "scikit_learn": sklearn.__version__,
     }
-    print(json.dumps(figures, indent=1))
-    if options.output:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    publish(figures, options.output)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stvit
+from core.benchmarking import conditions, publish
 from core.cli import parse, run
-from core.profile import benchmark, count_macs, device_name, peak_memory
+from core.profile import benchmark, count_macs, peak_memory
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,11 @@ def main(argv: list[str]) -> None:
     figures = json.loads(path.read_text()) if path and path.exists() else {}
     for name in [options.only] if options.only else PAIRS:
         figures[name] = compare(PAIRS[name], options) | {
-            "command": " ".join(["python benchmarks/stvit.py", *argv]),
-            "device": device_name(options.device),
             "dtype": options.dtype,
             "compile": options.compile,
-            **({"threads": options.threads} if options.device == "cpu" else {}),
+            **conditions(__file__, argv, options),
         }
-        print(json.dumps({name: figures[name]}, indent=1), flush=True)
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(figures, indent=1) + "\n")
+        publish(figures, options.output, shown={name: figures[name]})
 
 
 if __name__ == "__main__":

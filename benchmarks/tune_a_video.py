@@ -18,7 +18,6 @@ activations as the released configurations do. All three draw the same noise, an
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,8 +32,9 @@ from torch import Tensor
 # This file has the name of the package that it measures: look for that in the repository, not beside the file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.benchmarking import conditions, measure, publish
 from core.cli import parse, run
-from core.profile import benchmark, device_name, peak_memory
+from core.profile import benchmark, peak_memory
 from tune_a_video import TuneAVideoTrainer
 from tune_a_video.folders import ddim
 from tune_a_video.models import FrameCount, FrameGroupNorm
@@ -257,17 +257,10 @@ def main(argv: list[str]) -> None:
     """Prints the figures, and writes them as JSON where an output is given."""
     options, _ = parse(argv, Options, doc=__doc__)
     torch.set_num_threads(options.threads)
-    figures: dict[str, Any] = {name: PARTS[name](options) for name in options.parts}
-    figures |= {
-        name: getattr(options, name) for name in ("frames", "tokens", "channels", "size", "precision", "threads")
-    }
-    figures["device"] = device_name(options.device)
-    figures["command"] = " ".join(["python benchmarks/tune_a_video.py", *argv])
-    print(json.dumps(figures, indent=1))
-    if options.output:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    figures = measure(PARTS, options)
+    figures |= {name: getattr(options, name) for name in ("frames", "tokens", "channels", "size", "precision")}
+    figures |= conditions(__file__, argv, options)
+    publish(figures, options.output)
 
 
 if __name__ == "__main__":

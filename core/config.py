@@ -15,6 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -102,7 +103,11 @@ def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = 
     except ConfigError:
         return None
     known = list(_keys(base))
+    plain = OmegaConf.to_container(base)
+    removed = {override.key_or_group for _, override in keys if override.is_delete()}
     for text, override in keys:
+        if override.key_or_group not in removed and (mismatch := _mismatch(plain, text, override)):
+            return mismatch
         if override.is_add() or override.is_force_add():
             continue
         if override.key_or_group not in known:
@@ -110,6 +115,21 @@ def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = 
                 continue
             return f"{text}: the config has no key '{override.key_or_group}'; {_closest(override.key_or_group, known)}"
     return None
+
+
+def _mismatch(base: dict[str, Any], text: str, override: Override) -> str | None:
+    """A list for a key that holds a mapping, or the reverse: Hydra cannot merge them."""
+    key = override.key_or_group
+    kinds = [
+        "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else None
+        for value in (get(base, key, None), override.value())
+    ]
+    if None in kinds or kinds[0] == kinds[1]:
+        return None
+    return (
+        f"{text}: '{key}' holds {kinds[0]} and was given {kinds[1]}; to replace it whole, remove it first: "
+        f"'~{key}' '+{text.lstrip('+')}'"
+    )
 
 
 def _groups(config_dir: str | Path | None) -> set[str]:

@@ -268,19 +268,27 @@ def _checkpoint_to_resume(cfg: dict[str, Any]) -> Path | None:
 
 # ---------------------------------------------------------------------- running
 def _run_stages(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Every stage in a folder of its own; finished ones are skipped, later ones start from an earlier one's weights."""
+    """Every stage in a folder of its own; finished ones are skipped, later ones start from an earlier one's weights.
+
+    What later stages are tested with is built before the first one trains, so that a wrong setting shows at once.
+    """
+    from core.runner import build_test
+
     if _rank() == 0:
         _write_config(cfg)
     results: dict[str, dict[str, Any]] = {}
     names = [stage.get("name") for stage in cfg["stages"]]
     if None in names or len(set(names)) != len(names):
         raise ConfigError(f"stages need distinct names, not {names}")
-    for index, stage in enumerate(cfg["stages"]):
-        staged = _stage_config(cfg, stage)
-        staged["run_dir"] = str(Path(cfg["run_dir"]) / f"stage_{index}_{stage['name']}")
+    stages = [_stage_config(cfg, stage) for stage in cfg["stages"]]
+    for index, (name, staged) in enumerate(zip(names, stages, strict=True)):
+        staged["run_dir"] = str(Path(cfg["run_dir"]) / f"stage_{index}_{name}")
         staged["stage_of"] = cfg["run_dir"]
+    later = [staged for staged in stages[1:] if staged["test_dataloader"] and _finished(staged) is None]
+    tests = {staged["run_dir"]: build_test(staged) for staged in later}
+    for index, (name, staged) in enumerate(zip(names, stages, strict=True)):
         staged["load_from"] = _from_stage(staged["load_from"], cfg, names[:index])
-        results[stage["name"]] = _run_once(staged)
+        results[name] = _run_once(staged, tests.pop(staged["run_dir"], None))
     last = dict(results[names[-1]])
     last["stages"] = {name: result["metrics"] for name, result in results.items()}
     last["seconds"] = sum(result["seconds"] for result in results.values())
@@ -308,33 +316,37 @@ def _from_stage(load_from: Any, cfg: dict[str, Any], earlier: list[str]) -> Any:
     return {"path": str(find_checkpoint(folder, best=load_from.get("best", False))), **options}
 
 
-def _run_once(cfg: dict[str, Any]) -> dict[str, Any]:
-    folder = Path(cfg["run_dir"])
-    done = folder / "result.json"
-    if cfg["resume"] and done.is_file():
-        result = json.loads(done.read_text())
-        if result["status"] == "finished":
-            print(f"{cfg['name']}: already finished in {folder}", flush=True)
-            return result
+def _finished(cfg: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a run that goes on where there is nothing left to do."""
+    done = Path(cfg["run_dir"]) / "result.json"
+    result = json.loads(done.read_text()) if cfg["resume"] and done.is_file() else {}
+    return result if result.get("status") == "finished" else None
+
+
+def _run_once(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> dict[str, Any]:
+    if (result := _finished(cfg)) is not None:
+        print(f"{cfg['name']}: already finished in {cfg['run_dir']}", flush=True)
+        return result
     cfg = {**cfg, "resume_from": (lambda p: str(p) if p else None)(_checkpoint_to_resume(cfg))}
     if _rank() == 0:
         _write_config(cfg)
     started = time.perf_counter()
-    runner = _runner(cfg)
+    runner = _runner(cfg, test)
     _train(runner, cfg)
     result = _result(runner, cfg, time.perf_counter() - started)
     if _rank() == 0:
+        done = Path(cfg["run_dir"]) / "result.json"
         _write_json(done, result)
         runner.logger.info(f"{cfg['name']}: {_brief(result['metrics'])} -> {done}")
     runner.visualizer.close()
     return result
 
 
-def _runner(cfg: dict[str, Any]) -> Any:
+def _runner(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> Any:
     from core.runner import Runner
 
     Path(cfg["run_dir"]).mkdir(parents=True, exist_ok=True)
-    return Runner(cfg)
+    return Runner(cfg, test)
 
 
 def _train(runner: Any, cfg: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import os
@@ -15,12 +16,14 @@ import torch.distributed as dist
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import PARAM_SCHEDULERS, VISUALIZERS
+from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMRunner
 from mmengine.structures import BaseDataElement
 from torch import nn
 
 from core.checkpoint import CheckpointStore, CheckpointWriteError, load, load_state, save_atomic
 from core.data.loader import build_loader
+from core.data.seeds import preserved_random_state, seed_sample
 from core.detection import keep_boxes_exact, networks
 from core.errors import ConfigError
 from core.hooks.checkpoint import CheckpointHook
@@ -40,9 +43,10 @@ class Runner(MMRunner):
 
     Args:
         cfg: the resolved config as plain containers (see configs/train.yaml); `run_dir` is set.
+        test: what `build_test` has built of it.
     """
 
-    def __init__(self, cfg: dict[str, Any]) -> None:
+    def __init__(self, cfg: dict[str, Any], test: dict[str, Any] | None = None) -> None:
         runtime = cfg["runtime"]
         self.device = pick_device(runtime["device"])
         self.prefetch = bool(runtime["prefetch"])
@@ -59,6 +63,7 @@ class Runner(MMRunner):
             metric=checkpoint.metric,
             direction=checkpoint.direction,
         )
+        test = test or {key: cfg[key] for key in ("test_dataloader", "test_evaluator")}
         hooks: list[Any] = list(cfg["custom_hooks"] or [])
         if cfg["ema"] is not None:
             hooks.append({"type": "core.EMAHook", **cfg["ema"]})
@@ -67,14 +72,14 @@ class Runner(MMRunner):
             work_dir=str(cfg["run_dir"]),
             train_dataloader=cfg["train_dataloader"],
             val_dataloader=cfg["val_dataloader"],
-            test_dataloader=cfg["test_dataloader"],
+            test_dataloader=test["test_dataloader"],
             train_cfg=cfg["train_cfg"],
             val_cfg=_loop(cfg, "val"),
             test_cfg=_loop(cfg, "test"),
             optim_wrapper=cfg["optim_wrapper"],
             param_scheduler=cfg["param_scheduler"],
             val_evaluator=cfg["val_evaluator"] if cfg["val_dataloader"] is not None else None,
-            test_evaluator=cfg["test_evaluator"] or (cfg["val_evaluator"] if cfg["test_dataloader"] else None),
+            test_evaluator=test["test_evaluator"] or (cfg["val_evaluator"] if cfg["test_dataloader"] else None),
             default_hooks={
                 "runtime_info": None,
                 "timer": None,
@@ -214,10 +219,21 @@ class Runner(MMRunner):
         return self._build_eval_loop(loop, "test", self._test_dataloader, self._test_evaluator)
 
     def _build_eval_loop(self, loop: Any, split: str, dataloader: Any, evaluator: Any) -> Any:
+        if isinstance(loop, BaseLoop):
+            return loop
         cfg = {"type": "core.EvalLoop", **loop}
         if cfg["type"] == "core.EvalLoop":
             cfg["split"] = split
         return build(cfg, LOOPS, runner=self, dataloader=dataloader, evaluator=evaluator)
+
+    def train(self) -> nn.Module:
+        """As mmengine's, with the test loop built first: a wrong setting of it ends the run before anything is trained.
+
+        Training draws the same random numbers as without one.
+        """
+        with preserved_random_state():
+            _ = self.test_loop
+        return super().train()
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """Through `core.OptimConstructor`, in the run's precision, unless the config names another constructor."""
@@ -414,6 +430,16 @@ class Runner(MMRunner):
 
     def _maybe_compile(self, target: str) -> None:
         """Nothing: networks are compiled in place when they are placed."""
+
+
+def build_test(cfg: dict[str, Any]) -> dict[str, Any]:
+    """`test_dataloader` and `test_evaluator` of a config with data set and evaluator built, for a `Runner` to come."""
+    loader, evaluator = cfg["test_dataloader"], cfg["test_evaluator"] or cfg["val_evaluator"]
+    with preserved_random_state():
+        seed_sample(cfg["seed"])
+        dataset = build(loader["dataset"], DATASETS)
+        built = MMRunner.build_evaluator(None, copy.deepcopy(evaluator))  # reads nothing of the runner
+    return {"test_dataloader": {**loader, "dataset": dataset}, "test_evaluator": built}
 
 
 def _plain(batch: Any) -> Any:

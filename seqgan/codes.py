@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine import dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from core.data import DerivedCache, derive_seed, hash_files, hash_state, preserved_random_state, seed_sample
+from core.processes import all_or_none
 from core.progress import Progress
 from seqgan.models import Tokenizer
 
@@ -68,7 +68,7 @@ class CodeCache:
         device = tokenizer.quantizer.embedding.weight.device
         tokenizer.eval()
         # A run that fills the cache goes on with the random numbers of one that finds it filled.
-        with preserved_random_state():
+        with all_or_none("keeping codes"), preserved_random_state():
             provenance = self._origin(dataset, views) | {"tokenizer": tokenizer.fingerprint(), "dtype": str(small)}
             folder = self.folder / provenance["tokenizer"][:16] if self.per_tokenizer else self.folder
             with DerivedCache(folder, provenance, ids=ids) as cache:
@@ -77,7 +77,6 @@ class CodeCache:
                 for names, images, labels in Progress().over(loader, f"codes of {type(dataset).__name__}"):
                     codes = tokenizer.encode(images.to(device)).to("cpu", small)
                     cache.write(names, {"codes": codes, "label": labels})
-            dist.barrier()
         cache.reload()
         cache.require_complete()
         return CachedCodes(cache, len(dataset), self.views)

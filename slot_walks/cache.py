@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine import dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from core.data import DerivedCache, derive_seed, hash_files, hash_state, preserved_random_state, seed_sample
 from core.errors import ConfigError, VitrineError
+from core.processes import all_or_none
 from core.progress import Progress
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -83,7 +83,7 @@ class FeatureCache:
         ids = [f"{index}-{view}" for index in range(len(dataset)) for view in range(len(views))]
         backbone.eval()
         # A run from the cache goes on with the random numbers of one from pictures, whether it fills the cache or not.
-        with preserved_random_state(), torch.no_grad(), context():
+        with all_or_none("keeping features"), preserved_random_state(), torch.no_grad(), context():
             example = views[0, 0]["image"][None]
             shape = (*backbone.grid(example), backbone.dim)
             provenance |= _origin(dataset, views, example, backbone) | {"dtype": str(self.dtype), "shape": shape}
@@ -96,7 +96,6 @@ class FeatureCache:
                 for names, images in Progress().over(loader, f"features of {type(dataset).__name__}"):
                     features = backbone(images.to(_device(backbone))).unflatten(1, shape[:2])
                     cache.write(names, {"features": self._rounded(features)})
-            dist.barrier()
         cache.reload()
         cache.require_complete()
         return CachedFeatures(dataset, views, cache)

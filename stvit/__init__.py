@@ -6,66 +6,31 @@ Names are loaded when they are first used: the networks alone need neither the e
 timm (`timm.create_model("stvit_deit_small_patch16_224")`) and OpenMMLab (`type="vitrine.STViTRSwin"`).
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import Any
-
+from core.exports import lazy
 from stvit.registration import register_models
 
-# Exported name -> module that defines it.
-_EXPORTS = {
-    "SemanticTokenViT": "stvit.models",
-    "SmallSemanticTokenViT": "stvit.models.small",
-    "SemanticTokenGenerator": "stvit.models",
-    "WindowTokenGenerator": "stvit.models",
-    "TokenRecovery": "stvit.models",
-    "WindowTokenRecovery": "stvit.models",
-    "SwinTransformer": "stvit.models",
-    "STViTSwin": "stvit.models",
-    "STViTRSwin": "stvit.models",
-    "stvit_deit_tiny": "stvit.models",
-    "stvit_deit_small": "stvit.models",
-    "stvit_deit_base": "stvit.models",
-    "stvit_swin_tiny": "stvit.models",
-    "stvit_swin_small": "stvit.models",
-    "stvit_swin_base": "stvit.models",
-    "stvit_r_swin_tiny": "stvit.models",
-    "stvit_r_swin_small": "stvit.models",
-    "stvit_r_swin_base": "stvit.models",
-    "classification_loss": "stvit.losses",
-    "label_smoothing_cross_entropy": "stvit.losses",
-    "soft_target_cross_entropy": "stvit.losses",
-    "ClassificationTrainer": "stvit.trainer",
-    "Digits": "stvit.data",
-    "GlyphField": "stvit.data",
-    "DistillationTrainer": "stvit.distillation",
-    "sparsify": "stvit.token_reduction",
-    "VideoSwin": "stvit.models.video_swin",
-    "STViTVideoSwin": "stvit.models.stvit_video",
-    "ClipTokenGenerator": "stvit.models.clip_tokens",
-    "VideoClassificationTrainer": "stvit.video",
-    "MovingGlyphs": "stvit.moving_glyphs",
-    "ClipTrainTransform": "stvit.clips",
-    "ClipEvalTransform": "stvit.clips",
-    "ClipViews": "stvit.clips",
-    "MultiViewVideos": "stvit.clips",
-    "token_picture": "stvit.visualize",
-}
-
-__all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'stvit' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
-
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "models": (
+            "SemanticTokenViT SemanticTokenGenerator WindowTokenGenerator TokenRecovery WindowTokenRecovery "
+            "SwinTransformer STViTSwin STViTRSwin stvit_deit_tiny stvit_deit_small stvit_deit_base stvit_swin_tiny "
+            "stvit_swin_small stvit_swin_base stvit_r_swin_tiny stvit_r_swin_small stvit_r_swin_base"
+        ),
+        "models.small": "SmallSemanticTokenViT",
+        "losses": "classification_loss label_smoothing_cross_entropy soft_target_cross_entropy",
+        "trainer": "ClassificationTrainer",
+        "data": "Digits GlyphField",
+        "distillation": "DistillationTrainer",
+        "token_reduction": "sparsify",
+        "models.video_swin": "VideoSwin",
+        "models.stvit_video": "STViTVideoSwin",
+        "models.clip_tokens": "ClipTokenGenerator",
+        "video": "VideoClassificationTrainer",
+        "moving_glyphs": "MovingGlyphs",
+        "clips": "ClipTrainTransform ClipEvalTransform ClipViews MultiViewVideos",
+        "visualize": "token_picture",
+    },
+)
 
 register_models()

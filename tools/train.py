@@ -67,7 +67,7 @@ def main() -> None:
         train()
     except SystemExit as stop:
         if stop.code and not _started:
-            overrides = [word for word in argv if "=" in word and not word.startswith("-")]
+            overrides = [word for word in argv if word.startswith("~") or ("=" in word and not word.startswith("-"))]
             hint = explain_overrides(overrides, _config_dir(argv))
             if hint:
                 print(f"error: {hint}", file=sys.stderr)

@@ -16,63 +16,31 @@ and on nothing else. Workers, ranks and interruptions change who does the work, 
 Names are loaded when they are first used, so importing this package costs nothing.
 """
 
-import importlib
-from typing import Any
+from core.exports import lazy
 
-_HOME = {
-    "Batch": "batch",
-    "Collate": "batch",
-    "collate": "batch",
-    "ResumableBatchSampler": "batching",
-    "CorruptCacheError": "cache",
-    "DerivedCache": "cache",
-    "IncompleteCacheError": "cache",
-    "StaleCacheError": "cache",
-    "MissingDataError": "errors",
-    "SampleError": "errors",
-    "SampleFault": "errors",
-    "data_root": "errors",
-    "ImageFolder": "folder",
-    "ImageZip": "image_zip",
-    "load_image": "images",
-    "to_pil": "images",
-    "ImageNet": "imagenet",
-    "Loader": "loader",
-    "build_loader": "loader",
-    "Mix": "mix",
-    "PackedStrings": "packed",
-    "DevicePrefetcher": "prefetch",
-    "hash_file": "provenance",
-    "hash_files": "provenance",
-    "hash_state": "provenance",
-    "Draw": "sampling",
-    "EvalSampler": "sampling",
-    "TrainSampler": "sampling",
-    "SeededDataset": "seeded",
-    "derive_seed": "seeds",
-    "preserved_random_state": "seeds",
-    "seed_sample": "seeds",
-    "TarShards": "tar",
-    "EvalTransform": "transforms",
-    "TrainTransform": "transforms",
-    "to_device": "tree",
-    "VideoError": "video",
-    "VideoReader": "video",
-    "read_frames": "video",
-    "sample_indices": "video",
-    "VideoList": "video_list",
-}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "batch": "Batch Collate collate",
+        "batching": "ResumableBatchSampler",
+        "cache": "CorruptCacheError DerivedCache IncompleteCacheError StaleCacheError",
+        "errors": "MissingDataError SampleError SampleFault data_root",
+        "folder": "ImageFolder",
+        "image_zip": "ImageZip",
+        "images": "load_image to_pil",
+        "imagenet": "ImageNet",
+        "loader": "Loader build_loader",
+        "mix": "Mix",
+        "packed": "PackedStrings",
+        "prefetch": "DevicePrefetcher",
+        "provenance": "hash_file hash_files hash_state",
+        "sampling": "Draw EvalSampler TrainSampler",
+        "seeded": "SeededDataset",
+        "seeds": "derive_seed preserved_random_state seed_sample",
+        "tar": "TarShards",
+        "transforms": "EvalTransform TrainTransform",
+        "tree": "to_device",
+        "video": "VideoError VideoReader read_frames sample_indices",
+        "video_list": "VideoList",
+    },
+)

@@ -19,6 +19,7 @@ from core.checkpoint import load, save_atomic
 from core.data import derive_seed, preserved_random_state
 from core.progress import Progress
 from seqgan.data.shape_glyphs import ShapeGlyphs
+from seqgan.fidelity import Statistics, frechet_distance
 from seqgan.perceptual import SemanticPerceptualLoss, TappedNetwork
 from seqgan.standin.networks import LOSS_TAPS, LOW, SEMANTIC, JudgeNetwork, LossNetwork
 
@@ -161,14 +162,7 @@ class TemplateJudge:
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Frechet distance of Gaussians fitted to features `(N, C)` and `(M, C)`, in float64."""
-    means, covs = [], []
-    for features in (a.double(), b.double()):
-        means.append(features.mean(dim=0))
-        covs.append(torch.cov(features.T))
-    values, vectors = torch.linalg.eigh(covs[0])
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covs[1] @ root).clamp_min(0).sqrt().sum()
-    return float((means[0] - means[1]).square().sum() + covs[0].trace() + covs[1].trace() - 2 * cross)
+    return float(frechet_distance(*(Statistics(x.mean(dim=0), torch.cov(x.T)) for x in (a.double(), b.double()))))
 
 
 def pooled_pixels(image: Tensor) -> Tensor:

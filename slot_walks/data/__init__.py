@@ -9,40 +9,19 @@
 Names are loaded when they are first used.
 """
 
-from __future__ import annotations
+from core.exports import lazy
 
-import importlib
-from typing import Any
-
-_HOME = {
-    "Birds": "birds",
-    "Blobworld": "standin",
-    "COCO": "coco",
-    "COCOSTUFF27": "cocostuff",
-    "COCOStuff": "cocostuff",
-    "Cars": "dogs_cars",
-    "CropTrain": "transforms",
-    "Dogs": "dogs_cars",
-    "Flowers": "flowers",
-    "MOVi": "movi",
-    "OfficialEval": "transforms",
-    "Square": "transforms",
-    "StandardEval": "transforms",
-    "WholePicture": "transforms",
-    "VOC": "voc",
-    "VOC_CLASSES": "voc",
-}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "birds": "Birds",
+        "standin": "Blobworld",
+        "coco": "COCO",
+        "cocostuff": "COCOSTUFF27 COCOStuff",
+        "dogs_cars": "Cars Dogs",
+        "transforms": "CropTrain OfficialEval Square StandardEval WholePicture",
+        "flowers": "Flowers",
+        "movi": "MOVi",
+        "voc": "VOC VOC_CLASSES",
+    },
+)

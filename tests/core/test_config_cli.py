@@ -81,6 +81,12 @@ def test_completion_knows_groups_and_experiments():
         (["experiment=mine/tiny", "model.type=mypoints.Classfy"], "did you mean 'Classify'"),
         (["experiment=mine/tiny", "runtime=cpuu"], "did you mean cpu"),
         (["experiment=mine/tiny", "seed==1"], "seed"),
+        (
+            ["experiment=mine/tiny", "model.network=[a,b]"],
+            "'model.network' holds a mapping and was given a list; to replace it whole, remove it first: "
+            "'~model.network' '+model.network=[a,b]'",
+        ),
+        (["experiment=mine/tiny", "~train_cfg", "+train_cfg=[1]", "sed=1"], "did you mean seed"),
         ([], "choose an experiment"),
     ],
 )
@@ -96,6 +102,16 @@ def test_typos_end_at_once_with_the_nearest_names(user, words, message):
 def test_compose_is_what_the_command_line_gives(user):
     cfg = compose(["experiment=mine/tiny", "model.network.width=4"], config_dir=user / "configs")
     assert cfg.model.network.width == 4 and cfg.overrides[-1] == "model.network.width=4"
+
+
+def test_a_list_for_a_mapping_and_the_reverse_say_how_to_replace_it():
+    for held, words in (("model.network", ["model.network=[1]"]), ("model", ["seed=1", "++model=[1]"])):
+        with pytest.raises(ConfigError, match=f"'{held}' holds a mapping and was given a list"):
+            compose(["experiment=stvit/digits", *words])
+    with pytest.raises(ConfigError, match=r"'model\.classes' holds a list and was given a mapping.*'~model\.classes'"):
+        compose(["experiment=stvit/digits", "model.classes={a: 1}"])
+    cfg = compose(["experiment=stvit/digits", "~model.classes", "+model.classes={a: 1}"])
+    assert cfg.model.classes == {"a": 1}
 
 
 def test_slurm_and_fsdp_configs_compose():

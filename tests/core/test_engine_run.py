@@ -150,6 +150,61 @@ def test_stages_follow_each_other_and_finished_ones_are_skipped(tiny, user):
     assert Path("staged/stage_1_second/result.json").is_file()
 
 
+TESTED = "test_dataloader={batch_size: 8, dataset: {type: mypoints.Points, count: 5, seed: 7, augment: false}}"
+JUDGE = "{type: core.metrics.TorchMetrics, metrics: {a: {type: torchmetrics.classification.MulticlassAccuracy, %s}}}"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("test_evaluator=" + JUDGE % "num_classes: -1", "larger than 1"),
+        ("test_dataloader.dataset.count=-1", "upper bound"),
+        ("test_dataloader.batch_size=0", "batch_size"),
+    ],
+)
+def test_a_wrong_test_split_ends_a_run_before_it_trains(tiny, wrong, message):
+    with pytest.raises(Exception, match=message):
+        tiny(TESTED, wrong, "run_dir=here")
+    assert not Path("here/log.jsonl").exists() and not Path("here/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("test_evaluator: " + JUDGE % "num_classes: -1", "larger than 1"),
+        ("test_dataloader: {dataset: {count: -1}}", "upper"),
+    ],
+)
+def test_a_wrong_test_split_of_a_later_stage_ends_the_first_before_it_trains(tiny, wrong, message):
+    with pytest.raises(Exception, match=message):
+        tiny(TESTED, f"stages=[{{name: first}}, {{name: second, {wrong}}}]", "run_dir=staged")
+    assert not Path("staged/stage_0_first").exists()
+
+
+def test_a_test_split_is_built_once_and_does_not_change_training(tiny, monkeypatch):
+    import mypoints
+
+    built, make, judge = [], mypoints.Points.__init__, mypoints.Accuracy.__init__
+
+    def note(self, *args, **options):
+        built.append(options.get("seed"))
+        make(self, *args, **options)
+
+    def draw(self):
+        judge(self)
+        torch.rand(3)
+
+    monkeypatch.setattr(mypoints.Points, "__init__", note)
+    monkeypatch.setattr(mypoints.Accuracy, "__init__", draw)
+    common = ("train_cfg.max_epochs=1", "model.network.dropout=0.2")
+    stages = "stages=[{name: first}, {name: second}]"
+    alone, tested, staged = tiny(*common), tiny(*common, TESTED), tiny(*common, TESTED, stages)
+    assert built.count(7) == 1 + 2
+    assert tested["metrics"]["seen"] == 5 and staged["stages"]["second"]["seen"] == 5
+    one, two, three = (weights(result) for result in (alone, tested, staged))
+    assert all(torch.equal(one[k], two[k]) and torch.equal(one[k], three[k]) for k in one)
+
+
 def test_best_checkpoint_is_kept_and_can_be_evaluated(tiny, user):
     result = tiny("checkpoint.metric=accuracy", "checkpoint.keep_last=1", "train_cfg.max_epochs=3")
     folder = Path(result["run_dir"]) / "checkpoints"

@@ -1,17 +1,21 @@
-"""Two processes: codebooks that move stay the same on both, and figures are those of all samples."""
+"""Two processes: codebooks that move stay the same on both, figures are those of all samples, failures are shared."""
 
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from core.errors import VitrineError
 from core.metrics import TorchMetrics
+from seqgan.codes import CodeCache
 from seqgan.metrics import CodeBits, CodebookUse, ImageScores, LinearProbe
-from seqgan.models import EMAQuantizer, RestartQuantizer
+from seqgan.models import EMAQuantizer, RestartQuantizer, conv_tokenizer
 
 COUNT = 12
 
@@ -97,3 +101,34 @@ def test_codebooks_and_figures_of_two_processes(tmp_path) -> None:
     assert len(expected) >= 11
     for figures in (first[3], second[3]):
         assert figures == pytest.approx(expected, rel=1e-5)
+
+
+class Torn(torch.utils.data.Dataset):
+    """Random pictures of which the second process can read the first alone."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict:
+        if index and dist.get_rank() == 1:
+            raise OSError(f"picture {index} is torn")
+        return {"image": torch.rand(3, 32, 32)}
+
+
+def _encode(rank: int, folder: str) -> None:
+    wait = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
+    torch.manual_seed(0)
+    try:
+        CodeCache(f"{folder}/codes").fill(Torn(), conv_tokenizer(32, (1, 1), 1, codebook_size=8, z_dim=4))
+    except (OSError, VitrineError) as error:
+        Path(folder, str(rank)).write_text(f"{type(error).__name__}: {error}")
+    dist.destroy_process_group()
+
+
+def test_a_process_that_cannot_encode_its_images_leaves_none_waiting(tmp_path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(_encode, (str(tmp_path),), nprocs=2)
+    said = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
+    assert said[1].startswith("OSError: picture ") and said[1].endswith(" is torn")
+    assert said[0] == f"VitrineError: keeping codes ended because process 1 failed: {said[1]}"

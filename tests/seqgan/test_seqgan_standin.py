@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -82,6 +84,10 @@ def test_frechet_distance_of_gaussians() -> None:
     # N(0, 1) against N(m, s^2) in one dimension of three: m^2 + (1 - s)^2.
     y = x * torch.tensor([2.0, 1.0, 1.0]) + torch.tensor([0.0, 3.0, 0.0])
     assert frechet(x, y) == pytest.approx(9 + 1, rel=0.05)
+    covariances = [np.cov(z.double().numpy(), rowvar=False) for z in (x, y)]
+    cross = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    moved = (x.double().mean(dim=0) - y.double().mean(dim=0)).square().sum()
+    assert frechet(x, y) == pytest.approx(float(moved) + np.trace(sum(covariances) - 2 * cross), rel=1e-9)
 
 
 def test_augmentation_does_not_move_the_shape() -> None:

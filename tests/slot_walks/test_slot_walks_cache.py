@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 from scipy.io import savemat
 
@@ -169,6 +172,33 @@ def test_what_does_not_fit_is_refused_before_or_while_it_is_written(flowers, tmp
     for options, message in ((dict(dtype="int8"), "use float16"), (dict(crops=0), "at least one crop")):
         with pytest.raises(ValueError, match=message):
             FeatureCache(tmp_path, **options)
+
+
+class Torn(Flowers):
+    """One picture of the second process cannot be read."""
+
+    def __getitem__(self, index: int) -> dict:
+        if index and dist.get_rank() == 1:
+            raise OSError(f"picture {index} is torn")
+        return super().__getitem__(index)
+
+
+def _share(rank: int, flowers: str, folder: str) -> None:
+    wait = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
+    try:
+        FeatureCache(f"{folder}/kept").fill(Torn(flowers, "train", transform=Square(32), masks=False), vit())
+    except (OSError, VitrineError) as error:
+        Path(folder, str(rank)).write_text(f"{type(error).__name__}: {error}")
+    dist.destroy_process_group()
+
+
+def test_a_process_that_fails_leaves_none_waiting(flowers, tmp_path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(_share, (str(flowers), str(tmp_path)), nprocs=2)
+    said = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
+    assert said[1].startswith("OSError: picture ") and said[1].endswith(" is torn")
+    assert said[0] == f"VitrineError: keeping features ended because process 1 failed: {said[1]}"
 
 
 # ---------------------------------------------------------------------- through the launcher

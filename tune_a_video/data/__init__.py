@@ -8,37 +8,14 @@
 Names are loaded when they are first used.
 """
 
-from __future__ import annotations
+from core.exports import lazy
 
-import importlib
-from typing import Any
-
-_HOME = {
-    "ClipFolder": "clip_folder",
-    "DAVIS": "clip_folder",
-    "DrawnClip": "one_shot",
-    "FrameSource": "frames",
-    "LoveuTGVE": "tgve",
-    "OneShotVideoDataset": "one_shot",
-    "Submission": "tgve",
-    "TGVEClip": "tgve",
-    "clip_indices": "frames",
-    "fit": "frames",
-    "open_frames": "frames",
-    "read_captions": "clip_folder",
-    "read_table": "tgve",
-}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "clip_folder": "ClipFolder DAVIS read_captions",
+        "one_shot": "DrawnClip OneShotVideoDataset",
+        "frames": "FrameSource clip_indices fit open_frames",
+        "tgve": "LoveuTGVE Submission TGVEClip read_table",
+    },
+)

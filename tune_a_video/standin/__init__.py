@@ -10,50 +10,16 @@
 Names are loaded when they are first used.
 """
 
-from __future__ import annotations
+from core.exports import lazy
 
-import importlib
-from typing import Any
-
-_HOME = {
-    "Clip": "world",
-    "Edit": "world",
-    "Judge": "networks",
-    "PictureTower": "networks",
-    "Reading": "measures",
-    "TinyCLIP": "networks",
-    "Words": "world",
-    "agreement": "measures",
-    "all_words": "world",
-    "captions": "world",
-    "draw_clip": "world",
-    "draw_pictures": "world",
-    "edits": "world",
-    "identity_vae": "vae",
-    "jitter": "measures",
-    "joint_frames": "measures",
-    "load_judge": "folder",
-    "load_tiny_clip": "folder",
-    "make_scheduler": "training",
-    "make_tokenizer": "networks",
-    "make_unet": "training",
-    "measure": "measures",
-    "parse_caption": "world",
-    "path_distances": "measures",
-    "right_words": "measures",
-    "words_of_looks": "world",
-}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "world": "Clip Edit Words all_words captions draw_clip draw_pictures edits parse_caption words_of_looks",
+        "networks": "Judge PictureTower TinyCLIP make_tokenizer",
+        "measures": "Reading agreement jitter joint_frames measure path_distances right_words",
+        "vae": "identity_vae",
+        "folder": "load_judge load_tiny_clip",
+        "training": "make_scheduler make_unet",
+    },
+)

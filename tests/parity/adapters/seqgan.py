@@ -37,24 +37,9 @@ from seqgan.models.resample import Downsample, DownsampleConv, Upsample
 from seqgan.sampling import decoding_steps, guide, keep_likely
 
 from ..cases import Case, UnknownPiece
+from . import Outputs, run_from
 
-Outputs = dict[str, Tensor]
-
-
-def run(case: Case) -> Outputs:
-    """Build the case's piece, load its weights through `seqgan.checkpoint` and feed its inputs.
-
-    Raises:
-        UnknownPiece: the piece belongs to nothing that is built.
-    """
-    piece = _PIECES.get(case.piece)
-    if piece is None:
-        from .seqgan_losses import PIECES
-
-        piece = PIECES.get(case.piece)
-    if piece is None:
-        raise UnknownPiece(f"the adapter of seqgan knows no piece {case.piece!r}")
-    return piece(case)
+run = run_from("seqgan", "seqgan_losses")
 
 
 def _load(module: nn.Module, case: Case, state: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -316,7 +301,7 @@ def _maskgit_decode(case: Case) -> Outputs:
     return {"sequences": torch.stack(list(states), dim=1)}
 
 
-_PIECES = {
+PIECES = {
     "resnet_block": _resnet_block,
     "attn_block": _attn_block,
     "resample": _resample,

@@ -15,8 +15,7 @@ from seqgan.models import MaskGITEntropy
 from seqgan.perceptual import LPIPS, SemanticPerceptualLoss, TappedNetwork
 
 from ..cases import Case
-
-Outputs = dict[str, Tensor]
+from . import Outputs
 
 
 def _gan_losses(case: Case) -> Outputs:

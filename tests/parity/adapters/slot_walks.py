@@ -18,24 +18,9 @@ from slot_walks.trainer import SlotTrainer
 from slot_walks.walks import masks, region_vectors, transitions
 
 from ..cases import Case, UnknownPiece
+from . import Outputs, run_from
 
-Outputs = dict[str, Tensor]
-
-
-def run(case: Case) -> Outputs:
-    """Build the case's piece, load its weights through `slot_walks.checkpoint` and feed its inputs.
-
-    Raises:
-        UnknownPiece: the piece belongs to nothing that is built.
-    """
-    piece = _PIECES.get(case.piece)
-    if piece is None:
-        from .slot_walks_data import PIECES
-
-        piece = PIECES.get(case.piece)
-    if piece is None:
-        raise UnknownPiece(f"the adapter of slot_walks knows no piece {case.piece!r}")
-    return piece(case)
+run = run_from("slot_walks", "slot_walks_data")
 
 
 def _load(module: nn.Module, case: Case) -> nn.Module:
@@ -269,7 +254,7 @@ def _schedules(case: Case) -> Outputs:
     return {name: torch.tensor([f(step) for step in steps], dtype=torch.float64) for name, f in functions.items()}
 
 
-_PIECES: dict[str, Callable[[Case], Outputs]] = {
+PIECES: dict[str, Callable[[Case], Outputs]] = {
     "slot_attention": _slot_attention,
     "slot_encoder": _slot_encoder,
     "slot_encoder_bilevel": _slot_encoder_boqsa,

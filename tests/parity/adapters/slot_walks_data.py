@@ -19,8 +19,7 @@ from core.metrics.grouping import FIGURES
 from slot_walks.data.transforms import CropTrain, OfficialEval, Square, bird_window
 
 from ..cases import Case
-
-Outputs = dict[str, Tensor]
+from . import Outputs
 
 
 def _labels(case: Case, slots: int, factor: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:

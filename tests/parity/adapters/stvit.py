@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from einops import rearrange
 from timm.data.mixup import mixup_target
-from torch import Tensor, nn
+from torch import nn
 
 from core.data.transforms import EvalTransform
 from core.param_groups import split_decay
@@ -33,20 +33,9 @@ from stvit.models.dumbbell import SemanticStage
 from stvit.models.key_windows import KeyWindows
 
 from ..cases import Case, UnknownPiece
+from . import Outputs, run_from
 
-Outputs = dict[str, Tensor]
-
-
-def run(case: Case) -> Outputs:
-    """Build the case's piece, load its weights through `stvit.checkpoint` and feed its inputs.
-
-    Raises:
-        UnknownPiece: the piece belongs to a part of the paper that is not built.
-    """
-    if case.piece not in _PIECES:
-        raise UnknownPiece(f"the adapter of stvit knows no piece {case.piece!r}")
-    with torch.set_grad_enabled(case.training):
-        return _PIECES[case.piece](case)
+run = run_from("stvit", eval_gradients=False)
 
 
 def _load(module: nn.Module, case: Case) -> nn.Module:
@@ -422,7 +411,7 @@ def inventory(name: str, content: dict[str, object]) -> None:
     assert sum(value.numel() for name, value in ours.items() if name not in buffers) == total
 
 
-_PIECES: dict[str, Callable[[Case], Outputs]] = {
+PIECES: dict[str, Callable[[Case], Outputs]] = {
     "attention": _attention,
     "backbone": _backbone,
     "block": _block,

@@ -30,27 +30,9 @@ from tune_a_video.models import (
 )
 
 from ..cases import Case, UnknownPiece
+from . import Outputs, run_from
 
-Outputs = dict[str, Tensor]
-
-
-def run(case: Case) -> Outputs:
-    """Build the case's piece, load its weights through `tune_a_video.checkpoint` and feed its inputs.
-
-    Raises:
-        UnknownPiece: the piece belongs to nothing that is built.
-    """
-    piece = _PIECES.get(case.piece)
-    if piece is None:
-        from .tune_a_video_sampling import PIECES
-
-        piece = PIECES.get(case.piece)
-    if piece is None:
-        raise UnknownPiece(f"the adapter of tune_a_video knows no piece {case.piece!r}")
-    if case.piece == "train_step":
-        return piece(case)
-    with torch.no_grad():
-        return piece(case)
+run = run_from("tune_a_video", "tune_a_video_sampling", eval_gradients=False)
 
 
 def built(function: Callable[..., Any], config: dict[str, Any], **renamed: str) -> Any:
@@ -264,7 +246,7 @@ def _ddim_inversion(case: Case) -> Outputs:
     return {f"latent{i}": latents for i, latents in enumerate(path)} | {"timesteps": ddim.timesteps}
 
 
-_PIECES: dict[str, Callable[[Case], Outputs]] = {
+PIECES: dict[str, Callable[[Case], Outputs]] = {
     "inflated_conv": _inflated_conv,
     "downsample": _downsample,
     "upsample": _upsample,

@@ -17,7 +17,8 @@ from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.video_io import video_grid
 
 from ..cases import Case
-from .tune_a_video import Outputs, built, load, scheduler, unet
+from . import Outputs
+from .tune_a_video import built, load, scheduler, unet
 
 # ------------------------------------------------------------------ training
 
