@@ -198,11 +198,41 @@ def test_transformers_start_from_the_first_phase(kind, phases, faces, imagenet, 
     assert found.keys() == {*figures, "gfid", "precision", "recall"} and found["gfid"] > 0
     assert {name: found[name] for name in figures} == pytest.approx(figures, rel=1e-5)
     assert {name: found[name] for name in figures} == told(evaluate, *trained, tmp_path=tmp_path)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*2.pt")
+    stay = ["train_cfg.max_steps=0", f"load_from={{path: {checkpoint}, into: null, prefix: null}}"]  # of seqgan/phases
+    run(compose([*words[:-1], *stay, *sampled, f"run_dir={tmp_path}/stay"]))
+    assert result_of(tmp_path / "stay")["metrics"] == pytest.approx(found, rel=1e-5)
     better = told(evaluate, *trained, *sampled, f"model.request.tokenizer={phases.folder}", tmp_path=tmp_path)
     assert better["bits_per_code"] == found["bits_per_code"] and better["gfid"] != found["gfid"]
     infer([*trained, f"output={tmp_path}/out", "model.request.count=3"])
     with np.load(tmp_path / "out" / "samples_3x32x32x3.npz") as batch:
         assert batch["arr_0"].shape == (3, 32, 32, 3) and set(batch["arr_1"].tolist()) == set(range(classes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options"), [("l2norm_factorized", 32, ["code_dim=4"]), ("kmeans_restart", 16, ["patience=1"])]
+)
+def test_other_codebooks_go_through_to_a_transformer(kind, size, options, faces, tmp_path) -> None:
+    """Rows of seqgan/regularisation: one phase, then a transformer on its codes."""
+
+    def book(place: str) -> list[str]:
+        more = [f"+{place}.quantizer_options.{option}" for option in options]
+        return [*keys(place, SMALL_TOKENIZER), f"{place}.quantizer={kind}", f"{place}.codebook_size={size}", *more]
+
+    words = ["experiment=seqgan/ffhq256_tokenizer", *ffhq(faces, "val"), *book("model.network"), *STYLEGAN, *RESNET]
+    alone = ["stages=[]", "model.perceptual.alpha=0.0", "model.network.entropy=null", "train_cfg.max_steps=2"]
+    run(compose([*words, *alone, f"run_dir={tmp_path}/run"]))
+    figures = result_of(tmp_path / "run")["metrics"]
+    assert figures.keys() == QUALITY and figures["usage"] * size + figures["dead_codes"] == pytest.approx(size)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*2.pt")
+    words = ["experiment=seqgan/ffhq256_nar", *ffhq(faces, "test"), *book("model.tokenizer")]
+    words += [
+        *keys("model.network", SMALL_TRANSFORMER),
+        "model.cache.num_workers=0",
+        f"model.cache.folder={tmp_path}/codes",
+    ]
+    run(compose([*words, "train_cfg.max_steps=1", f"load_from.path={checkpoint}", f"run_dir={tmp_path}/next"]))
+    assert 0 < result_of(tmp_path / "next")["metrics"]["bits_per_code"] < 20
 
 
 def test_vqgan_takes_its_own_steps(imagenet, vgg16_file, lpips_file, tmp_path) -> None:
