@@ -7,6 +7,7 @@ Perceptual losses have networks of their own: `seqgan.perceptual`. Entropy terms
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ def adaptive_weight(
 ) -> Tensor:
     """Weight of the adversarial loss that makes its gradient as long as the reconstruction's (VQGAN, equation 7).
 
+    Under several processes it is that of the joint batch, the same on all of them.
+
     Args:
         reconstruction: L1 and perceptual loss; its graph is kept.
         adversarial: the generator's loss; its graph is kept.
@@ -63,6 +66,11 @@ def adaptive_weight(
     """
     (towards,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (against,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    if dist.is_available() and dist.is_initialized():
+        # Lengths of the gradients of the joint batch: a mean of ratios would be another weight.
+        for part in (towards, against):
+            dist.all_reduce(part)
+            part.div_(dist.get_world_size())
     ratio = towards.float().norm() / (against.float().norm() + 1e-4)
     return weight * ratio.clamp(0.0, limit).detach()
 

@@ -16,6 +16,7 @@ from core.errors import ConfigError
 from core.trainer import Batch, Inference, Trainer
 from seqgan.codes import CodeCache
 from seqgan.diagnostics import codebook_usage, predicted_images
+from seqgan.draws import joint_rows
 from seqgan.generation import Generator, check_codes, spread_labels
 from seqgan.inference import (
     REQUESTS,
@@ -297,16 +298,21 @@ class TransformerTrainer(Trainer):
             check_codes(bytes(self.learnt_codes.tolist()).hex(), self.tokenizer)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss_codes` in nats per code, and the share of codes that are predicted rightly, `accuracy`."""
+        """`loss_codes` in nats per code, and the share of codes that are predicted rightly, `accuracy`.
+
+        Masks and dropped labels are those of one process with the joint batch, however many there are.
+        """
         codes, label = self.codes(batch), self._label(batch)
         if label is not None and self.label_drop:
-            hidden = torch.rand(label.shape, device=label.device) < self.label_drop
+            hidden = joint_rows(lambda rows: torch.rand(rows, device=label.device), len(label)) < self.label_drop
             label = torch.where(hidden, self.network.null_label, label)
         if isinstance(self.network, ARTransformer):
             logits, mask = self.network(codes, label), torch.ones_like(codes, dtype=torch.bool)
             loss = autoregressive_loss(logits, codes)
         else:
-            ratio, score = torch.rand(len(codes), device=codes.device), torch.rand(codes.shape, device=codes.device)
+            count, length = codes.shape
+            ratio = joint_rows(lambda rows: torch.rand(rows, device=codes.device), count)
+            score = joint_rows(lambda rows: torch.rand(rows, length, device=codes.device), count)
             mask = training_mask(ratio, score, self.min_mask_rate)
             logits = self.network(codes, mask, label)
             loss = masked_loss(logits, codes, mask, self.smoothing)

@@ -22,11 +22,17 @@ def code_usage(distances: Tensor, scope: str = "batch") -> Tensor:
     share = (-distances).softmax(dim=-1)
     if scope == "image":
         return share.mean(dim=1)
-    usage = share.mean(dim=(0, 1))[None]
+    return _of_all_processes(share.mean(dim=(0, 1))[None])
+
+
+def _of_all_processes(mean: Tensor) -> Tensor:
+    """The mean of the means of processes that hold equally many positions.
+
+    The reduction hands gradients back, so that averaged gradients are those of the joint batch.
+    """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        # The reduction hands gradients back, so that averaged gradients are those of the joint batch.
-        usage = all_reduce(usage) / dist.get_world_size()
-    return usage
+        return all_reduce(mean) / dist.get_world_size()
+    return mean
 
 
 def entropy(shares: Tensor) -> Tensor:
@@ -85,6 +91,8 @@ class MaskGITEntropy(nn.Module):
 
         weight * (mean over positions of H(softmax(-D / temperature)) - H(mean over positions))
 
+    Positions are those of all processes.
+
     Args:
         weight: 0.1 as released.
         temperature: divides distances.
@@ -110,6 +118,6 @@ class MaskGITEntropy(nn.Module):
         if self.assignment == "argmax":
             hard = torch.zeros_like(shares).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
             shares = hard.detach() + (shares - shares.detach())
-        mean = shares.mean(dim=0)
+        mean = _of_all_processes(shares.mean(dim=0))
         sure = -(shares * log_shares).sum(dim=-1).mean()
         return self.weight * (sure + (mean * (mean + 1e-5).log()).sum())

@@ -30,21 +30,9 @@ from seqgan.models import ARTransformer, conv_tokenizer
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Random weights in the layout of torch-fidelity's file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(library.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        torch.manual_seed(0)
-        network = library.FeatureExtractorInceptionV3("random", ["64"])
-    state = network.state_dict()
-    for name, value in state.items():
-        if name.endswith("conv.weight"):
-            value *= math.sqrt(6)  # so that activations neither vanish nor grow
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(state, path)
-    return path
+@pytest.fixture
+def weights(inception_file):
+    return inception_file
 
 
 def pictures(count: int, seed: int = 0, size: int = 16) -> torch.Tensor:
