@@ -241,6 +241,9 @@ def test_a_linear_probe_tells_separable_codes_from_others() -> None:
     faint = LinearProbe()  # vectors are standardised: the unit of features does not matter
     faint.update(1e-4 * (label.float()[:, None, None, None] + 0.1 * noise[:, None].float()), label, names)
     assert faint.compute() == 1
+    apart = LinearProbe(64)  # any labels of so few images can be learnt from so many codes, but not foretold
+    apart.update(torch.randint(64, (40, 4, 4), generator=torch.Generator().manual_seed(0)), label, names)
+    assert apart.compute() < 0.8
     turned = LinearProbe(8)
     turned.update(noise.flip(0), label.flip(0), names[::-1])
     assert turned.compute() == bad.compute()

@@ -253,6 +253,27 @@ def test_codes_beyond_two_bytes_are_kept(tmp_path) -> None:
     assert all(torch.equal(cached[i]["codes"], expected[i]) for i in range(4))
 
 
+class Noise(Pictures):
+    """Nothing but augmentation: images differ as far as their draws do."""
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.randn(3, 16, 16), "label": 0}
+
+
+def test_images_are_augmented_by_draws_of_their_own(tmp_path) -> None:
+    cached = CodeCache(tmp_path / "codes").fill(Noise(), spread_tokenizer())
+    assert len({tuple(cached[i]["codes"].flatten().tolist()) for i in range(4)}) == 4
+
+
+def test_every_tokenizer_may_have_a_folder_of_its_own(tmp_path) -> None:
+    cache, model = CodeCache(tmp_path / "codes", per_tokenizer=True), spread_tokenizer()
+    cache.fill(Pictures(), model)
+    model.quantizer.embedding.weight.data = model.quantizer.embedding.weight.data.flip(0)
+    cached = cache.fill(Pictures(), model)
+    assert torch.equal(cached[0]["codes"], model.encode(images()["image"])[0])
+    assert len(list((tmp_path / "codes").iterdir())) == 2
+
+
 class Files(Pictures):
     """Pictures of files, of which the cache remembers the list."""
 
