@@ -44,3 +44,19 @@ def test_pictures_of_predicted_codes() -> None:
     true, predicted = predicted_images(tokenizer, model, image)
     assert torch.equal(true, tokenizer(image).reconstruction.clamp(-1, 1))
     assert predicted.shape == true.shape and not torch.equal(predicted, true)
+    tokenizer.decoder.conv_out.weight.data *= 50  # far beyond white and black
+    assert all(part.abs().max() == 1 for part in predicted_images(tokenizer, model, image))
+
+
+def test_pictures_of_predicted_codes_know_the_class() -> None:
+    torch.manual_seed(0)
+    tokenizer = conv_tokenizer(32, (1, 2), 1, codebook_size=16, z_dim=8).eval()
+    model = ARTransformer(16, 2, 16, 8, 1, 1).eval()
+    for weight in (tokenizer.quantizer.embedding.weight, model.tokens.weight, model.head.weight):
+        torch.nn.init.normal_(weight)
+    image = torch.rand(2, 3, 8, 8) * 2 - 1
+    label = torch.tensor([0, 1])
+    codes = teacher_forced(model, tokenizer.encode(image).flatten(1), label).predicted
+    _, predicted = predicted_images(tokenizer, model, image, label)
+    assert torch.equal(predicted, tokenizer.decode(codes.view(2, 4, 4)).clamp(-1, 1))
+    assert not torch.equal(predicted, predicted_images(tokenizer, model, image, 1 - label)[1])

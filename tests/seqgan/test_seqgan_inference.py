@@ -127,6 +127,13 @@ def test_completion_keeps_what_is_known(kind: str, photo) -> None:
     assert np.array_equal(plain, to_pixels(made.tokenizer.decode(drawn)))
 
 
+def test_every_image_keeps_its_own_codes_in_any_batch() -> None:
+    given = torch.arange(3)[:, None].expand(3, 16)
+    known = torch.arange(16).expand(3, 16) < 5
+    drawn = torch.cat(list(trainer("nar").generator().codes([0, 1, 2], batch=1, given=given, known=known)))
+    assert torch.equal(drawn[known], given[known])
+
+
 def test_a_code_of_one_hidden_pixel_is_drawn_anew() -> None:
     hidden = torch.zeros(8, 8, dtype=torch.bool)
     hidden[3, 5] = True

@@ -97,6 +97,42 @@ def test_features_are_those_of_the_library(weights) -> None:
     assert Inception(weights, 64, logits=False)(images)[1] is None
 
 
+def test_images_become_bytes_by_rounding_and_stay_in_range() -> None:
+    levels = torch.arange(256, dtype=torch.float32)
+    for shift in (-0.4, 0.4):
+        assert torch.equal(as_bytes((levels + shift) / 127.5 - 1), levels.to(torch.uint8))
+    assert as_bytes(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+    assert as_bytes(torch.tensor([7], dtype=torch.uint8)).tolist() == [7]
+
+
+def test_the_network_stays_as_it_was_trained(weights) -> None:
+    network = Inception(weights, 64, logits=False)
+    expected = network(pictures(2))[0]
+    assert not any(module.training for module in network.train().modules())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network(pictures(2))[0], expected)
+
+
+class Flat(torch.nn.Module):
+    """In place of Inception: corners of pictures as features, and as logits."""
+
+    width = 12
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        corners = images[:, :, ::15, ::15].flatten(1).float()
+        return corners, corners
+
+
+def test_scores_are_those_of_samples_with_the_neighbours_asked_for() -> None:
+    made, real = pictures(12, 1), pictures(12, 2)
+    scores = ImageScores(Flat(), splits=1, neighbours=2)
+    scores.update(made, real)
+    found, network = scores.compute(), Flat()
+    assert found["inception_score"].item() == pytest.approx(inception_score(network(made)[1], 1)[0])
+    few = precision_recall(network(made)[0], network(real)[0], 2)
+    assert (found["precision"], found["recall"]) == few != precision_recall(network(made)[0], network(real)[0], 5)
+
+
 def test_a_missing_or_wrong_file_is_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"weights=.*none\.pth: no such file.*null to leave"):
         TokenizerQuality(16, weights=tmp_path / "none.pth")
@@ -202,6 +238,12 @@ def test_a_linear_probe_tells_separable_codes_from_others() -> None:
     means = LinearProbe()
     means.update(label.float()[:, None, None, None] + 0.1 * noise[:, None].float().repeat(1, 3, 1, 1), label, names)
     assert means.compute() == 1
+    faint = LinearProbe()  # vectors are standardised: the unit of features does not matter
+    faint.update(1e-4 * (label.float()[:, None, None, None] + 0.1 * noise[:, None].float()), label, names)
+    assert faint.compute() == 1
+    apart = LinearProbe(64)  # any labels of so few images can be learnt from so many codes, but not foretold
+    apart.update(torch.randint(64, (40, 4, 4), generator=torch.Generator().manual_seed(0)), label, names)
+    assert apart.compute() < 0.8
     turned = LinearProbe(8)
     turned.update(noise.flip(0), label.flip(0), names[::-1])
     assert turned.compute() == bad.compute()
@@ -238,12 +280,16 @@ def test_bits_of_an_untrained_transformer() -> None:
 
 
 def test_only_masked_codes_count() -> None:
-    judge = CodePredictability()
+    judge = CodePredictability(pixels=16)
     mask = torch.tensor([[True, False, False, False]])
     nll, right = torch.tensor([[math.log(8), 9.0, 9.0, 9.0]]), torch.tensor([[True, True, True, False]])
     judge.process({}, {"nll": nll, "right": right, "mask": mask, "sample_id": ["a"]})
     found = judge.evaluate(1)
-    assert found["bits_per_code"] == pytest.approx(3) and found["top1"] == 1 and "bits_per_pixel" not in found
+    assert found["bits_per_code"] == pytest.approx(3) and found["top1"] == 1
+    assert found["bits_per_pixel"] == pytest.approx(3 * 4 / 16), "of all four codes"
+    judge = CodePredictability()
+    judge.process({}, {"nll": nll, "right": right, "mask": mask, "sample_id": ["a"]})
+    assert "bits_per_pixel" not in judge.evaluate(1)
 
 
 def test_samples_of_an_evaluation_repeat_whatever_the_batches() -> None:

@@ -243,6 +243,57 @@ def test_codes_are_kept_as_evaluation_has_them_and_in_full(tmp_path) -> None:
     assert all(torch.equal(cached[i]["codes"], expected[i]) for i in range(4))
 
 
+def test_codes_beyond_two_bytes_are_kept(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = conv_tokenizer(32, (1, 1), 1, codebook_size=40000, z_dim=8)
+    nn.init.normal_(model.quantizer.embedding.weight)
+    cached = CodeCache(tmp_path / "codes").fill(Pictures(), model)
+    expected = model.encode(images()["image"])
+    assert expected.max() >= 1 << 15
+    assert all(torch.equal(cached[i]["codes"], expected[i]) for i in range(4))
+
+
+class Noise(Pictures):
+    """Nothing but augmentation: images differ as far as their draws do."""
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.randn(3, 16, 16), "label": 0}
+
+
+def test_images_are_augmented_by_draws_of_their_own(tmp_path) -> None:
+    cached = CodeCache(tmp_path / "codes").fill(Noise(), spread_tokenizer())
+    assert len({tuple(cached[i]["codes"].flatten().tolist()) for i in range(4)}) == 4
+
+
+def test_every_tokenizer_may_have_a_folder_of_its_own(tmp_path) -> None:
+    cache, model = CodeCache(tmp_path / "codes", per_tokenizer=True), spread_tokenizer()
+    cache.fill(Pictures(), model)
+    model.quantizer.embedding.weight.data = model.quantizer.embedding.weight.data.flip(0)
+    cached = cache.fill(Pictures(), model)
+    assert torch.equal(cached[0]["codes"], model.encode(images()["image"])[0])
+    assert len(list((tmp_path / "codes").iterdir())) == 2
+
+
+class Files(Pictures):
+    """Pictures of files, of which the cache remembers the list."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def describe(self, index: int) -> str:
+        return self.names[index]
+
+
+def test_other_files_of_one_look_are_refused(tmp_path) -> None:
+    for name in "abcde":
+        (tmp_path / name).write_text(name)
+    cache, model = CodeCache(tmp_path / "codes"), spread_tokenizer()
+    cache.fill(Files([str(tmp_path / name) for name in "abcd"]), model)
+    with pytest.raises(StaleCacheError, match="files"):
+        cache.fill(Files([str(tmp_path / name) for name in "abce"]), model)
+
+
 def test_views_are_augmented_apart_and_drawn(tmp_path) -> None:
     cached = CodeCache(tmp_path / "codes", views=3).fill(Pictures(noise=1.0), spread_tokenizer())
     torch.manual_seed(0)
