@@ -1,14 +1,16 @@
-"""The process's random states as plain tensors and numbers: what exact resume has to carry."""
+"""Random states as plain tensors and numbers, which exact resume has to carry, and draws that processes share."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import get_dist_info
+from torch import Tensor
 
 
 def random_state() -> dict[str, Any]:
@@ -44,3 +46,18 @@ def fixed_randomness(seed: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+def own_rows(draw: Callable[[int], Tensor], rows: int) -> Tensor:
+    """This process's rows of what is drawn for the batches of all processes together.
+
+    All processes have the same seed: if each drew for its own rows alone, all would have the same noise or masks, and a
+    second process would add little. Process r of W holds the samples r, r + W, ... of the joint batch
+    (`core.data.sampling`), so that together they draw what one process with all of it would.
+
+    Args:
+        draw: from a number of rows to a tensor `(rows, ...)`.
+        rows: of this process; all have equally many.
+    """
+    rank, processes = get_dist_info()
+    return draw(rows * processes)[rank::processes]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from core.errors import ConfigError
+from core.randomness import own_rows
 from core.trainer import Batch, Inference, Trainer
 from seqgan.codes import CodeCache
 from seqgan.diagnostics import codebook_usage, predicted_images
-from seqgan.draws import joint_rows
 from seqgan.generation import Generator, check_codes, spread_labels
 from seqgan.inference import (
     REQUESTS,
@@ -267,6 +267,7 @@ class TransformerTrainer(Trainer):
         self.label_drop, self.smoothing, self.min_mask_rate = label_drop, smoothing, min_mask_rate
         self.mask_seed, self.sample_evaluation = mask_seed, sample_evaluation
         self.sampler, self.request = sampler, SampleRequest() if request is None else request
+        self._decoders: dict[str, Tokenizer] = {}  # of other runs, read and compared once; no part of the model
         # SHA-256 of the tokenizer whose codes were learnt; zeros: not known.
         self.register_buffer("learnt_codes", torch.zeros(32, dtype=torch.uint8))
 
@@ -304,15 +305,15 @@ class TransformerTrainer(Trainer):
         """
         codes, label = self.codes(batch), self._label(batch)
         if label is not None and self.label_drop:
-            hidden = joint_rows(lambda rows: torch.rand(rows, device=label.device), len(label)) < self.label_drop
+            hidden = own_rows(lambda rows: torch.rand(rows, device=label.device), len(label)) < self.label_drop
             label = torch.where(hidden, self.network.null_label, label)
         if isinstance(self.network, ARTransformer):
             logits, mask = self.network(codes, label), torch.ones_like(codes, dtype=torch.bool)
             loss = autoregressive_loss(logits, codes)
         else:
             count, length = codes.shape
-            ratio = joint_rows(lambda rows: torch.rand(rows, device=codes.device), count)
-            score = joint_rows(lambda rows: torch.rand(rows, length, device=codes.device), count)
+            ratio = own_rows(lambda rows: torch.rand(rows, device=codes.device), count)
+            score = own_rows(lambda rows: torch.rand(rows, length, device=codes.device), count)
             mask = training_mask(ratio, score, self.min_mask_rate)
             logits = self.network(codes, mask, label)
             loss = masked_loss(logits, codes, mask, self.smoothing)
@@ -371,7 +372,11 @@ class TransformerTrainer(Trainer):
             raise ConfigError("images need a tokenizer: give model.tokenizer the one whose codes the transformer knows")
         self.check_tokenizer()
         made, other = Generator(self.tokenizer, self.network, self.sampler), (request or self.request).tokenizer
-        return made if other is None else made.with_decoder(tokenizer_of(other))
+        if other is None:
+            return made
+        if other not in self._decoders:
+            self._decoders[other] = made.with_decoder(tokenizer_of(other)).tokenizer
+        return Generator(self._decoders[other], self.network, self.sampler)
 
     def generate(self) -> Inference:
         """Samples as `request` asks for; see `seqgan.inference.samples`."""

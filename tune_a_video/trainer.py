@@ -14,8 +14,8 @@ from torch import Tensor
 
 from core.data import hash_state
 from core.errors import ConfigError
+from core.randomness import own_rows
 from core.trainer import Batch, Inference, Trainer
-from tune_a_video.draws import own_rows
 from tune_a_video.editing import Edits, Sampling, edit, plain_scores, reconstruct, starting_latents
 from tune_a_video.folders import check_folder
 from tune_a_video.losses import NOISES, add_noise, denoising_loss, frame_noise, min_snr_weight, prediction_target
