@@ -137,8 +137,8 @@ def small_tokenizer(
         blocks: of the decoder, see `SmallDecoder`.
     """
     nn.init.normal_(quantizer.embedding.weight, std=codebook_std)
-    decoder = SmallDecoder(z_dim=quantizer.dim, attention=attention, blocks=blocks)
-    return Tokenizer(SmallEncoder(z_dim=quantizer.dim), quantizer, decoder)
+    encoder = SmallEncoder(z_dim=quantizer.dim)  # drawn first: seeds stand for stored runs
+    return Tokenizer(encoder, quantizer, SmallDecoder(z_dim=quantizer.dim, attention=attention, blocks=blocks))
 
 
 def small_transformer(
