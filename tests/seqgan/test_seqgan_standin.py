@@ -134,6 +134,14 @@ def test_a_stronger_decoder_has_blocks_at_both_resolutions() -> None:
     plain, strong = SmallDecoder(), SmallDecoder(blocks=2)
     assert count(strong) - count(plain) == 2 * sum(2 * (9 * c * c + c + 2 * c) for c in (48, 24))
     assert strong(torch.randn(2, 16, 6, 6)).shape == (2, 3, 24, 24)
+    # Of one seed, tokenizers with different decoders begin with the same encoder and codebook.
+    made = []
+    for blocks in (0, 2):
+        torch.manual_seed(3)
+        made.append(small_tokenizer(VectorQuantizer(64, 16), blocks=blocks))
+    first, other = (model.encoder.state_dict() for model in made)
+    assert all(torch.equal(value, other[name]) for name, value in first.items())
+    assert torch.equal(made[0].quantizer.embedding.weight, made[1].quantizer.embedding.weight)
 
 
 def test_attention_of_the_second_phase_starts_as_nothing() -> None:
