@@ -376,7 +376,7 @@ class TransformerTrainer(Trainer):
             return made
         if other not in self._decoders:
             self._decoders[other] = made.with_decoder(tokenizer_of(other)).tokenizer
-        return Generator(self._decoders[other], self.network, self.sampler)
+        return Generator(self._decoders[other].to(self.device), self.network, self.sampler)
 
     def generate(self) -> Inference:
         """Samples as `request` asks for; see `seqgan.inference.samples`."""

@@ -99,17 +99,18 @@ def main(argv: list[str]) -> Any:
     titles = options.titles or [Path(folder).name for folder in options.runs]
     if not options.runs or len(titles) != len(options.runs):
         raise ConfigError(f"runs: {len(options.runs)} with {len(titles)} titles: give runs=[A,B] titles=[a,b]")
-    found, seen = {}, []
+    found: dict[str, dict[str, np.ndarray]] = {}
+    shared: dict[str, Any] | None = None
     for title, folder in zip(titles, options.runs, strict=True):
         trainer, data = loaded(Path(folder))
-        seen.append(data)
-        if data != seen[0]:
+        if shared is None:
+            shared, dataset = data, build(data, DATASETS)
+            first = {int(dataset[i]["label"]): i for i in reversed(range(len(dataset)))}  # an image of each class
+            image = torch.stack([dataset[first[label]]["image"] for label in sorted(first)])
+        elif data != shared:
             raise ConfigError(
-                f"runs: {folder} was tested on {data}, the first on {seen[0]}: they cannot share a picture"
+                f"runs: {folder} was tested on {data}, the first on {shared}: they cannot share a picture"
             )
-        dataset = build(data, DATASETS)
-        first = {int(dataset[i]["label"]): i for i in reversed(range(len(dataset)))}  # an image of each class
-        image = torch.stack([dataset[first[label]]["image"] for label in sorted(first)])
         found[title] = rows(trainer, image)
     from PIL import Image
 

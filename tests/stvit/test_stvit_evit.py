@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny_reducers import lively
+from tiny_reducers import lively, token_counts
 from torch import nn
 
 from stvit.models import SemanticTokenViT
@@ -40,10 +40,7 @@ def test_evit_keeps_the_published_numbers_of_tokens() -> None:
     model = SemanticTokenViT(
         img_size=224, embed_dim=8, num_heads=1, tokens="evit", class_token=True, num_classes=2
     ).eval()
-    sizes = []
-    for layer in [*model.base, *model.reducer.layers, *model.tail]:
-        layer.register_forward_hook(lambda module, inputs, out: sizes.append(out.shape[1]))
-    model(torch.randn(1, 3, 224, 224))
+    sizes = token_counts(model, torch.randn(1, 3, 224, 224))
     # 196 -> 138 + fused -> 98 + fused -> 70 + fused, after the class token
     assert sizes == [197] * 3 + [140] * 3 + [100] * 3 + [72] * 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stvit.models import SemanticTokenViT
 
@@ -40,3 +40,12 @@ def lively(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+def token_counts(model: nn.Module, images: Tensor) -> list[int]:
+    """How many tokens leave each layer of a reduced ViT."""
+    sizes: list[int] = []
+    for layer in [*model.base, *model.reducer.layers, *model.tail]:
+        layer.register_forward_hook(lambda module, inputs, out: sizes.append(out.shape[1]))
+    model(images)
+    return sizes
