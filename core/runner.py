@@ -180,7 +180,8 @@ class Runner(MMRunner):
             return super().wrap_model(model_wrapper_cfg, model)
         unused = runtime["find_unused_parameters"]
         if unused is None:  # a phase of an adversarial step leaves the other networks' parameters without gradients
-            unused = "optimizer" not in (self.settings["optim_wrapper"] or {"optimizer": None})
+            several = bool(getattr(model, "optimizer_parts", ()))
+            unused = several or "optimizer" not in (self.settings["optim_wrapper"] or {"optimizer": None})
         wrapper = DataParallelTrainer if isinstance(model, Trainer) else MMDistributedDataParallel
         return wrapper(
             model,
