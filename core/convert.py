@@ -249,7 +249,7 @@ def read_state(
     import torch
 
     from core.checkpoint import OFFICIAL_GLOBALS, UnsafeCheckpointError, load, load_official
-    from core.launch import find_checkpoint
+    from core.run_folder import find_checkpoint
     from core.weights import model_state
 
     path = find_checkpoint(src) if Path(src).is_dir() else Path(src)

@@ -44,7 +44,8 @@ def infer(overrides: list[str], options: InferOptions) -> list[dict[str, Any]]:
     """
     import torch
 
-    from core.launch import build_trainer, find_checkpoint
+    from core.launch import build_trainer
+    from core.run_folder import find_checkpoint
     from core.runner import pick_device
     from core.weights import load_weights
 

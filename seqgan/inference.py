@@ -106,8 +106,8 @@ def tokenizer_of(run: str | Path) -> Tokenizer:
     """
     import yaml
 
-    from core.launch import find_checkpoint
     from core.registry import build
+    from core.run_folder import find_checkpoint
     from core.weights import load_weights
 
     checkpoint = find_checkpoint(run)

@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     """Prints the metrics as JSON."""
     options, overrides = parse(argv, Options, doc=__doc__, overrides=True)
     from core.config import compose
-    from core.launch import evaluate, find_checkpoint
+    from core.evaluation import evaluate
+    from core.run_folder import find_checkpoint
 
     cfg = compose(overrides, options.config_dir)
     metrics = evaluate(cfg, find_checkpoint(options.checkpoint, best=options.best), split=options.split)

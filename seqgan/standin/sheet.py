@@ -37,7 +37,8 @@ def loaded(folder: Path) -> tuple[TwoDecoderTransformer, dict[str, Any]]:
     Raises:
         ConfigError: no finished run of the stand-in.
     """
-    from core.launch import build_trainer, find_checkpoint
+    from core.launch import build_trainer
+    from core.run_folder import find_checkpoint
     from core.weights import load_weights
 
     checkpoint = find_checkpoint(folder)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT, environment
+from tiny_experiment import ROOT, environment
 
 from core.cli import parse
 from core.config import compose, experiments, merge

@@ -16,12 +16,14 @@ from pycocotools import mask as coding
 from core.config import compose, to_dict
 from core.detection import Detector, keep_boxes_exact, networks
 from core.errors import ConfigError
+from core.evaluation import evaluate
 from core.hooks.ema import batch_size
 from core.hooks.finite import NonFiniteLoss
 from core.inference import infer
-from core.launch import build_trainer, evaluate, find_checkpoint, run
+from core.launch import build_trainer, run
 from core.profile_experiment import Options, profile_experiment
 from core.registry import build, check
+from core.run_folder import find_checkpoint
 from core.weights import model_state
 
 ROOT = Path(__file__).resolve().parents[2]

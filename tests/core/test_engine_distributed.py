@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import losses, train
+from tiny_experiment import losses, train
 
 from core.config import compose
-from core.launch import evaluate, find_checkpoint
+from core.evaluation import evaluate
+from core.run_folder import find_checkpoint
 from core.weights import model_state
 
 QUIET = ["train_dataloader.dataset.augment=true", "train_cfg.max_epochs=2", "train_dataloader.num_workers=0"]

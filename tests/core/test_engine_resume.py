@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from conftest import command_line, environment, losses, train
+from tiny_experiment import command_line, environment, losses, train
 
-from core.launch import find_checkpoint
+from core.run_folder import find_checkpoint
 
 SETTINGS = [
     "train_dataloader.num_workers=2",

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses
+from tiny_experiment import losses
 
 from core.config import compose
 from core.errors import ConfigError
+from core.evaluation import evaluate
 from core.hooks.finite import NonFiniteLoss
-from core.launch import build_trainer, evaluate, find_checkpoint, run
+from core.launch import build_trainer, run
+from core.run_folder import find_checkpoint
 from core.weights import model_state
 
 

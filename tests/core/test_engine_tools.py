@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import train
 from PIL import Image
+from tiny_experiment import train
 
 from core.errors import ConfigError
 from core.inference import infer, input_files

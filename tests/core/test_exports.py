@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from tiny_experiment import ROOT
 
 LAZY = sorted(
     ".".join(file.parent.relative_to(ROOT).parts)

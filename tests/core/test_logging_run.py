@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import command_line, environment
 from test_logging_backends import _events, _wandb_records
+from tiny_experiment import command_line, environment
 
 PAINTER = """
 import torch

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from tiny_experiment import ROOT, environment
 
 from core.errors import ConfigError
 from core.profile_experiment import Options, profile_experiment

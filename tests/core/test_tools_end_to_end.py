@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import train
+from tiny_experiment import train
 
 from core.ablation import Options as AblationOptions
 from core.ablation import ablate

@@ -9,7 +9,8 @@ import pytest
 
 from core.ablation import declared
 from core.config import compose, experiments, get, to_dict
-from core.launch import _checked, _stage_config, build_trainer
+from core.config_check import checked, stage_config
+from core.launch import build_trainer
 from core.results import fingerprint
 from core.table_file import load_table
 
@@ -26,7 +27,7 @@ TABLES = {p.stem: p for p in sorted((Path(__file__).parents[2] / "seqgan" / "tab
 
 
 def phases_of(cfg: dict[str, Any]) -> list[dict[str, Any]]:
-    return [_stage_config(cfg, stage) for stage in cfg["stages"]] or [cfg]
+    return [stage_config(cfg, stage) for stage in cfg["stages"]] or [cfg]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,7 +44,7 @@ def test_every_alternative_composes_builds_and_is_another_run(name: str) -> None
     prints, models = {fingerprint(base)}, []
     for component in declared(base):
         for change in component.changes():
-            cfg = _checked(to_dict(compose([f"experiment={name}", *change.overrides])))
+            cfg = checked(to_dict(compose([f"experiment={name}", *change.overrides])))
             assert get(cfg, component.key) == change.value
             prints.add(fingerprint(cfg))
             models += [phase["model"] for phase in phases_of(cfg) if phase["model"] not in models]
@@ -63,7 +64,7 @@ def test_cells_of_tables_are_runs(name: str) -> None:
             source = row.source(column)
             if source is None:
                 continue
-            cfg = _checked(to_dict(compose([f"experiment={source[0]}", *source[1]])))
+            cfg = checked(to_dict(compose([f"experiment={source[0]}", *source[1]])))
             if column.of == "gfid" and column.key not in ("ffhq", "church", "cat", "bedroom"):
                 assert cfg["model"]["sample_evaluation"] and cfg["test_evaluator"]["weights"]
             if column.of in ("rfid", "lpips"):

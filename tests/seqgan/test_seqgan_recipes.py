@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from core.config import compose, experiments, to_dict
+from core.config_check import checked
 from core.errors import ConfigError
-from core.launch import _checked, run
+from core.launch import run
 from tools.infer import main as infer
 from tools.test import main as evaluate
 
@@ -293,7 +294,7 @@ def test_lsun_starts_from_imagenet(phases, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in experiments() if name.startswith("seqgan/")))
 def test_stages_name_things_that_exist(name: str) -> None:
-    cfg = _checked(to_dict(compose([f"experiment={name}"])))
+    cfg = checked(to_dict(compose([f"experiment={name}"])))
     for component in cfg["components"].values():
         assert component["alternatives"]
     if name.endswith("_tokenizer"):

@@ -17,10 +17,11 @@ from pycocotools.coco import COCO
 from core.config import compose, to_dict
 from core.errors import ConfigError
 from core.inference import infer
-from core.launch import build_trainer, find_checkpoint, run
+from core.launch import build_trainer, run
 from core.param_groups import OptimConstructor
 from core.prepare import run_task
 from core.profile import count_macs
+from core.run_folder import find_checkpoint
 from core.schedules import Schedule
 from core.weights import model_state
 from stvit.checkpoint import CheckpointMismatch, revert

@@ -1,0 +1,82 @@
+"""A resolved config that can be meant: its keys, types and arguments exist, before anything is built."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import yaml
+
+from core.config import CONFIGS, experiments, merge
+from core.errors import ConfigError
+
+
+def checked(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The config, if it can be meant: its keys, types and arguments exist."""
+    import difflib
+
+    look_in_working_directory()
+    if not cfg.get("model"):
+        raise ConfigError(f"choose an experiment: experiment=... ({some_experiments()})")
+    if not cfg["name"]:
+        raise ConfigError("the experiment sets no `name` (its id, e.g. stvit/digits)")
+    known = _root_keys()
+    for key in cfg:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2)
+            raise ConfigError(
+                f"unknown key '{key}' at the top of the config" + (f"; did you mean {near}?" if near else "")
+            )
+    _check_components(cfg)
+    _check_selection(cfg)
+    from core.registry import check
+
+    check({k: v for k, v in cfg.items() if k not in ("stages", "components")})
+    for index, stage in enumerate(cfg["stages"]):
+        staged = stage_config(cfg, stage)
+        check({k: v for k, v in staged.items() if k not in ("stages", "components")}, f"stages[{index}]")
+    cfg["paper"] = cfg["paper"] or cfg["name"].partition("/")[0]
+    return cfg
+
+
+def stage_config(cfg: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
+    """The config of one stage: the experiment's, with the stage's keys laid over it."""
+    return merge({**cfg, "stages": []}, {k: v for k, v in stage.items() if k != "name"})
+
+
+def _root_keys() -> set[str]:
+    root = yaml.safe_load((CONFIGS / "train.yaml").read_text())
+    return (set(root) - {"defaults", "hydra"}) | {"runtime", "visualizer", "log_every", "resume_from", "stage_of"}
+
+
+def _check_components(cfg: dict[str, Any]) -> None:
+    for name, component in cfg["components"].items():
+        wrong = set(component) ^ {"key", "default", "alternatives"}
+        if wrong:
+            raise ConfigError(f"components.{name} has to give key, default and alternatives (see {sorted(wrong)})")
+
+
+def _check_selection(cfg: dict[str, Any]) -> None:
+    if cfg["evaluate"] not in ("last", "best"):
+        raise ConfigError(f"evaluate={cfg['evaluate']}: last or best")
+    if cfg["evaluate"] == "best":
+        if cfg["checkpoint"]["metric"] is None:
+            raise ConfigError("evaluate=best needs checkpoint.metric")
+        val, test = cfg["val_dataloader"], cfg["test_dataloader"]
+        if val and test and val.get("dataset") == test.get("dataset") and not cfg["select_on_test"]:
+            raise ConfigError(
+                "evaluate=best would select the checkpoint on the test split: give val_dataloader a split of its own, "
+                "or say select_on_test=true"
+            )
+
+
+def some_experiments() -> str:
+    """A few names of experiments, for messages."""
+    return ", ".join(list(experiments())[:6]) + ", ...; tools/train.py --list"
+
+
+def look_in_working_directory() -> None:
+    """A user's own package beside the command is importable, as with ``python -m``."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
