@@ -169,12 +169,9 @@ def make_runner(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> Any:
 def _train(runner: Any, cfg: dict[str, Any]) -> None:
     if cfg["train_dataloader"] is not None:
         runner.train()
+        if cfg["evaluate"] == "best":
+            runner.use_best()
     if cfg["test_dataloader"] is not None:
-        if cfg["evaluate"] == "best" and runner.store.best() is not None:
-            from core.trainer import unwrap
-            from core.weights import load_weights
-
-            runner.logger.info(load_weights(unwrap(runner.model), runner.store.best()))
         runner.test()
     elif cfg["train_dataloader"] is None and cfg["val_dataloader"] is not None:
         runner.val()
@@ -189,6 +186,8 @@ def _result(runner: Any, cfg: dict[str, Any], seconds: float) -> dict[str, Any]:
     parameters = list(unwrap(runner.model).parameters())
     loops = {split: getattr(runner, f"_{split}_loop") for split in ("val", "test")}
     figures = {split: loop.metrics for split, loop in loops.items() if hasattr(loop, "metrics")}
+    if runner.evaluated_step is not None:  # evaluate=best: figures of the weights that are tested, not of the last
+        figures["val"] = runner.store.metrics(runner.evaluated_step)
     metrics = figures.get("test") or figures.get("val") or {}
     if runner.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20

@@ -17,8 +17,10 @@ from core.results import fingerprint
 def find_checkpoint(path: str | Path, best: bool = False) -> Path:
     """The newest (or best) whole checkpoint of a run's folder, or the file itself.
 
+    "Best" is judged by the `checkpoint.metric` and `checkpoint.direction` of the run's own config.
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or none that was judged.
     """
     path = Path(path)
     if path.is_file():
@@ -28,11 +30,25 @@ def find_checkpoint(path: str | Path, best: bool = False) -> Path:
     stages = sorted(path.glob("stage_*"))
     folder = (stages[-1] if stages else path) / "checkpoints"
     if folder.is_dir():
-        store = CheckpointStore(folder)
-        found = (store.best() if best else None) or store.newest()
+        store = CheckpointStore(folder, **(_ranking(folder.parent) if best else {}))
+        found = store.best() if best else store.newest()
         if found is not None:
             return found
+        if best and store.newest() is not None:
+            raise ConfigError(
+                f"no checkpoint of {folder.parent} was judged: its config sets checkpoint.metric={store.metric} "
+                "(leave best away for the newest)"
+            )
     raise ConfigError(f"no checkpoint at {path}: give a checkpoint file or a run's folder")
+
+
+def _ranking(run: Path) -> dict[str, Any]:
+    """What a run's config says about which of its checkpoints is better."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"{run} holds no config.yaml, which says by what metric a checkpoint is the best")
+    checkpoint = (yaml.safe_load(config.read_text()) or {}).get("checkpoint") or {}
+    return {key: checkpoint[key] for key in ("metric", "direction") if key in checkpoint}
 
 
 def rank() -> int:

@@ -55,6 +55,8 @@ class Runner(MMRunner):
         self.settings = cfg
         self._random_state: dict[str, Any] | None = None
         self._resumed_from: Path | None = None
+        self._begun = False
+        self.evaluated_step: int | None = None  # of the weights in the final evaluation; None: the last step
         checkpoint = CheckpointHook(**cfg["checkpoint"])
         self.store = CheckpointStore(
             Path(cfg["run_dir"]) / "checkpoints",
@@ -375,11 +377,7 @@ class Runner(MMRunner):
                 f"{path} was written by {len(state['random'])} processes, this run has {self.world_size}: "
                 "it goes on, but random draws differ from an uninterrupted run"
             )
-        model = unwrap(self.model)
-        if self.sharded:
-            load_full_model_state(model, state["model"])
-        else:
-            load_state(model, state["model"])
+        self._restore_model(state)
         self.optim_wrapper.load_state_dict(state["optim"])
         self._restore_schedulers(state["schedulers"])
         for hook in self.hooks:
@@ -389,6 +387,44 @@ class Runner(MMRunner):
         self._random_state = state["random"][self.rank % len(state["random"])]
         self._resumed_from = path
         self.logger.info(f"resumed from {path} at step {self.iter}")
+
+    def _restore_model(self, state: dict[str, Any]) -> None:
+        model = unwrap(self.model)
+        if self.sharded:
+            load_full_model_state(model, state["model"])
+        else:
+            load_state(model, state["model"])
+
+    def use_best(self) -> Path | None:
+        """Puts back what the best checkpoint was evaluated with: its weights, and those that hooks put in their place.
+
+        A hook that evaluates with weights of its own (an average) says ``evaluation_weights = True``.
+
+        Returns:
+            The checkpoint; None where no checkpoint was judged.
+        """
+        chosen = [self.store.best() if self.rank == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(chosen, src=0)  # only the first process knows the index to be up to date
+        path = chosen[0]
+        if path is None:
+            return None
+        state = load(path)
+        self._restore_model(state)
+        for hook in self.hooks:
+            if getattr(hook, "evaluation_weights", False) and type(hook).__name__ in state["hooks"]:
+                hook.load_state_dict(state["hooks"][type(hook).__name__])
+        self.evaluated_step = state["step"]
+        self.logger.info(f"the final evaluation is that of the best checkpoint, {path}")
+        return path
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """As mmengine's, but a run begins once: hooks that then copy the weights would do so again before the test."""
+        if fn_name == "before_run":
+            if self._begun:
+                return
+            self._begun = True
+        super().call_hook(fn_name, **kwargs)
 
     def _restore_schedulers(self, states: Any) -> None:
         schedulers = self.param_schedulers

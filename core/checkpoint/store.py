@@ -78,7 +78,7 @@ class CheckpointStore:
             "step": step,
             "size": record.size,
             "sha256": record.sha256,
-            "metrics": _numbers(metrics or {}),
+            "metrics": _figures(metrics or {}),
         }
         self._write_index(index)
         self._prune(index, whole=path)
@@ -95,7 +95,7 @@ class CheckpointStore:
             raise KeyError(f"there is no checkpoint of step {step} in '{self.folder}'")
         index = self._index()
         entry = index.setdefault(path.name, {"step": step, "metrics": {}})
-        entry["metrics"] = {**entry["metrics"], **_numbers(metrics)}
+        entry["metrics"] = {**entry["metrics"], **_figures(metrics)}
         self._write_index(index)
         self._prune(index)
 
@@ -109,7 +109,7 @@ class CheckpointStore:
             return []
         return sorted(int(m[1]) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)))
 
-    def metrics(self, step: int) -> dict[str, float]:
+    def metrics(self, step: int) -> dict[str, Any]:
         """What is known about a step's evaluation; empty when nothing is."""
         return dict(self._index().get(self.path(step).name, {}).get("metrics", {}))
 
@@ -223,5 +223,12 @@ def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
         return False
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {str(k): float(v) for k, v in metrics.items() if isinstance(v, int | float) or hasattr(v, "item")}
+def _figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON has a word for: numbers (of arrays and tensors, too), texts, lists of these."""
+    kept = {}
+    for name, value in metrics.items():
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+            value = value.item() if hasattr(value, "item") else value
+            json.dumps(value)
+            kept[str(name)] = value
+    return kept

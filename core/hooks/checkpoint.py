@@ -46,10 +46,11 @@ class CheckpointHook(Hook):
         Raises:
             ConfigError: `metric` is not among them.
         """
-        self._metrics = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
+        self._metrics = dict(metrics or {})
         if self.metric is not None:
-            if self.metric not in self._metrics:
-                raise ConfigError(f"checkpoint.metric '{self.metric}' is none of {sorted(self._metrics)}")
+            numbers = sorted(k for k, v in self._metrics.items() if isinstance(v, int | float))
+            if self.metric not in numbers:
+                raise ConfigError(f"checkpoint.metric '{self.metric}' is none of {numbers}")
             self._evaluated_at = runner.iter
 
     def after_step(self, runner: Any) -> None:

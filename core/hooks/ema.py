@@ -30,6 +30,7 @@ class EMAHook(Hook):
     """
 
     priority = "NORMAL"  # before checkpoints and logs of the same moment
+    evaluation_weights = True  # its state belongs to the weights: `Runner.use_best` restores both
 
     def __init__(
         self,
@@ -114,11 +115,15 @@ class EMAHook(Hook):
         return {"average": ema["average"], "counters": counters, "seen": seen, "batch": batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps a checkpoint's average until the weights it belongs to are in place."""
+        """Takes a checkpoint's average: at once while a run goes on, else when the model's weights are in place."""
         if not state:
             return
         ema = {"average": state["average"], **state["counters"]}
-        self._restored = {"ema": ema, "seen": state["seen"], "batch": state["batch"]}
+        if self.ema is not None:
+            self.ema.load_state_dict(ema)
+            self._seen, self._batch = state["seen"], state["batch"]
+        else:
+            self._restored = {"ema": ema, "seen": state["seen"], "batch": state["batch"]}
 
 
 def batch_size(batch: Any) -> int:

@@ -26,9 +26,9 @@ class MediaHook(Hook):
     """After every `interval`-th evaluation, writes what ``trainer.media(batch)`` shows of the first samples.
 
     ``media(batch)`` returns names -> uint8 picture (H, W, 3), uint8 video (T, H, W, 3), or the path of a finished file.
-    Files go to ``media/`` in the run's folder (``<name>_step_00001234.png``) and to the visualizer. Evaluation weights
-    (averaged ones, with EMA) are in place, randomness is fixed and put back afterwards. A trainer without ``media`` is
-    left alone.
+    Files go to ``media/`` in the run's folder (``<name>_step_00001234.png``; ``test_<name>_...`` those of the final
+    test, with the step of the weights that are tested) and to the visualizer. Evaluation weights (averaged ones, with
+    EMA) are in place, randomness is fixed and put back afterwards. A trainer without ``media`` is left alone.
 
     Args:
         interval: evaluations from one to the next.
@@ -76,9 +76,9 @@ class MediaHook(Hook):
 
     def after_test_epoch(self, runner: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Writes the media."""
-        self._show(runner)
+        self._show(runner, "test_")
 
-    def _show(self, runner: Any) -> None:
+    def _show(self, runner: Any, prefix: str = "") -> None:
         trainer = unwrap(runner.model)
         batch, self._batch = self._batch, None
         computes = is_main_process() or getattr(runner, "sharded", False)  # sharded networks: all processes or none
@@ -89,8 +89,11 @@ class MediaHook(Hook):
             shown = trainer.media(batch)
         if not is_main_process():
             return
+        judged = getattr(runner, "evaluated_step", None)
+        step = runner.iter if judged is None else judged
         for name, media in shown.items():
-            stem = Path(runner.work_dir) / "media" / f"{_file_name(name)}_step_{runner.iter:08d}"
+            name = prefix + name
+            stem = Path(runner.work_dir) / "media" / f"{_file_name(name)}_step_{step:08d}"
             path = write_media(media, stem, fps=self.fps, video=self.video)
             if path.suffix == ".png":
                 pixels = _read_picture(path) if isinstance(media, str | Path) else as_pixels(media, name)

@@ -15,3 +15,18 @@ def user(tmp_path_factory):
     experiments.mkdir(parents=True)
     (experiments / "tiny.yaml").write_text(EXPERIMENT)
     return folder
+
+
+@pytest.fixture
+def tiny(user, tmp_path, monkeypatch):
+    """Runs the tiny experiment with overrides, in a folder of the test's own; returns its result."""
+    from core.config import compose
+    from core.launch import run
+
+    monkeypatch.syspath_prepend(str(user))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides):
+        return run(compose(["experiment=mine/tiny", "runtime=cpu", *overrides], config_dir=user / "configs"))
+
+    return call

@@ -13,21 +13,9 @@ from core.config import compose
 from core.errors import ConfigError
 from core.evaluation import evaluate
 from core.hooks.finite import NonFiniteLoss
-from core.launch import build_trainer, run
+from core.launch import build_trainer
 from core.run_folder import find_checkpoint
 from core.weights import model_state
-
-
-@pytest.fixture
-def tiny(user, tmp_path, monkeypatch):
-    """Runs the tiny experiment with overrides; returns its result."""
-    monkeypatch.syspath_prepend(str(user))
-    monkeypatch.chdir(tmp_path)
-
-    def call(*overrides):
-        return run(cfg(user, *overrides))
-
-    return call
 
 
 def cfg(user, *overrides):
