@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import ConfigError
 
+_OPEN = ("vars", "custom_hooks")  # mappings whose names the user chooses
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -104,8 +105,15 @@ def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = 
         return None
     known = list(_keys(base))
     plain = OmegaConf.to_container(base)
+    hooks = [o.value() for _, o in keys if o.key_or_group == "custom_hooks"] or [plain["custom_hooks"]]
     removed = {override.key_or_group for _, override in keys if override.is_delete()}
     for text, override in keys:
+        parent, _, name = override.key_or_group.rpartition(".")
+        if parent == "custom_hooks" and isinstance(hooks[-1], list) and not name.isdigit():
+            return (
+                f"{text}: custom_hooks is a list here, which has no names: write it in the experiment as a mapping, "
+                "NAME: {type: ...}, or give the whole list anew"
+            )
         if override.key_or_group not in removed and (mismatch := _mismatch(plain, text, override)):
             return mismatch
         if override.is_add() or override.is_force_add():
@@ -113,7 +121,9 @@ def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = 
         if override.key_or_group not in known:
             if override.is_delete() and not OmegaConf.is_missing(base, override.key_or_group):
                 continue
-            return f"{text}: the config has no key '{override.key_or_group}'; {_closest(override.key_or_group, known)}"
+            added = f" ('+{text}' adds one of that name)" if parent in _OPEN and not override.is_delete() else ""
+            close = _closest(override.key_or_group, known)
+            return f"{text}: the config has no key '{override.key_or_group}'{added}; {close}"
     return None
 
 
@@ -177,10 +187,18 @@ def to_dict(cfg: DictConfig | dict) -> dict[str, Any]:
     """
     if not isinstance(cfg, DictConfig):
         return cfg
+    given = OmegaConf.to_container(cfg["overrides"]) if cfg.get("overrides") else None
+    if given:  # as they were given: `width=${vars.width}` is an override, not a value to fill in
+        cfg = cfg.copy()
+        with open_dict(cfg):
+            cfg.overrides = []
     try:
-        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        return {**plain, "overrides": given} if given else plain  # type: ignore[dict-item]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"config key '{error.full_key}': {str(error).splitlines()[0]}") from None
+        unknown = re.search(r"Interpolation key '(.+?)' not found", str(error))
+        hint = f"; {_closest(unknown[1], list(_keys(cfg)))}" if unknown else ""
+        raise ConfigError(f"config key '{error.full_key}': {str(error).splitlines()[0]}{hint}") from None
 
 
 def get(cfg: Any, key: str, default: Any = ...) -> Any:

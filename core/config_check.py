@@ -10,6 +10,9 @@ import yaml
 
 from core.config import CONFIGS, experiments, merge
 from core.errors import ConfigError
+from core.hook_configs import hook_configs
+
+_NOT_BUILT = ("stages", "components", "vars")  # keys in which a `type` names nothing that is built
 
 
 def checked(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -29,13 +32,16 @@ def checked(cfg: dict[str, Any]) -> dict[str, Any]:
                 f"unknown key '{key}' at the top of the config" + (f"; did you mean {near}?" if near else "")
             )
     _check_components(cfg)
+    _check_variables(cfg)
+    hook_configs(cfg["custom_hooks"])
     _check_selection(cfg)
     from core.registry import check
 
-    check({k: v for k, v in cfg.items() if k not in ("stages", "components")})
+    check({k: v for k, v in cfg.items() if k not in _NOT_BUILT})
     for index, stage in enumerate(cfg["stages"]):
         staged = stage_config(cfg, stage)
-        check({k: v for k, v in staged.items() if k not in ("stages", "components")}, f"stages[{index}]")
+        hook_configs(staged["custom_hooks"])
+        check({k: v for k, v in staged.items() if k not in _NOT_BUILT}, f"stages[{index}]")
     cfg["paper"] = cfg["paper"] or cfg["name"].partition("/")[0]
     return cfg
 
@@ -55,6 +61,17 @@ def _check_components(cfg: dict[str, Any]) -> None:
         wrong = set(component) ^ {"key", "default", "alternatives"}
         if wrong:
             raise ConfigError(f"components.{name} has to give key, default and alternatives (see {sorted(wrong)})")
+
+
+def _check_variables(cfg: dict[str, Any]) -> None:
+    if not isinstance(cfg["vars"], dict):
+        raise ConfigError(f"vars={cfg['vars']!r}: vars is a mapping of names to values, e.g. +vars.width=64")
+    for index, stage in enumerate(cfg["stages"]):
+        if "vars" in stage:
+            raise ConfigError(
+                f"stages.{index}.vars has no effect, since ${{vars...}} is resolved before there are stages: "
+                "set the variable at the top of the config, under a name of its own for every stage"
+            )
 
 
 def _check_selection(cfg: dict[str, Any]) -> None:

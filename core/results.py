@@ -70,6 +70,7 @@ _BOOKKEEPING = (
     "stage_of",
     "overrides",
     "components",
+    "vars",
     "paper",
     "log_every",
     "visualizer",
@@ -91,6 +92,9 @@ def relevant(cfg: Any) -> dict[str, Any]:
 
     plain = to_dict(cfg)
     kept = {key: _without_machine(value) for key, value in plain.items() if key not in _BOOKKEEPING}
+    if "custom_hooks" in kept:
+        hooks = kept["custom_hooks"] or []  # names of hooks change no numbers
+        kept["custom_hooks"] = [h for h in hooks.values() if h is not None] if isinstance(hooks, Mapping) else hooks
     if isinstance(kept.get("runtime"), Mapping):
         kept["runtime"] = {key: kept["runtime"][key] for key in _RUNTIME if key in kept["runtime"]}
     if isinstance(kept.get("checkpoint"), Mapping):

@@ -26,6 +26,7 @@ from core.data.loader import build_loader
 from core.data.seeds import preserved_random_state, seed_sample
 from core.detection import keep_boxes_exact, networks
 from core.errors import ConfigError
+from core.hook_configs import hook_configs
 from core.hooks.checkpoint import CheckpointHook
 from core.optim import autocast
 from core.parallel import full_model_state, load_full_model_state, shard
@@ -66,7 +67,7 @@ class Runner(MMRunner):
             direction=checkpoint.direction,
         )
         test = test or {key: cfg[key] for key in ("test_dataloader", "test_evaluator")}
-        hooks: list[Any] = list(cfg["custom_hooks"] or [])
+        hooks: list[Any] = hook_configs(cfg["custom_hooks"])
         if cfg["ema"] is not None:
             hooks.append({"type": "core.EMAHook", **cfg["ema"]})
         super().__init__(

@@ -161,7 +161,7 @@ def test_prompts_that_are_not_the_benchmarks_make_no_submission(sd_folder, bench
     with pytest.raises(ConfigError, match=r"model\.prompts=null"):
         run(compose([*given, "model.prompts=['a','b','c','d']"]))
     with pytest.raises(ConfigError, match="team="):
-        run(compose([*given, "custom_hooks.1.team=a/b"]))
+        run(compose([*given, "custom_hooks.submission.team=a/b"]))
 
 
 def test_scores_of_the_benchmark_are_asked_for_by_one_key(sd_folder, benchmark, tmp_path):

@@ -377,7 +377,7 @@ def test_one_command_tunes_edits_and_leaves_a_page_and_another_one_edits_again(s
 
     save_video(torch.rand(3, 6, 16, 16), tmp_path / "clip.mp4")
     given = overrides(sd_folder, tmp_path)
-    result = run(compose([*given, "custom_hooks.0.pipeline=true"]))
+    result = run(compose([*given, "custom_hooks.page.pipeline=true"]))
     assert result["steps"] == 3 and result["metrics"]["change"] > 0
     assert result["parameters"] > result["trainable_parameters"] > 0
     page = tmp_path / "run" / "page" / "clip"

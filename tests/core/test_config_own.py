@@ -1,0 +1,132 @@
+"""What a user adds to a config: variables of their own, and hooks by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from core.config import compose, experiments, to_dict
+from core.config_check import checked
+from core.errors import ConfigError
+from core.hook_configs import hook_configs
+from core.launch import run
+from core.results import fingerprint
+
+PACKAGE = '''
+from mmengine.hooks import Hook
+
+
+class Note(Hook):
+    """Writes its text once the run begins."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def before_run(self, runner):
+        with open("notes.txt", "a") as file:
+            file.write(self.text + "\\n")
+'''
+
+
+@pytest.fixture
+def mine(user, tmp_path, monkeypatch):
+    """Composes the tiny experiment with overrides, with a hook package beside it."""
+    (tmp_path / "mynotes.py").write_text(PACKAGE)
+    for folder in (user, tmp_path):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "mynotes", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides):
+        return compose(["experiment=mine/tiny", "runtime=cpu", *overrides], config_dir=user / "configs")
+
+    return call
+
+
+# ---------------------------------------------------------------------- variables
+def test_a_variable_of_ones_own_is_read_where_it_is_interpolated(mine):
+    cfg = mine("+vars.width=12", "model.network.width=${vars.width}", "train_cfg.max_epochs=1")
+    result = run(cfg)
+    stored = yaml.safe_load((Path(result["run_dir"]) / "config.yaml").read_text())
+    assert stored["model"]["network"]["width"] == 12 and stored["vars"] == {"width": 12}
+    assert "model.network.width=${vars.width}" in result["overrides"] == stored["overrides"]
+    assert result["parameters"] == run(mine("model.network.width=12", "train_cfg.max_epochs=1"))["parameters"]
+
+
+def test_a_variable_may_hold_anything_and_is_never_built(mine):
+    kept = to_dict(mine("+vars.grid=[1,2]", "+vars.part={type: nowhere.AtAll, size: 3}"))
+    assert checked(kept)["vars"] == {"grid": [1, 2], "part": {"type": "nowhere.AtAll", "size": 3}}
+
+
+def test_a_variable_changes_a_runs_identity_through_its_uses_only(mine):
+    plain = fingerprint(mine())
+    assert fingerprint(mine("+vars.width=12")) == plain
+    assert fingerprint(mine("+vars.width=16", "model.network.width=${vars.width}")) == plain
+    assert fingerprint(mine("+vars.width=12", "model.network.width=${vars.width}")) != plain
+
+
+def test_variables_that_cannot_be_meant(mine):
+    with pytest.raises(ConfigError, match=r"model\.network\.width.*vars\.widht.*did you mean vars\.width"):
+        to_dict(mine("+vars.width=12", "model.network.width=${vars.widht}"))
+    with pytest.raises(ConfigError, match=r"vars=5.*mapping"):
+        checked(to_dict(mine("vars=5")))
+    with pytest.raises(ConfigError, match=r"\+vars\.width=12' adds"):
+        mine("vars.width=12")
+    with pytest.raises(ConfigError, match=r"stages\.0\.vars has no effect"):
+        checked(to_dict(mine("stages=[{name: one, vars: {width: 12}}]")))
+
+
+# ---------------------------------------------------------------------- hooks
+def test_a_hook_is_added_and_taken_away_by_its_name(mine, user, tmp_path):
+    run(mine("+custom_hooks.note={type: mynotes.Note, text: alone}", "train_cfg.max_epochs=1"))
+    path = user / "configs" / "experiment" / "mine" / "hooked.yaml"
+    path.write_text(
+        "# @package _global_\ndefaults: [/experiment/mine/tiny]\n"
+        "custom_hooks: {first: {type: mynotes.Note, text: first}, second: {type: mynotes.Note, text: second}}\n"
+    )
+    try:
+        hooked = "experiment=mine/hooked"
+        run(mine(hooked, "+custom_hooks.third={type: mynotes.Note, text: third}", "train_cfg.max_epochs=1"))
+        run(mine(hooked, "~custom_hooks.first", "custom_hooks.second.text=other", "train_cfg.max_epochs=1"))
+        run(mine(hooked, "custom_hooks.first=null", "train_cfg.max_epochs=1"))
+    finally:
+        path.unlink()
+    assert (tmp_path / "notes.txt").read_text().split() == ["alone", "first", "second", "third", "other", "second"]
+
+
+def test_a_list_of_hooks_means_the_same_run_as_a_mapping(mine, tmp_path):
+    listed = mine("custom_hooks=[{type: mynotes.Note, text: listed}]", "train_cfg.max_epochs=1")
+    named = mine("+custom_hooks.note={type: mynotes.Note, text: listed}", "train_cfg.max_epochs=1")
+    assert fingerprint(listed) == fingerprint(named) != fingerprint(mine("train_cfg.max_epochs=1"))
+    run(listed)
+    assert (tmp_path / "notes.txt").read_text() == "listed\n"
+
+
+@pytest.mark.parametrize("name", sorted(experiments()))
+def test_a_hook_can_be_added_to_every_experiment(name):
+    before = hook_configs(to_dict(compose([f"experiment={name}"]))["custom_hooks"])
+    after = to_dict(compose([f"experiment={name}", "+custom_hooks.mine={type: core.MediaHook}"]))["custom_hooks"]
+    assert hook_configs(after) == [*before, {"type": "core.MediaHook"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["custom_hooks=5"], r"custom_hooks=5 is neither"),
+        (["+custom_hooks.media=5"], r"custom_hooks\.media=5 is not a hook's config"),
+        (["custom_hooks={type: core.MediaHook}"], r"give it a name.*NAME: \{type: core\.MediaHook"),
+        (["custom_hooks=[{interval: 2}]"], r"custom_hooks\.0=.*not a hook's config"),
+        (["+custom_hooks.media={type: core.MediaHok}"], r"custom_hooks\.media.*did you mean 'MediaHook'"),
+        (
+            ["custom_hooks=[{type: core.MediaHook}]", "+custom_hooks.other={type: core.MediaHook}"],
+            r"custom_hooks is a list here",
+        ),
+        (["custom_hooks.media={type: core.MediaHook}"], r"'\+custom_hooks\.media=.*adds"),
+    ],
+)
+def test_hooks_that_cannot_be_meant(mine, words, message):
+    with pytest.raises(ConfigError, match=message):
+        checked(to_dict(mine(*words)))
