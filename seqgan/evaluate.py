@@ -5,13 +5,16 @@
   python -m seqgan.evaluate samples=out reference=/data/ffhq weights=... statistics=ffhq.npz output=figures.json
 
 `samples` and `reference` are a folder of pictures or an NPZ file with `arr_0`, uint8 (N, H, W, 3), as ADM's evaluation
-has them. Where the reference has statistics `mu` and `sigma`, FID is taken against these; without pictures beside them
-there are no precision and recall. Pictures are compared at their own size.
+has them. Sheets of several pictures that `tools/infer.py` wrote into the folder are left out. Where the reference has
+statistics `mu` and `sigma`, FID is taken against these; without pictures beside them there are no precision and recall.
+Pictures are compared at their own size.
 """
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,9 +62,14 @@ class Pictures:
         self.array: np.ndarray | None = None
         self.files: list[Path] = []
         if path.is_dir():
-            self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
+            overviews = _overviews(found)
+            for file in overviews:
+                print(f"{key}: {file} is left out: it shows pictures that lie beside it")
+            self.files = [file for file in found if file not in overviews]
             if not self.files:
-                raise ConfigError(f"{key}={path}: no pictures in it ({', '.join(IMAGE_EXTENSIONS)})")
+                more = " besides overviews: give the .npz file beside them" if overviews else ""
+                raise ConfigError(f"{key}={path}: no pictures in it{more} ({', '.join(IMAGE_EXTENSIONS)})")
         elif path.is_file() and path.suffix == ".npz":
             with np.load(path) as arrays:
                 self.array = arrays.get("arr_0")
@@ -88,6 +96,22 @@ class Pictures:
             waiting.append(picture)
         if waiting:
             yield torch.from_numpy(np.stack(waiting)).movedim(-1, 1).contiguous()
+
+
+def _overviews(files: list[Path]) -> set[Path]:
+    """Those of the files that `tools/infer.py` wrote as a sheet of its samples or completions.
+
+    Theirs is the name of a sheet, and beside them lie the pictures, numbered, or the NPZ file of all of them.
+    """
+    numbered = {match[1] for file in files if (match := re.fullmatch(r"(.+)_\d{4,}", str(file.with_suffix(""))))}
+    found = set()
+    for file in files:
+        stem = str(file.with_suffix(""))
+        prefix = stem.removesuffix("_grid") if stem.endswith("_grid") else None
+        arrays = () if prefix is None else file.parent.glob(f"{glob.escape(Path(prefix).name)}_*x3.npz")
+        if prefix in numbered or any(arrays) or (stem.endswith("_completed") and stem in numbered):
+            found.add(file)
+    return found
 
 
 def evaluate(options: Options) -> dict[str, Any]:

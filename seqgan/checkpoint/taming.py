@@ -107,13 +107,31 @@ def convert_gpt(state: Mapping[str, Tensor]) -> State:
     """A GPT into an `ARTransformer`; beside it, a file of theirs holds its tokenizers, which are left out.
 
     Raises:
-        CheckpointMismatch: entries that a GPT does not have.
+        CheckpointMismatch: entries that a GPT does not have, or attention that is not causal throughout.
     """
     if "tok_emb.weight" not in state:
         inside = {name.removeprefix("transformer."): v for name, v in state.items() if name.startswith("transformer.")}
         state = inside
+    for name, mask in state.items():
+        if name.endswith("attn.mask") and not mask.is_meta:
+            _check_causal(name, mask)
     state = {name: value for name, value in state.items() if not name.endswith("attn.mask")}
     return join_qkv(rename(state, _gpt_names(count(state, r"blocks\.(\d+)\.")), "a GPT"))
+
+
+def _check_causal(name: str, mask: Tensor) -> None:
+    """Their option `n_unmasked` lets a prefix of conditions see itself whole, which shows in the mask `(1, 1, T, T)`.
+
+    Raises:
+        CheckpointMismatch: a position sees later ones.
+    """
+    later = mask[0, 0].float().triu(1)
+    if later.any():
+        prefix = int(later[0].ne(0).sum()) + 1
+        raise CheckpointMismatch(
+            f"{name}: the first {prefix} positions see each other (n_unmasked={prefix}): a GPT on a prefix of "
+            "conditions, for which ARTransformer, causal throughout after one class token, has no place"
+        )
 
 
 def revert_gpt(state: Mapping[str, Tensor]) -> State:

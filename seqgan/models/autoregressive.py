@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from seqgan.models.labels import class_labels
+
 CLASS_ROWS = ("own", "shared")
 
 
@@ -138,11 +140,7 @@ class ARTransformer(nn.Module):
         Raises:
             ValueError: labels are missing although there are several classes, or lie outside of them.
         """
-        if label is None:
-            if self.num_classes > 1:
-                raise ValueError(f"the model knows {self.num_classes} classes: give a label for every image")
-            return torch.full((batch,), self.first_class, device=device)
-        return self.first_class + label
+        return self.first_class + class_labels(label, self.num_classes, self.null_label, batch, device)
 
     def token_logits(self, tokens: Tensor) -> Tensor:
         """Logits `(B, T, V)` over the whole vocabulary after every token of `(B, T)`."""

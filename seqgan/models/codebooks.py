@@ -43,7 +43,7 @@ def quantizer_of_kind(
 class EMAQuantizer(VectorQuantizer):
     """Codes are moving averages of the features that chose them; no gradient reaches them (van den Oord et al. 2017).
 
-    Averages are those of all processes. They move in training alone.
+    Averages are those of all processes. They move in training alone, and not once the quantiser is `frozen`.
 
     Args:
         size: codes K.
@@ -63,9 +63,15 @@ class EMAQuantizer(VectorQuantizer):
     def forward(self, z: Tensor) -> Quantized:
         """Quantise features `(B, C, H, W)`; in training the codes move afterwards."""
         found = super().forward(z)
-        if self.training and torch.is_grad_enabled():
+        if self.moving:
             self._move(rearrange(z.detach().float(), "b c h w -> (b h w) c"), found.indices.flatten())
         return found
+
+    def requires_grad_(self, requires_grad: bool = True) -> EMAQuantizer:
+        """Whether codes move; they take no gradient either way."""
+        super().requires_grad_(requires_grad)
+        self.embedding.weight.requires_grad_(False)
+        return self
 
     def codebook(self) -> Tensor:
         """The codes `(K, C)` as they are now: a copy, as they move before gradients are computed."""
@@ -83,12 +89,17 @@ class EMAQuantizer(VectorQuantizer):
             _sum_over_processes(part)
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.cluster_sum.lerp_(sums, 1 - self.decay)
-        # A code that nobody chooses keeps its place: its sum and size shrink alike.
-        self.embedding.weight.copy_(self.cluster_sum / self.cluster_size.clamp_min(1e-5)[:, None])
+        # A code that nobody chooses keeps its place. Its sum and size shrink alike until both are zero, so their
+        # ratio would not keep it for ever.
+        chosen = (counts > 0)[:, None]
+        weight = self.embedding.weight
+        weight.copy_(torch.where(chosen, self.cluster_sum / self.cluster_size.clamp_min(1e-30)[:, None], weight))
 
 
 class RestartQuantizer(VectorQuantizer):
     """A codebook that begins at the clusters of the first batch, and whose idle codes begin anew at features.
+
+    Both happen in training alone, and not once the quantiser is `frozen`.
 
     Args:
         size: codes K.
@@ -120,7 +131,7 @@ class RestartQuantizer(VectorQuantizer):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise features `(B, C, H, W)`; in training, codes may have been replaced before."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.moving:
             return super().forward(z)
         features = rearrange(z.detach().float(), "b c h w -> (b h w) c")
         with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,10 +21,25 @@ def code_usage(distances: Tensor, scope: str = "batch") -> Tensor:
         distances: of positions to codes, `(B, N, K)`.
         scope: `batch`: mean over all positions of all processes, `(1, K)`; `image`: per image, `(B, K)`.
     """
-    share = (-distances).softmax(dim=-1)
+    return log_code_usage(distances, scope).exp()
+
+
+def log_code_usage(distances: Tensor, scope: str = "batch") -> Tensor:
+    """The logarithm of `code_usage`: finite, as are its gradients, where a share is too small for a float."""
+    logs = (-distances).log_softmax(dim=-1)
     if scope == "image":
-        return share.mean(dim=1)
-    return _of_all_processes(share.mean(dim=(0, 1))[None])
+        return logs.logsumexp(dim=1) - math.log(logs.shape[1])
+    logs = logs.flatten(0, 1)
+    if not _several():
+        return logs.logsumexp(dim=0, keepdim=True) - math.log(len(logs))
+    # A logsumexp over all processes: their sums can be added once all of them are taken against the same maximum.
+    largest = logs.detach().amax(dim=0)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return (_of_all_processes((logs - largest).exp().mean(dim=0)).log() + largest)[None]
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _of_all_processes(mean: Tensor) -> Tensor:
@@ -30,14 +47,20 @@ def _of_all_processes(mean: Tensor) -> Tensor:
 
     The reduction hands gradients back, so that averaged gradients are those of the joint batch.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return all_reduce(mean) / dist.get_world_size()
-    return mean
+    return all_reduce(mean) / dist.get_world_size() if _several() else mean
 
 
 def entropy(shares: Tensor) -> Tensor:
-    """Entropy in nats over the last dimension."""
+    """Entropy in nats over the last dimension, e.g. of a histogram; for a loss see `entropy_of_logs`.
+
+    The slope at a share of zero is infinite.
+    """
     return torch.special.entr(shares).sum(dim=-1)
+
+
+def entropy_of_logs(logs: Tensor) -> Tensor:
+    """`entropy` of shares that are given by their logarithms, with finite gradients however small a share is."""
+    return -(logs.exp() * logs).sum(dim=-1)
 
 
 class UsageEntropy(nn.Module):
@@ -78,12 +101,15 @@ class UsageEntropy(nn.Module):
 
     def forward(self, squared: Tensor) -> Tensor:
         """The term, weighted and signed, from squared distances `(B, N, K)`."""
-        distances = squared
+        value = entropy_of_logs(log_code_usage(self.distances(squared), self.scope)).mean()
+        return (self.weight if self.sign == "paper" else -self.weight) * value
+
+    def distances(self, squared: Tensor) -> Tensor:
+        """The distances over temperature that codes are assigned by, from squared distances of any shape."""
         if self.distance == "l2":
             # The root has no gradient at zero, where a feature meets its code.
-            distances = squared.clamp_min(1e-12).sqrt()
-        value = entropy(code_usage(distances / self.temperature, self.scope)).mean()
-        return (self.weight if self.sign == "paper" else -self.weight) * value
+            squared = squared.clamp_min(1e-12).sqrt()
+        return squared / self.temperature
 
 
 class MaskGITEntropy(nn.Module):

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from seqgan.models.labels import class_labels
+
 _EPS = 1e-12
 
 
@@ -109,12 +111,9 @@ class MaskedTransformer(nn.Module):
             `(B, N, K)`.
 
         Raises:
-            ValueError: labels are missing although there are several classes.
+            ValueError: labels are missing although there are several classes, or lie outside of them.
         """
-        if label is None:
-            if self.num_classes > 1:
-                raise ValueError(f"the model knows {self.num_classes} classes: give a label for every image")
-            label = torch.zeros(codes.shape[0], dtype=torch.long, device=codes.device)
+        label = class_labels(label, self.num_classes, self.null_label, codes.shape[0], codes.device)
         hidden = torch.where(mask, self.mask_token, codes)
         tokens = torch.cat([(self.codebook_size + label)[:, None], hidden], dim=1)
         return self._predict(self.hidden(tokens)[:, 1:], self.codebook_size)

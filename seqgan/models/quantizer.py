@@ -70,6 +70,7 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"size {size}, dim {dim} and block {block} must be positive")
         self.size, self.dim, self.beta, self.legacy_beta, self.block = size, dim, beta, legacy_beta, block
         self.entropy, self.gradient = entropy, gradient
+        self.frozen = False
         self.embedding = nn.Embedding(size, dim)
         bound = 1 / size if init == "taming" else math.sqrt(3 / size)
         nn.init.uniform_(self.embedding.weight, -bound, bound)
@@ -99,6 +100,16 @@ class VectorQuantizer(nn.Module):
             carrier = rotated(z, codes.detach()) if self.gradient == "rotation" else z
             # In this order the value is the code itself, so that decoding the indices gives the same image.
             return Quantized(codes.detach() + (carrier - carrier.detach()), indices, losses)
+
+    def requires_grad_(self, requires_grad: bool = True) -> VectorQuantizer:
+        """As of any module; False also freezes codes that no gradient moves, whatever `train` says afterwards."""
+        self.frozen = not requires_grad
+        return super().requires_grad_(requires_grad)
+
+    @property
+    def moving(self) -> bool:
+        """Whether a forward pass may change codes by itself, in kinds whose codes follow the features."""
+        return self.training and torch.is_grad_enabled() and not self.frozen
 
     def terms(self, z: Tensor, codes: Tensor) -> dict[str, Tensor]:
         """Codebook and commitment losses of features and their codes, of one shape."""

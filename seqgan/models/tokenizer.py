@@ -52,6 +52,7 @@ class Tokenizer(nn.Module):
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         self.quant_conv = nn.Identity() if quant_conv is None else quant_conv
         self.post_quant_conv = nn.Identity() if post_quant_conv is None else post_quant_conv
+        self.codes_frozen = False
 
     def forward(self, image: Tensor) -> TokenizerOutput:
         """Reconstruct images `(B, 3, H, W)` in [-1, 1]."""
@@ -91,9 +92,24 @@ class Tokenizer(nn.Module):
         return digest.hexdigest()
 
     def freeze_codes(self) -> Tokenizer:
-        """Freeze what decides the codes (second phase, section 3.4); the decoder stays trainable."""
+        """Freeze what decides the codes for good (second phase, section 3.4); the decoder stays trainable."""
         for part in (self.encoder, self.quant_conv, self.quantizer):
-            part.requires_grad_(False).eval()
+            part.requires_grad_(False)
+        self.codes_frozen = True
+        return self.train(self.training)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tokenizer:
+        """As of any module; the quantiser is told, since some move codes without gradients."""
+        super().requires_grad_(requires_grad)
+        self.quantizer.requires_grad_(requires_grad)
+        return self
+
+    def train(self, mode: bool = True) -> Tokenizer:
+        """Training mode, except for what `freeze_codes` has frozen: dropout would change codes, too."""
+        super().train(mode)
+        if self.codes_frozen:
+            for part in (self.encoder, self.quant_conv, self.quantizer):
+                part.eval()
         return self
 
 
@@ -164,7 +180,7 @@ def second_phase(tokenizer: Tokenizer, extra: str = "attn1") -> Tokenizer:
     """The second phase's tokenizer: the same encoder and codebook, frozen, and an enhanced decoder.
 
     The decoder starts from the first phase's weights. Its attention starts as the identity, so that it gives the same
-    images at first. Encoder and quantiser are shared with `tokenizer`, not copied.
+    images at first. Encoder and quantiser are shared with `tokenizer`, not copied, and so are frozen in both.
 
     Args:
         tokenizer: of the first phase, with a `ConvDecoder`.
@@ -182,4 +198,5 @@ def second_phase(tokenizer: Tokenizer, extra: str = "attn1") -> Tokenizer:
     weight = decoder.conv_out.weight
     enhanced = ConvDecoder(**{**decoder.arguments, "extra": extra}).to(weight.device, weight.dtype)
     enhanced.load_state_dict({**enhanced.state_dict(), **decoder.state_dict()})
+    tokenizer.freeze_codes()
     return Tokenizer(tokenizer.encoder, tokenizer.quantizer, enhanced).freeze_codes()

@@ -153,3 +153,22 @@ def test_a_crashing_adapter_is_one_failed_line(tmp_path: Path) -> None:
     assert "Traceback" in result.trace
     path.with_suffix(".npz").unlink()
     assert "FileNotFoundError" in run_file(path).reason
+
+
+def test_gradients_of_a_scaled_case_are_those_of_what_the_piece_is_given(tmp_path: Path) -> None:
+    """The entropy term's case at another scale: gradients at the scaled features and codes, not at those before."""
+    path = tmp_path / "seqgan" / "entropy_usage.json"
+    path.parent.mkdir()
+    described = json.loads((CASES / "seqgan" / "entropy_usage.json").read_text())
+    described["meta"]["config"]["scale"] = scale = 0.5
+    path.write_text(json.dumps(described))
+    given = {name: make_input(name, description) for name, description in described["given"].items()}
+    z, codes = ((scale * given[name]).double().requires_grad_() for name in ("z", "codebook"))
+    shares = (-torch.cdist(z.movedim(1, -1).flatten(0, -2), codes).square()).softmax(dim=-1).mean(dim=0)
+    value = torch.special.entr(shares).sum()
+    at_z, at_codes = torch.autograd.grad(value, (z, codes))
+    right = {"usage": shares, "entropy": value, "grad_z": at_z, "grad_codebook": at_codes}
+    described["strides"] = {f"{name}_l2_squared": [list(v.shape), 1] for name, v in right.items()}
+    np.savez(path.with_suffix(".npz"), **{f"{n}_l2_squared": v.detach().flatten().numpy() for n, v in right.items()})
+    path.write_text(json.dumps(described))
+    assert run_file(path).line().startswith("PASS")

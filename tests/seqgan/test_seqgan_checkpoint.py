@@ -115,7 +115,7 @@ def test_files_of_vqgan_convert_by_command(tmp_path: Path) -> None:
 def test_transformers_of_vqgan_lie_beside_tokenizers(tmp_path: Path) -> None:
     model = randomised(gpt())
     state = {f"transformer.{name}": value for name, value in revert(model.state_dict()).items()}
-    state |= {f"transformer.blocks.{i}.attn.mask": torch.ones(1, 1, 6, 6) for i in range(2)}
+    state |= {f"transformer.blocks.{i}.attn.mask": torch.ones(6, 6).tril()[None, None] for i in range(2)}
     state |= {f"first_stage_model.{name}": value for name, value in revert(vqgan().state_dict()).items()}
     torch.save({"state_dict": state}, tmp_path / "net2net.ckpt")
     convert_file(Options("seqgan", str(tmp_path / "net2net.ckpt"), str(tmp_path / "gpt.pt")))
@@ -143,6 +143,11 @@ def test_what_does_not_fit_is_named() -> None:
         revert(maskgit(extra="attn1").state_dict())
     with pytest.raises(CheckpointMismatch, match="no place in a GPT for ln_x"):
         convert({**revert(gpt().state_dict()), "ln_x.weight": torch.ones(1)})
+    prefix = torch.ones(1, 1, 6, 6).tril()
+    convert({**revert(gpt().state_dict()), "blocks.0.attn.mask": prefix})
+    prefix[:, :, :3, :3] = 1  # as n_unmasked=3 makes it
+    with pytest.raises(CheckpointMismatch, match="n_unmasked=3"):
+        convert({**revert(gpt().state_dict()), "blocks.0.attn.mask": prefix})
 
 
 # ------------------------------------------------------------------ Flax's files

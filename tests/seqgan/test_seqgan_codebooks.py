@@ -106,7 +106,21 @@ def test_moving_averages_are_those_of_the_equations() -> None:
         quantizer.train()(z)
     assert torch.equal(quantizer.embedding.weight, moved), "evaluation moves no code"
     found.losses["commit"].backward()
-    assert z.grad is not None and not quantizer.embedding.weight.requires_grad
+    expected = 2 * quantizer.beta * (z.detach() - found.z_q.detach()) / z.numel()
+    assert torch.allclose(z.grad, expected, atol=1e-6) and not quantizer.embedding.weight.requires_grad
+
+
+def test_a_code_that_nobody_chooses_keeps_its_place() -> None:
+    quantizer = EMAQuantizer(3, 2, decay=0.5).train()
+    quantizer.embedding.weight.data = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0]])
+    quantizer.cluster_sum.copy_(quantizer.embedding.weight)
+    near = torch.full((1, 2, 2, 2), 0.1)
+    for _ in range(300):  # its size has long become zero
+        quantizer(near)
+    assert quantizer.embedding.weight[1:].tolist() == [[50.0, 0.0], [0.0, 50.0]] and quantizer.cluster_size[1] == 0
+    assert torch.allclose(quantizer.embedding.weight[0], torch.tensor(0.1))
+    quantizer(torch.tensor([49.0, 1.0]).view(1, 2, 1, 1))
+    assert torch.allclose(quantizer.embedding.weight[1], torch.tensor([49.0, 1.0])), "and lives when it is chosen again"
 
 
 def test_moving_averages_follow_the_features() -> None:
@@ -168,8 +182,9 @@ def test_every_kind_makes_a_tokenizer(kind: str) -> None:
     image = torch.rand(2, 3, 8, 8) * 2 - 1
     out = model.train()(image)
     assert {"commit", "entropy"} <= out.losses.keys() and all(v.isfinite() for v in out.losses.values())
-    sum(out.losses.values()).backward()
-    assert model.encoder.conv_out.weight.grad is not None
+    (sum(out.losses.values()) + out.reconstruction.abs().mean()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(g.isfinite().all() for g in gradients.values()) and gradients["encoder.conv_out.weight"].abs().max() > 0
     model.eval()
     made = model(image)
     assert torch.allclose(model.decode(model.encode(image)), made.reconstruction, atol=1e-5)

@@ -27,6 +27,7 @@ from seqgan.metrics import (
     as_bytes,
 )
 from seqgan.models import ARTransformer, conv_tokenizer
+from seqgan.pictures import grid
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
 
 
@@ -349,6 +350,34 @@ def test_the_command_reads_folders_batches_and_statistics(weights, tmp_path, cap
     shifted = tool.evaluate(options)
     assert shifted["fid"] != pytest.approx(figures["fid"], rel=0.1)
     assert shifted["precision"] == figures["precision"]
+
+
+def test_sheets_of_our_own_tool_are_no_samples(weights, tmp_path, capsys) -> None:
+    """A folder that `tools/infer.py` wrote holds the samples, and a sheet of them."""
+    made = pictures(6, 1).movedim(1, -1).numpy()
+    written = tmp_path / "out"
+    written.mkdir()
+    for i, image in enumerate(made):
+        Image.fromarray(image).save(written / f"samples_{i:04d}.png")
+    Image.fromarray(grid(made)).save(written / "samples_grid.png")
+    np.savez(tmp_path / "made.npz", arr_0=made)
+    np.savez(tmp_path / "real.npz", arr_0=pictures(7, 2).movedim(1, -1).numpy())
+
+    def ask(samples: str):
+        words = [f"samples={tmp_path / samples}", f"reference={tmp_path}/real.npz", f"weights={weights}"]
+        return tool.evaluate(tool.parse([*words, "layer=64", "splits=0", "device=cpu"], tool.Options, doc="")[0])
+
+    assert ask("out")["samples"] == 6 and ask("out") == ask("made.npz")
+    assert "samples_grid.png is left out" in capsys.readouterr().out
+    # The sheet alone, beside the arrays of all samples.
+    (tmp_path / "sheet").mkdir()
+    (written / "samples_grid.png").rename(tmp_path / "sheet" / "samples_grid.png")
+    (tmp_path / "made.npz").rename(tmp_path / "sheet" / "samples_6x16x16x3.npz")
+    with pytest.raises(ConfigError, match="npz file beside them"):
+        ask("sheet")
+    # Under a name that is not ours it is a picture like any other.
+    (tmp_path / "sheet" / "samples_grid.png").rename(written / "grid.png")
+    assert ask("out")["samples"] == 7
 
 
 def test_the_command_says_what_is_wrong(weights, tmp_path) -> None:

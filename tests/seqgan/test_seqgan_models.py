@@ -102,6 +102,31 @@ def test_the_second_phase_starts_from_the_first_and_leaves_codes_alone() -> None
     assert torch.equal(second.encode(picture), before) and second.fingerprint() == print_before
 
 
+@pytest.mark.parametrize("kind", ["vq", "ema", "kmeans_restart", "l2norm_factorized"])
+def test_frozen_codes_stay_in_training_mode(kind: str) -> None:
+    """Averages, restarts and dropout of the encoder need no gradients to change codes."""
+    torch.manual_seed(0)
+    options = {"quantizer_options": {"patience": 1}} if kind == "kmeans_restart" else {}
+    first = tiny(quantizer=kind, **options)
+    first.encoder.dropout = nn.Dropout(0.5)
+    first.encoder.register_forward_hook(lambda module, _, out: module.dropout(out))
+    second = second_phase(first)
+    before, codes = second.fingerprint(), second.encode(images())
+    for model in (second.train(), first.train(), second):
+        assert torch.equal(model(images()).indices, codes) and torch.equal(model.encode(images()), codes)
+        assert model.fingerprint() == before
+    assert second.decoder.training and second.quantizer.train()
+    second(images())
+    assert second.fingerprint() == before, "the quantiser alone was put into training mode"
+    whole = tiny(quantizer=kind, **options).requires_grad_(False).train()
+    before = whole.fingerprint()
+    whole(images())
+    assert whole.fingerprint() == before
+    if kind == "ema":  # and thawed they move again, still without gradients
+        whole.requires_grad_(True)(images())
+        assert whole.fingerprint() != before and not whole.quantizer.embedding.weight.requires_grad
+
+
 def test_the_second_phase_asks_for_what_it_needs() -> None:
     with pytest.raises(ValueError, match="extra='none'"):
         second_phase(tiny(extra="attn1"))
@@ -242,6 +267,34 @@ def test_scopes_and_distances_of_entropy() -> None:
         UsageEntropy(scope="pixel")
 
 
+@pytest.mark.parametrize("scope", ["batch", "image"])
+@pytest.mark.parametrize("distance", ["l2_squared", "l2"])
+def test_entropy_has_the_right_gradient_where_a_share_underflows(scope: str, distance: str) -> None:
+    """A code at a squared distance of 40,000 has a share of exactly zero in float32, and in float64, too."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 4, entropy=UsageEntropy(1.0, distance, scope=scope, temperature=0.01))
+    quantizer.embedding.weight.data[0] = 100
+    z = torch.randn(2, 4, 3, 3, requires_grad=True)
+    term = quantizer(z).losses["entropy"]
+    at_z, at_codes = torch.autograd.grad(term, (z, quantizer.embedding.weight))
+    squared = torch.cdist(
+        z.detach().movedim(1, -1).flatten(1, 2).double(), quantizer.embedding.weight.detach().double()
+    )
+    assert code_usage(squared**2 / 0.01)[0, 0] == 0 and at_codes[0].eq(0).all()
+    # Without that code, nothing changes: in float64, where the shares of the others do not underflow.
+    others = quantizer.embedding.weight.detach()[1:].double().requires_grad_()
+    own = z.detach().double().requires_grad_()
+    distances = torch.cdist(own.movedim(1, -1).flatten(1, 2), others.expand(2, -1, -1)) / 0.01
+    shares = (-(distances if distance == "l2" else distances**2 * 0.01)).softmax(-1)
+    shares = shares.mean((0, 1))[None] if scope == "batch" else shares.mean(1)
+    value = (shares * shares.log()).sum(-1).mean()
+    expected = torch.autograd.grad(value, (own, others))
+    assert term.item() == pytest.approx(value.item(), rel=1e-4)
+    for found, right in zip((at_z, at_codes[1:]), expected, strict=True):
+        assert right.abs().max() > 1e-3
+        torch.testing.assert_close(found.double(), right, rtol=1e-3, atol=1e-3 * right.abs().max().item())
+
+
 def test_maskgit_entropy_wants_sure_positions_and_even_use() -> None:
     term = MaskGITEntropy(1.0, temperature=1.0)
     good, unsure = torch.tensor([[[0.0, 9.0], [9.0, 0.0]]]), torch.zeros(1, 2, 2)
@@ -260,11 +313,13 @@ def _joint(rank: int, folder: str, distances: Tensor) -> None:
 
 def test_entropy_over_processes_is_that_of_the_joint_batch(tmp_path) -> None:
     distances = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) * 4
+    distances[..., 1] += 200  # a code whose share underflows
     whole = distances.clone().requires_grad_()
     UsageEntropy(1.0)(whole).backward()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     mp.spawn(_joint, (str(tmp_path), distances), nprocs=2)
     parts = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)])
+    assert whole.grad.isfinite().all() and whole.grad.abs().max() > 1e-3
     assert torch.allclose(parts, whole.grad, atol=1e-7)
 
 

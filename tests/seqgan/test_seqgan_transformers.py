@@ -144,6 +144,28 @@ def test_published_models_read_classes_from_the_rows_of_codes() -> None:
         ARTransformer(K, CLASSES, N, 16, 1, 2, class_rows="shared", null_class=True)
 
 
+@pytest.mark.parametrize("build", ["ar", "ar_null", "ar_shared", "nar"])
+def test_labels_outside_of_the_classes_are_refused(build: str) -> None:
+    """Rows of the table that lie around the classes' are codes, the mask, and what the model lacks."""
+    models = {
+        "ar": ar,
+        "ar_null": lambda: ar(null_class=True),
+        "ar_shared": lambda: ar(class_rows="shared"),
+        "nar": nar,
+    }
+    model = models[build]()
+    mask = () if build != "nar" else (torch.ones(4, N, dtype=torch.bool),)
+    allowed = [0, 2] if model.null_label is None else [0, 2, model.null_label]
+    for value in allowed:
+        assert model(some_codes(), *mask, torch.full((4,), value)).shape == (4, N, K)
+    for value in {-1, CLASSES, CLASSES + 1, K} - set(allowed):
+        label = labels().index_fill(0, torch.tensor([1]), value)
+        with pytest.raises(ValueError, match=rf"label {value}: the model knows 0 to {CLASSES - 1}"):
+            model(some_codes(), *mask, label)
+        with pytest.raises(ValueError, match=rf"label {value}:"):
+            (ARSampler() if build != "nar" else ParallelSampler(2))(model, label)
+
+
 def test_labels_and_lengths_are_checked() -> None:
     with pytest.raises(ValueError, match="give a label"):
         ar()(some_codes())

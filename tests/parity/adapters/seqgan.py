@@ -22,6 +22,7 @@ from seqgan.models import (
     SpatialAttention,
     StyleDiscriminator,
     UpsampleConv,
+    UsageEntropy,
     VectorQuantizer,
     VQGANDecoder,
     VQGANEncoder,
@@ -32,7 +33,6 @@ from seqgan.models import (
     vqgan_tokenizer,
 )
 from seqgan.models.attention import partition
-from seqgan.models.entropy import entropy
 from seqgan.models.resample import Downsample, DownsampleConv, Upsample
 from seqgan.sampling import decoding_steps, guide, keep_likely
 
@@ -147,21 +147,21 @@ def _quantizer(case: Case) -> Outputs:
 
 def _entropy_usage(case: Case) -> Outputs:
     inputs, scale = case.inputs(), case.config["scale"]
+    quantizer = VectorQuantizer(*inputs["codebook"].shape)
+    quantizer.embedding.weight.data = scale * inputs["codebook"]
     outputs = {}
     for distance in ("l2", "l2_squared"):
-        z, codebook = (inputs[name].clone().requires_grad_() for name in ("z", "codebook"))
-        quantizer = VectorQuantizer(*codebook.shape)
-        del quantizer.embedding.weight
-        quantizer.embedding.weight = scale * codebook
-        squared = quantizer.squared_distances(rearrange(scale * z, "b c h w -> b (h w) c"))
-        usage = code_usage(squared if distance == "l2_squared" else squared.clamp_min(1e-12).sqrt())[0]
-        value = entropy(usage)
-        value.backward()
+        # Gradients are those of what the quantiser is given: the scaled features and codes.
+        z, codebook = (scale * inputs["z"]).requires_grad_(), quantizer.embedding.weight
+        term = UsageEntropy(1.0, distance=distance, sign="paper")
+        squared = quantizer.squared_distances(rearrange(z, "b c h w -> b (h w) c"))
+        value = term(squared)
+        at_z, at_codebook = torch.autograd.grad(value, (z, codebook))
         outputs |= {
-            f"usage_{distance}": usage,
+            f"usage_{distance}": code_usage(term.distances(squared))[0],
             f"entropy_{distance}": value,
-            f"grad_z_{distance}": z.grad,
-            f"grad_codebook_{distance}": codebook.grad,
+            f"grad_z_{distance}": at_z,
+            f"grad_codebook_{distance}": at_codebook,
         }
     return outputs
 
