@@ -115,7 +115,8 @@ def _run_stages(cfg: dict[str, Any]) -> dict[str, Any]:
     later = [staged for staged in stages[1:] if staged["test_dataloader"] and finished(staged) is None]
     tests = {staged["run_dir"]: build_test(staged) for staged in later}
     for index, (name, staged) in enumerate(zip(names, stages, strict=True)):
-        staged["load_from"] = _from_stage(staged["load_from"], cfg, names[:index])
+        goes_on = bool(cfg["resume"]) and (Path(staged["run_dir"]) / "checkpoints").is_dir()
+        staged["load_from"] = _from_stage(staged["load_from"], cfg, names[:index], goes_on=goes_on)
         results[name] = _run_once(staged, tests.pop(staged["run_dir"], None))
     last = dict(results[names[-1]])
     last["stages"] = {name: result["metrics"] for name, result in results.items()}
@@ -126,9 +127,10 @@ def _run_stages(cfg: dict[str, Any]) -> dict[str, Any]:
     return last
 
 
-def _from_stage(load_from: Any, cfg: dict[str, Any], earlier: list[str]) -> Any:
+def _from_stage(load_from: Any, cfg: dict[str, Any], earlier: list[str], *, goes_on: bool) -> Any:
+    """`load_from` with the files of earlier stages in place of their names."""
     if isinstance(load_from, list):
-        return [_from_stage(one, cfg, earlier) for one in load_from]
+        return [_from_stage(one, cfg, earlier, goes_on=goes_on) for one in load_from]
     if not isinstance(load_from, dict) or "stage" not in load_from:
         return load_from
     name = load_from["stage"]
@@ -136,7 +138,12 @@ def _from_stage(load_from: Any, cfg: dict[str, Any], earlier: list[str]) -> Any:
         raise ConfigError(f"load_from.stage '{name}' is no earlier stage ({', '.join(earlier) or 'there is none'})")
     folder = Path(cfg["run_dir"]) / f"stage_{earlier.index(name)}_{name}"
     options = {k: v for k, v in load_from.items() if k not in ("stage", "best")}
-    return {"path": str(find_checkpoint(folder, best=load_from.get("best", False))), **options}
+    try:
+        return {"path": str(find_checkpoint(folder, best=load_from.get("best", False))), **options}
+    except ConfigError:
+        if not goes_on:
+            raise
+        return {"path": str(folder / "checkpoints"), **options}  # gone since: the runner says what it does without it
 
 
 def _run_once(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> dict[str, Any]:

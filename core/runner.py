@@ -25,9 +25,10 @@ from core.checkpoint import CheckpointStore, CheckpointWriteError, load, load_st
 from core.data.loader import build_loader
 from core.data.seeds import preserved_random_state, seed_sample
 from core.detection import keep_boxes_exact, networks
-from core.errors import ConfigError
+from core.errors import ConfigError, VitrineError
 from core.hook_configs import hook_configs
 from core.hooks.checkpoint import CheckpointHook
+from core.initial_weights import Beginning, derives_data
 from core.optim import autocast
 from core.parallel import full_model_state, load_full_model_state, shard
 from core.randomness import random_state, set_random_state
@@ -58,6 +59,7 @@ class Runner(MMRunner):
         self._resumed_from: Path | None = None
         self._begun = False
         self.evaluated_step: int | None = None  # of the weights in the final evaluation; None: the last step
+        self._beginning: Beginning | None = None
         checkpoint = CheckpointHook(**cfg["checkpoint"])
         self.store = CheckpointStore(
             Path(cfg["run_dir"]) / "checkpoints",
@@ -204,7 +206,10 @@ class Runner(MMRunner):
         cfg = dict(dataloader)
         trainer = unwrap(self.model)
         if training and isinstance(trainer, Trainer):
-            cfg["dataset"] = trainer.training_data(build(cfg["dataset"], DATASETS))
+            original = build(cfg["dataset"], DATASETS)
+            cfg["dataset"] = trainer.training_data(original)
+            if self._beginning is not None and cfg["dataset"] is not original:
+                self._beginning.derived(cfg["dataset"])
         if self.runtime["debug"]:
             cfg["num_workers"] = 0
         return build_loader(cfg, seed=self.seed, training=training)
@@ -314,6 +319,7 @@ class Runner(MMRunner):
             "schedulers": self._scheduler_states(),
             "hooks": hooks,
             "random": states,
+            "beginning": self._beginning.state_dict() if self._beginning else None,
             "name": self.settings["name"],
             "seed": self.seed,
             "versions": versions(),
@@ -444,13 +450,31 @@ class Runner(MMRunner):
             self._random_state = None
 
     def _load_initial_weights(self, model: nn.Module) -> None:
+        """Gives the model the weights that the run begins with, or, where it goes on, those that it began with.
+
+        The checkpoint to go on from comes last (`load_or_resume`); what is derived from weights before, as training
+        data, is then derived from the same ones as in the first leg.
+
+        """
         from core.weights import load_weights
 
-        source = self.settings["load_from"]
-        if source is not None and not self.settings.get("resume_from"):
-            for one in source if isinstance(source, list | tuple) else [source]:
-                options = {"path": one} if isinstance(one, str) else dict(one)
+        source, resumed = self.settings["load_from"], self.settings.get("resume_from")
+        for one in source if isinstance(source, list | tuple) else [source] if source is not None else []:
+            options = {"path": one} if isinstance(one, str) else dict(one)
+            try:
                 self.logger.info(load_weights(model, **options))
+            except VitrineError as error:
+                if not resumed:
+                    raise
+                self.logger.warning(f"load_from: {error}\nThe run goes on all the same: its checkpoint has all weights")
+        if not derives_data(model):
+            return
+        self._beginning = Beginning(model, load(resumed) if resumed else None)
+        if taken := self._beginning.taken:
+            self.logger.warning(
+                f"{len(taken)} weights ({taken[0]}, ...) are no longer given by load_from and the model's files as the "
+                f"run began with them: those of {resumed} are taken"
+            )
 
     def _init_model_weights(self) -> None:
         """Nothing: `build_model` has done it, alike on every process, and DDP sees to it."""

@@ -81,7 +81,8 @@ class Trainer(BaseModel):
     def training_data(self, dataset: Any) -> Any:
         """What is trained on in place of a training data set: itself, or what a frozen part makes of it, kept on disk.
 
-        Called once, with the model on its device and in its precision, by every process.
+        Called once, with the model on its device and in its precision, by every process. It sees the weights that the
+        run began with; also in a run that goes on from a checkpoint, which is restored afterwards.
         """
         return dataset
 

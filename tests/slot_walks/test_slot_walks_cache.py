@@ -23,6 +23,7 @@ from core.errors import ConfigError, VitrineError
 from core.launch import run
 from slot_walks import DinoViT, FeatureCache, SlotEncoder, SlotTrainer, SlotWalker
 from slot_walks.data import CropTrain, Flowers, Square
+from tests.killing import assert_same_run, killed_in_phase
 
 ROOT = Path(__file__).parents[2]
 
@@ -251,6 +252,30 @@ def test_an_experiment_trains_from_the_cache_by_default_as_without(flowers, tmp_
     assert list((tmp_path / "features").glob("*/shard-*.json"))
     kept, live = logged(tmp_path / "kept"), logged(tmp_path / "live")
     assert len(kept) == 4 and kept == pytest.approx(live, rel=1e-5)
+
+
+@pytest.mark.parametrize("features", ["kept", "removed", "whole before"])
+@pytest.mark.parametrize("source", ["weights", "load_from"])
+def test_a_killed_run_goes_on_exactly(flowers, tmp_path, source, features) -> None:
+    def words(name: str) -> list[str]:
+        found = [*overrides(flowers, tmp_path, name), "train_dataloader.batch_size=3", "checkpoint.every_steps=1"]
+        if source == "load_from":
+            found = [word for word in found if not word.startswith("model.network.backbone.weights=")]
+            found.append(f"load_from={{path: {tmp_path / 'vit.pth'}, into: network.backbone}}")
+        return found
+
+    run(compose(words("undisturbed")))
+    names = {path.name for path in (tmp_path / "features").iterdir()}
+    if features != "whole before":
+        shutil.rmtree(tmp_path / "features")
+    with killed_in_phase(3):
+        run(compose(words("killed")))
+    if features == "removed":
+        shutil.rmtree(tmp_path / "features")
+    run(compose([*words("killed"), "resume=auto"]))
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
+    assert {path.name for path in (tmp_path / "features").iterdir()} == names
+    assert logged(tmp_path / "undisturbed") == logged(tmp_path / "killed")
 
 
 def test_two_processes_share_the_work_and_train_as_one(flowers, tmp_path) -> None:
