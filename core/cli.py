@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+from core.console import prose, wrapped
 from core.errors import ConfigError, VitrineError
 
 T = TypeVar("T")
@@ -144,7 +145,7 @@ def _convert(text: str, hint: Any, key: str) -> Any:
 
 
 def _help(options: type, doc: str) -> str:
-    lines = [doc.strip(), "", "Options (key=value):"]
+    lines = [prose(doc), "", "Options (key=value):"]
     hints = typing.get_type_hints(options)
     for f in dataclasses.fields(options):  # type: ignore[arg-type]
         if f.default is not dataclasses.MISSING:
@@ -155,5 +156,5 @@ def _help(options: type, doc: str) -> str:
             default = " (required)"
         kind = str(getattr(hints[f.name], "__name__", hints[f.name])).replace("typing.", "")
         about = f.metadata.get("help", "")
-        lines.append(f"  {f.name}: {kind}{default}" + (f"   {about}" if about else ""))
+        lines.append(wrapped(f"{f.name}: {kind}{default}" + (f"   {about}" if about else ""), None, "      ", "  "))
     return "\n".join(lines)

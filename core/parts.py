@@ -9,7 +9,6 @@ import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def import_part(paper: str, part: str) -> Any:
         problem = f"the package '{paper}' has no {part}.py"
     else:
         problem = f"there is no package '{paper}'"
-    having = sorted(packages_with(part))
+    having = packages_with(part)
     near = difflib.get_close_matches(paper, having, n=2, cutoff=0.5)
     hint = (
         f"; did you mean {' or '.join(near)}?" if near else f" (packages that have one: {', '.join(having) or 'none'})"
@@ -39,13 +38,15 @@ def import_part(paper: str, part: str) -> Any:
     raise ConfigError(problem + hint)
 
 
-def packages_with(part: str) -> Iterator[str]:
-    """Packages beside this one and in the working directory that have a module of that name."""
+def packages_with(part: str) -> list[str]:
+    """Packages beside this one and in the working directory that have a module of that name, sorted."""
+    found = set()
     for folder in {str(Path(__file__).resolve().parents[1]), os.getcwd()}:
         for module in pkgutil.iter_modules([folder]):
             place = Path(folder, module.name)
             if module.name != "core" and ((place / f"{part}.py").exists() or (place / part / "__init__.py").exists()):
-                yield module.name
+                found.add(module.name)
+    return sorted(found)
 
 
 def split_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:

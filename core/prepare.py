@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from core.cli import parse
+from core.console import wrapped
 from core.errors import ConfigError
 from core.parts import import_part, packages_with
 
@@ -131,14 +132,14 @@ def describe(paper: str | None) -> str:
     """A paper's tasks with their first line and arguments."""
     lines = []
     for name, function in sorted(tasks(paper).items()):
-        first = (inspect.getdoc(function) or "").split("\n", 1)[0]
-        lines.append(f"{name}   {first}")
+        lines.append(_headline(name, function))
         about = argument_texts(function)
         for argument, parameter in inspect.signature(function).parameters.items():
             default = "" if parameter.default is parameter.empty else f" = {parameter.default}"
             hint = parameter.annotation
             kind = hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
-            lines.append(f"    {argument}: {kind}{default}   {about.get(argument, '')}".rstrip())
+            text = f"{argument}: {kind}{default}   {about.get(argument, '')}"
+            lines.append(wrapped(text, None, "        ", "    "))
     return "\n".join(lines)
 
 
@@ -157,7 +158,7 @@ def main(argv: list[str], doc: str) -> None:
         parse(words, Options, doc=doc)
     options, _ = parse(own, Options, doc=doc, positional="task")
     if options.task == "list":
-        papers = sorted(packages_with("prepare")) if options.paper is None else []
+        papers = packages_with("prepare") if options.paper is None else []
         print(describe(options.paper))
         for paper in papers:
             print(f"\npaper={paper}\n{describe_own(paper)}")
@@ -180,4 +181,9 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 def describe_own(paper: str) -> str:
     """Names and first lines of a paper's own tasks."""
     own = tasks_of(import_part(paper, "prepare"))
-    return "\n".join(f"{name}   {(inspect.getdoc(f) or '').split(chr(10), 1)[0]}" for name, f in sorted(own.items()))
+    return "\n".join(_headline(name, function) for name, function in sorted(own.items()))
+
+
+def _headline(name: str, function: Callable[..., Any]) -> str:
+    """A task's name and the first line of what it says about itself."""
+    return wrapped(f"{name}   {(inspect.getdoc(function) or '').split(chr(10), 1)[0]}", None, "    ", "")

@@ -1,7 +1,7 @@
 """Tables as data, and their pictures: text, Markdown, CSV, JSON and PNG from one model.
 
 A cell that nobody knows stays empty; a figure that needs a remark carries it as a footnote mark in every format.
-Imports nothing heavy: rich and matplotlib are loaded by the format that needs them.
+Imports nothing heavy: matplotlib is loaded by the format that needs it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from core.console import WIDTH, terminal_width
 from core.errors import ConfigError
 
 FORMATS = ("text", "md", "csv", "json", "png")
@@ -143,7 +144,7 @@ def render(table: Table, format: str = "text", *, width: int | None = None) -> s
     Args:
         table: what to show.
         format: text, md, csv, json or png.
-        width: characters per line of the text format; None never wraps.
+        width: characters per line of the text format; None: `core.console.terminal_width`.
 
     Raises:
         ConfigError: unknown format.
@@ -160,7 +161,9 @@ def render_all(tables: Sequence[Table], format: str = "text", *, width: int | No
     if format == "json":
         data = [as_dict(table) for table in tables]
         return json.dumps(data[0] if len(data) == 1 else data, indent=2, ensure_ascii=False) + "\n"
-    parts = {"text": lambda t: _text(t, width), "md": _markdown, "csv": _csv}[format]
+    from core.render_text import text
+
+    parts = {"text": lambda t: text(t, width or terminal_width()), "md": _markdown, "csv": _csv}[format]
     if format == "csv" and len(tables) > 1:
         return "\n".join(f"# {table.title}\n{_csv(table)}" for table in tables)
     return "\n".join(parts(table) for table in tables)
@@ -183,7 +186,7 @@ def emit(
     tables = [tables] if isinstance(tables, Table) else list(tables)
     format = resolve_format(format, output)
     if output is not None:
-        data = render_all(tables, format)
+        data = render_all(tables, format, width=WIDTH)
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -195,7 +198,7 @@ def emit(
             raise ConfigError("format=png is a picture: add output=FILE.png")
         sys.stdout.buffer.write(render_all(tables, "png"))
         return
-    print(render_all(tables, format, width=_terminal_width()), end="")
+    print(render_all(tables, format), end="")
 
 
 def resolve_format(format: str | None, output: str | Path | None) -> str:
@@ -251,32 +254,6 @@ def _footnotes(table: Table) -> list[str]:
 def _headers(table: Table) -> list[str]:
     """Column titles with the group above, shown once per run of neighbours."""
     return [f"{c.title}\n{c.group}" if c.group else c.title for c in table.columns]
-
-
-def _text(table: Table, width: int | None) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, header in zip(table.columns, _headers(table), strict=True):
-        grid.add_column(Text(header), justify=column.align, overflow="fold")
-    section = ""
-    for row in table.rows:
-        if row.section != section:
-            section = row.section
-            grid.add_section()
-            grid.add_row(Text(section), *[""] * (len(table.columns) - 1))
-        grid.add_row(*(Text(table.shown(row, column)) for column in table.columns))
-    # Without a terminal nothing may wrap: the widest imaginable line is cheap, cut text is not.
-    target = io.StringIO()
-    console = Console(file=target, width=width or 10_000, color_system=None, force_terminal=False, highlight=False)
-    console.print(Text(table.title))  # by itself: a table's own title would wrap at the table's width
-    console.print(grid)
-    for line in _footnotes(table):
-        console.print(Text(line))
-    return "\n".join(line.rstrip() for line in target.getvalue().splitlines()) + "\n"
 
 
 def _markdown(table: Table) -> str:
@@ -444,12 +421,3 @@ def plot_differences(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
-
-
-def _terminal_width() -> int | None:
-    """Columns of the terminal, or None where the output is a file or a pipe."""
-    if not sys.stdout.isatty():
-        return None
-    import shutil
-
-    return shutil.get_terminal_size().columns

@@ -77,7 +77,7 @@ def list_tables(paths: Mapping[str, Path]) -> Table:
                     "table": name,
                     "about": spec.title,
                     "rows": len(spec.rows),
-                    "computed": ", ".join(c.label for c in spec.columns if c.needs == "none"),
+                    "computed": ", ".join(dict.fromkeys(c.label for c in spec.columns if c.needs == "none")),
                     "runs": "yes" if needs - {"none"} else "no",
                 }
             )

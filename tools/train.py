@@ -10,6 +10,7 @@ from omegaconf import DictConfig, open_dict
 
 from core.cli import stop
 from core.config import CONFIGS, experiments, explain_overrides
+from core.console import listing
 from core.errors import VitrineError
 
 _started = False
@@ -40,10 +41,7 @@ def _config_dir(argv: list[str]) -> str | None:
 
 
 def _list(argv: list[str]) -> None:
-    found = experiments(_config_dir(argv))
-    width = max(map(len, found), default=0)
-    for name, purpose in found.items():
-        print(f"{name:<{width}}  {purpose}")
+    print(listing(experiments(_config_dir(argv))))
 
 
 def _complete_experiment(argv: list[str]) -> bool:

@@ -42,7 +42,8 @@ def test_answers_within_two_seconds(flag):
 
 
 def test_list_prints_every_experiment_with_its_purpose(user):
-    done = call(str(ROOT / "tools/train.py"), "--list", "--config-dir", "configs", cwd=user)
+    wide = {**environment(), "COLUMNS": "300"}
+    done = call(str(ROOT / "tools/train.py"), "--list", "--config-dir", "configs", cwd=user, env=wide)
     lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
     assert lines["mine/tiny"] == "A tiny classifier of points."
     assert set(experiments()) < set(lines)
