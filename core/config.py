@@ -5,14 +5,17 @@ Imports Hydra only (no torch), so that ``--list`` and ``--help`` answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,6 +27,9 @@ from core.errors import ConfigError
 
 _OPEN = ("vars", "custom_hooks")  # mappings whose names the user chooses
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+#: What Hydra raises for overrides and config files that it cannot put together.
+CANNOT_COMPOSE = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def compose(overrides: Iterable[str], config_dir: str | Path | None = None) -> DictConfig:
@@ -37,20 +43,74 @@ def compose(overrides: Iterable[str], config_dir: str | Path | None = None) -> D
         ConfigError: an unknown experiment, group, option or key; names the nearest existing ones.
     """
     overrides = [str(o) for o in overrides]
-    cfg = _compose(overrides, config_dir, explain=True)
+    return with_overrides(_compose(spelled_out(overrides), config_dir, explain=True), overrides)
+
+
+# Lengths and intervals of `train_cfg` of which a run has one: giving one takes the place of the other.
+_EITHER_OR = (("max_epochs", "max_steps"), ("val_every_epochs", "val_every_steps"))
+_LENGTHS = tuple(key for pair in _EITHER_OR for key in pair)
+
+
+def spelled_out(overrides: Iterable[str]) -> list[str]:
+    """The overrides with ``train_cfg={max_steps: 10}`` and ``train_cfg.max_steps=10`` as ``++train_cfg.max_steps=10``.
+
+    A run's length and its evaluations can be given in epochs or in steps whichever the experiment's file has: Hydra
+    alone takes no key that the file lacks. `with_overrides` then takes the other one away.
+    """
+    written: list[str] = []
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        given: Any = None
+        if name == "train_cfg" and value.startswith("{"):
+            with contextlib.suppress(HydraException):
+                given = OverridesParser.create().parse_override(text).value()
+        if isinstance(given, dict) and given and all(k in _LENGTHS and isinstance(v, int) for k, v in given.items()):
+            written += [f"++train_cfg.{key}={number}" for key, number in given.items()]
+        elif equals and name in [f"train_cfg.{key}" for key in _LENGTHS]:
+            written.append(f"++{text}")
+        else:
+            written.append(text)
+    return written
+
+
+def with_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
+    """A composed config that knows what was given on the command line.
+
+    ``train_cfg.max_steps=10`` takes the place of the experiment's ``max_epochs``, as if ``train_cfg.max_epochs=null``
+    stood beside it, and so do the other lengths and intervals that exclude each other.
+    """
+    given = [str(override) for override in overrides]
+    asked: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(given):
+        if override.is_delete():
+            continue
+        if override.key_or_group == "train_cfg" and isinstance(value := override.value(), dict):
+            asked.update(str(key) for key, inner in value.items() if inner is not None)
+        elif override.key_or_group.startswith("train_cfg.") and override.value() is not None:
+            asked.add(override.key_or_group.removeprefix("train_cfg."))
     with open_dict(cfg):
-        cfg.overrides = overrides
+        cfg.overrides = given
+        if isinstance(cfg.train_cfg, DictConfig):
+            for key in displaced(cfg.train_cfg, asked):
+                cfg.train_cfg[key] = None
     return cfg
 
 
+def displaced(train_cfg: Any, asked: Iterable[str]) -> list[str]:
+    """Keys of `train_cfg` that give way to the one that excludes them, which was asked for while they were not."""
+    asked = set(asked)
+    pairs = [pair for one in _EITHER_OR for pair in (one, one[::-1])]
+    return [other for key, other in pairs if key in asked and other not in asked and train_cfg.get(other)]
+
+
 def _compose(overrides: list[str], config_dir: str | Path | None, *, explain: bool) -> DictConfig:
-    extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    extra = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in _roots(config_dir)[1:]]
     outer = GlobalHydra.instance().hydra if GlobalHydra.instance().is_initialized() else None
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra_compose("train", overrides=[*extra, *overrides])
-    except (HydraException, OmegaConfBaseException) as error:
+    except CANNOT_COMPOSE as error:
         hint = explain_overrides(overrides, config_dir) if explain else None
         raise ConfigError(hint or str(error).strip()) from None
     finally:
@@ -62,8 +122,8 @@ def _compose(overrides: list[str], config_dir: str | Path | None, *, explain: bo
 def experiments(config_dir: str | Path | None = None) -> dict[str, str]:
     """Every experiment's name and its purpose: the first comment line of its file."""
     found: dict[str, str] = {}
-    for root in filter(None, (CONFIGS, config_dir)):
-        folder = Path(root) / "experiment"
+    for root in _roots(config_dir):
+        folder = root / "experiment"
         for path in sorted(folder.rglob("*.yaml")):
             found[path.relative_to(folder).with_suffix("").as_posix()] = _purpose(path)
     return found
@@ -84,6 +144,8 @@ def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = 
     parser = OverridesParser.create()
     groups, keys = [], []
     for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            return _bare_word(text, config_dir)
         try:
             override = parser.parse_override(text)
         except HydraException as error:
@@ -108,23 +170,68 @@ def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = 
     hooks = [o.value() for _, o in keys if o.key_or_group == "custom_hooks"] or [plain["custom_hooks"]]
     removed = {override.key_or_group for _, override in keys if override.is_delete()}
     for text, override in keys:
-        parent, _, name = override.key_or_group.rpartition(".")
+        key = override.key_or_group
+        parent, _, name = key.rpartition(".")
         if parent == "custom_hooks" and isinstance(hooks[-1], list) and not name.isdigit():
             return (
                 f"{text}: custom_hooks is a list here, which has no names: write it in the experiment as a mapping, "
                 "NAME: {type: ...}, or give the whole list anew"
             )
-        if override.key_or_group not in removed and (mismatch := _mismatch(plain, text, override)):
+        if key not in removed and (mismatch := _mismatch(plain, text, override)):
             return mismatch
         if override.is_add() or override.is_force_add():
             continue
-        if override.key_or_group not in known:
-            if override.is_delete() and not OmegaConf.is_missing(base, override.key_or_group):
-                continue
-            added = f" ('+{text}' adds one of that name)" if parent in _OPEN and not override.is_delete() else ""
-            close = _closest(override.key_or_group, known)
-            return f"{text}: the config has no key '{override.key_or_group}'{added}; {close}"
+        if override.is_delete() and key not in known and not OmegaConf.is_missing(base, key):
+            continue
+        for inner in [key, *(f"{key}.{inner}" for inner in _inner_keys(override.value()))]:
+            if inner not in known and (key in known or inner == key):
+                added = f" ('+{text}' adds one of that name)" if parent in _OPEN and not override.is_delete() else ""
+                return f"{text}: the config has no key '{inner}'{added}; {_closest(inner, known)}"
     return None
+
+
+def _inner_keys(value: Any, path: str = "") -> Iterator[str]:
+    """Dotted names of the keys of an override's value, the inner ones too."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield f"{path}{key}"
+        yield from _inner_keys(inner, f"{path}{key}.")
+
+
+def _bare_word(word: str, config_dir: str | Path | None) -> str:
+    names = list(experiments(config_dir))
+    close = [word] if word in names else difflib.get_close_matches(word, names, n=2, cutoff=0.6)
+    if close:
+        return f"'{word}' is not KEY=VALUE; did you mean {' or '.join(f'experiment={name}' for name in close)}?"
+    return f"'{word}' is not KEY=VALUE, as in experiment=stvit/digits seed=1"
+
+
+def command_line(argv: list[str], config_dir: str | Path | None = None) -> tuple[list[str], list[str]]:
+    """Flags and overrides of a command line; Hydra wants all overrides in one place, behind the flags.
+
+    Raises:
+        ConfigError: a flag that does not exist, or one that is meant as a key (``--seed=1``, ``--seed 1``).
+    """
+    parser = get_args_parser()
+    flags = set(parser._option_string_actions)
+    for index, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag in flags:
+            continue
+        name = flag.lstrip("-").replace("-", "_")
+        if name.partition(".")[0] in {*_compose([], None, explain=False), *_groups(config_dir)}:
+            value = value if equals else next(iter(argv[index + 1 :]), "...")
+            raise ConfigError(f"{flag}: keys are given without dashes: {name}={value}")
+    known, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        raise ConfigError(f"there is no flag {unknown[0]}; --help names the flags, keys are given as KEY=VALUE")
+    before, overrides = list(argv), [*known.overrides, *rest]
+    for word in overrides:
+        before.remove(word)
+    overrides = spelled_out(overrides)
+    if known.cfg == "job" and any(word.startswith("++train_cfg.") for word in overrides):
+        lengths = compose(overrides, config_dir).train_cfg  # what Hydra prints is what would run
+        overrides += [f"++train_cfg.{key}=null" for key in _LENGTHS if key in lengths and lengths[key] is None]
+    return before, overrides
 
 
 def _mismatch(base: dict[str, Any], text: str, override: Override) -> str | None:
@@ -142,15 +249,21 @@ def _mismatch(base: dict[str, Any], text: str, override: Override) -> str | None
     )
 
 
+def _roots(config_dir: str | Path | None) -> list[Path]:
+    """The project's configs, and a user's folder of configs."""
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError(f"there is no folder of configs '{config_dir}'")
+    return [Path(root) for root in (CONFIGS, config_dir) if root]
+
+
 def _groups(config_dir: str | Path | None) -> set[str]:
-    roots = [Path(r) for r in (CONFIGS, config_dir) if r]
-    return {p.name for root in roots for p in root.iterdir() if p.is_dir()}
+    return {p.name for root in _roots(config_dir) for p in root.iterdir() if p.is_dir()}
 
 
 def _options(group: str, config_dir: str | Path | None) -> list[str]:
     options: list[str] = []
-    for root in filter(None, (CONFIGS, config_dir)):
-        folder = Path(root) / group
+    for root in _roots(config_dir):
+        folder = root / group
         options += [p.relative_to(folder).with_suffix("").as_posix() for p in sorted(folder.rglob("*.yaml"))]
     return options
 

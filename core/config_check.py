@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from core.config import CONFIGS, experiments, merge
+from core.config import CONFIGS, displaced, experiments, merge
 from core.errors import ConfigError
 from core.hook_configs import hook_configs
+from core.objective import check_objective
 
 _NOT_BUILT = ("stages", "components", "vars")  # keys in which a `type` names nothing that is built
 
@@ -20,11 +21,12 @@ def checked(cfg: dict[str, Any]) -> dict[str, Any]:
     import difflib
 
     look_in_working_directory()
+    cfg = {**_root_defaults(), **cfg}
     if not cfg.get("model"):
         raise ConfigError(f"choose an experiment: experiment=... ({some_experiments()})")
     if not cfg["name"]:
         raise ConfigError("the experiment sets no `name` (its id, e.g. stvit/digits)")
-    known = _root_keys()
+    known = {*_root_defaults(), "runtime", "visualizer", "log_every", "resume_from", "stage_of"}
     for key in cfg:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2)
@@ -37,6 +39,7 @@ def checked(cfg: dict[str, Any]) -> dict[str, Any]:
     _check_selection(cfg)
     from core.registry import check
 
+    check_objective(stage_config(cfg, cfg["stages"][-1]) if cfg["stages"] else cfg)
     check({k: v for k, v in cfg.items() if k not in _NOT_BUILT})
     for index, stage in enumerate(cfg["stages"]):
         staged = stage_config(cfg, stage)
@@ -48,12 +51,17 @@ def checked(cfg: dict[str, Any]) -> dict[str, Any]:
 
 def stage_config(cfg: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
     """The config of one stage: the experiment's, with the stage's keys laid over it."""
-    return merge({**cfg, "stages": []}, {k: v for k, v in stage.items() if k != "name"})
+    staged = merge({**cfg, "stages": []}, {k: v for k, v in stage.items() if k != "name"})
+    if isinstance(staged["train_cfg"], dict):
+        asked = [key for key, value in (stage.get("train_cfg") or {}).items() if value is not None]
+        staged["train_cfg"] = {**staged["train_cfg"], **dict.fromkeys(displaced(staged["train_cfg"], asked))}
+    return staged
 
 
-def _root_keys() -> set[str]:
+def _root_defaults() -> dict[str, Any]:
+    """The keys of configs/train.yaml, which a config may lack: an override removed one, or an older run has none."""
     root = yaml.safe_load((CONFIGS / "train.yaml").read_text())
-    return (set(root) - {"defaults", "hydra"}) | {"runtime", "visualizer", "log_every", "resume_from", "stage_of"}
+    return {key: value for key, value in root.items() if key not in ("defaults", "hydra")}
 
 
 def _check_components(cfg: dict[str, Any]) -> None:

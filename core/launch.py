@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from core.config import CONFIGS, to_dict
 from core.config_check import checked, look_in_working_directory, some_experiments, stage_config
 from core.errors import ConfigError
+from core.objective import objective
 from core.results import fingerprint
 from core.run_folder import (
     checkpoint_to_resume,
@@ -39,15 +40,20 @@ def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
         The content of ``result.json`` (of the last stage).
 
     Raises:
-        ConfigError: anything in the config that cannot be meant; nothing has been built then.
+        ConfigError: anything in the config that cannot be meant; nothing has been built then. Only an `objective` that
+            the run's metrics turn out not to have is found at the end, when ``result.json`` is written.
         core.signals.Interrupted: a signal asked to stop; the state is saved.
     """
     plain = checked(to_dict(cfg))
     set_up_process(plain["runtime"])
     plain["run_dir"] = str(choose_run_dir(plain))
-    if not plain["stages"]:
-        return _run_once(plain)
-    return _run_stages(plain)
+    result = _run_stages(plain) if plain["stages"] else _run_once(plain)
+    figure = objective(plain, result)
+    if result.get("objective") != figure:
+        result = {**result, "objective": figure}
+        if rank() == 0:
+            write_json(Path(plain["run_dir"]) / "result.json", result)
+    return result
 
 
 def build_trainer(cfg: DictConfig | dict[str, Any], device: str = "cpu") -> Any:
@@ -212,6 +218,7 @@ def _result(runner: Any, cfg: dict[str, Any], seconds: float) -> dict[str, Any]:
         "status": "finished",
         "metrics": metrics,
         "val_metrics": figures.get("val", {}),
+        "objective": None,  # read from the metrics when they are written: an unknown name loses no result
         "steps": runner.train_loop.iter if trained else 0,
         "epochs": runner.train_loop.epoch if trained else 0,
         "skipped_samples": runner.train_loop.skipped_samples if trained else 0,

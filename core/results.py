@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
+from core.sweep import contained
 
 Compose = Callable[[list[str]], Any]
 Runner = Callable[[Any], dict[str, Any]]
@@ -44,6 +45,8 @@ def first_process() -> bool:
 def launcher(run: Runner, *, resume: bool = True) -> Runner:
     """A runner for tools: goes on from an interrupted run of the same config, and keeps standard output clean.
 
+    Whatever fails in a run is raised as one of the project's errors, so that the runs to come are not lost with it.
+
     Args:
         run: `core.launch.run`.
         resume: False starts anew whatever there is.
@@ -56,7 +59,7 @@ def launcher(run: Runner, *, resume: bool = True) -> Runner:
         with open_dict(cfg):
             cfg.resume = "auto" if resume else False
         with to_stderr():
-            return run(cfg)
+            return contained(run, cfg)
 
     return call
 
@@ -73,6 +76,7 @@ _BOOKKEEPING = (
     "vars",
     "paper",
     "log_every",
+    "objective",
     "visualizer",
     "hydra",
 )

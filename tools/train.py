@@ -4,31 +4,50 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
+from core import sweep
+from core.cli import run as run_tool
 from core.cli import stop
-from core.config import CONFIGS, experiments, explain_overrides
+from core.config import (
+    CANNOT_COMPOSE,
+    CONFIGS,
+    command_line,
+    experiments,
+    explain_overrides,
+    with_overrides,
+)
 from core.console import listing
-from core.errors import VitrineError
+from core.errors import ConfigError, VitrineError
 
-_started = False
+_WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
-def train(cfg: DictConfig) -> float | None:
-    """One job: a single run, or one of a multirun."""
-    global _started
-    _started = True
-    with open_dict(cfg):
-        cfg.overrides = list(hydra.core.hydra_config.HydraConfig.get().overrides.task)
+def train(cfg: DictConfig) -> Any:
+    """One job: a single run, or one of a multirun; returns the run's objective."""
     from core.launch import run
+    from core.signals import Interrupted
 
+    several = sweep.in_multirun()
     try:
-        return run(cfg).get("objective")
-    except VitrineError as error:
+        cfg = with_overrides(cfg, hydra.core.hydra_config.HydraConfig.get().overrides.task)
+        return sweep.run_job(cfg, run) if several else run(cfg)["objective"]
+    except Interrupted as error:
         stop(error)
+    except VitrineError as error:
+        if several:
+            raise
+        stop(error)
+    except Exception:
+        if several or _WANTS_TRACEBACK:
+            raise
+        traceback.print_exc()  # from here on: Hydra's own frames say nothing
+        raise SystemExit(1) from None
 
 
 def _config_dir(argv: list[str]) -> str | None:
@@ -53,24 +72,32 @@ def _complete_experiment(argv: list[str]) -> bool:
     return True
 
 
-def main() -> None:
-    """Hydra's command line, with ``--list`` and the nearest existing names behind Hydra's error messages."""
-    argv = sys.argv[1:]
+def main(argv: list[str]) -> None:
+    """Hydra's command line, with ``--list``, and one message where something is wrong with it."""
     if "--list" in argv:
         _list(argv)
         return
     if _complete_experiment(argv):
         return
+    flags, overrides = command_line(argv, _config_dir(argv))
+    sys.argv[1:] = [*flags, *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them beside ours
     try:
         train()
-    except SystemExit as stop:
-        if stop.code and not _started:
-            overrides = [word for word in argv if word.startswith("~") or ("=" in word and not word.startswith("-"))]
-            hint = explain_overrides(overrides, _config_dir(argv))
-            if hint:
-                print(f"error: {hint}", file=sys.stderr)
+    except VitrineError as error:  # of a job, by way of a sweeper or launcher with rules of its own
+        raise VitrineError(sweep.report() or str(error)) from None
+    except (*CANNOT_COMPOSE, ValueError) as error:  # Hydra's and its plugins' own
+        if _WANTS_TRACEBACK:
+            raise
+        said = explain_overrides(overrides, _config_dir(argv)) or str(error).strip()
+        raise ConfigError("\n".join(filter(None, (said, sweep.report())))) from None
+    except BaseException:
+        if (failed := sweep.report()) is not None:
+            print(failed, file=sys.stderr)
         raise
+    if (failed := sweep.report()) is not None:
+        raise VitrineError(failed)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -1,16 +1,17 @@
 """The command line: quick answers, Hydra's own features, and errors that name the nearest existing thing."""
 
+import itertools
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 import pytest
 from tiny_experiment import ROOT, environment
 
 from core.cli import parse
-from core.config import compose, experiments, merge
+from core.config import command_line, compose, experiments, merge, to_dict
+from core.config_check import stage_config
 from core.errors import ConfigError
 
 TOOLS = ("train", "test", "infer", "table", "ablate", "profile", "convert", "prepare_data")
@@ -33,12 +34,12 @@ def test_help_teaches_by_example_without_heavy_imports(tool):
 
 @pytest.mark.parametrize("flag", ["--help", "--list"])
 def test_answers_within_two_seconds(flag):
-    seconds = []
+    # Time of the processor: that of the clock is the neighbours' on a busy machine.
+    spent = [sum(os.times()[2:4])]
     for _ in range(3):
-        started = time.perf_counter()
         assert call("tools/train.py", flag).returncode == 0
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 2, seconds
+        spent.append(sum(os.times()[2:4]))
+    assert min(after - before for before, after in itertools.pairwise(spent)) < 2, spent
 
 
 def test_list_prints_every_experiment_with_its_purpose(user):
@@ -89,6 +90,7 @@ def test_completion_knows_groups_and_experiments():
         ),
         (["experiment=mine/tiny", "~train_cfg", "+train_cfg=[1]", "sed=1"], "did you mean seed"),
         ([], "choose an experiment"),
+        (["--experiment=mine/tiny"], "error: --experiment: keys are given without dashes: experiment=mine/tiny"),
     ],
 )
 def test_typos_end_at_once_with_the_nearest_names(user, words, message):
@@ -96,8 +98,84 @@ def test_typos_end_at_once_with_the_nearest_names(user, words, message):
     done = call(str(ROOT / "tools/train.py"), "--config-dir", "configs", *words, cwd=user)
     assert done.returncode != 0
     assert message in done.stderr, done.stderr[-1500:]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "HYDRA_FULL_ERROR" not in done.stderr
+    assert done.stderr.count("error") == 1 and len(done.stderr.splitlines()) == 1, (
+        "Hydra's words do not come beside ours"
+    )
     assert sorted((user / "runs").rglob("*")) == before, "nothing has been built or written"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--experiment", "mine/tiny"], "--experiment: keys are given without dashes: experiment=mine/tiny"),
+        (["experiment=mine/tiny", "--seed", "3"], "--seed: keys are given without dashes: seed=3"),
+        (["--model.network.width=3"], "keys are given without dashes: model.network.width=3"),
+        (["--fast"], "there is no flag --fast"),
+    ],
+)
+def test_flags_that_are_meant_as_keys(words, message):
+    with pytest.raises(ConfigError, match=message):
+        command_line(words)
+
+
+def test_overrides_behind_a_flag_go_to_the_others():
+    words = ["experiment=a", "--config-dir", "b=c", "seed=1", "-m", "seed=2"]
+    assert command_line(words) == (["--config-dir", "b=c", "-m"], ["experiment=a", "seed=1", "seed=2"])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("mine/tiny", "did you mean experiment=mine/tiny"),
+        ("stvit/digit", "did you mean experiment=stvit/digits"),
+        ("fast", "'fast' is not KEY=VALUE"),
+        ("model.network={widht: 3}", "no key 'model.network.widht'; did you mean model.network.width"),
+        ("model={network: {depth: 1, widht: 3}}", "no key 'model.network.widht'"),
+    ],
+)
+def test_words_that_hydra_cannot_use_are_answered(user, word, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(["experiment=mine/tiny", word], config_dir=user / "configs")
+
+
+def test_a_folder_of_configs_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match="no folder of configs 'nowhere'"):
+        compose(["seed=1"], config_dir="nowhere")
+
+
+def test_a_config_file_that_is_not_yaml_is_named_with_its_line(user, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "bad.yaml").write_text("# @package _global_\nname: a\nmodel: {type: [}\n")
+    with pytest.raises(ConfigError, match=r"(?s)bad\.yaml.*line 3"):
+        compose(["experiment=bad"], config_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["train_cfg={max_steps: 10}"], {"max_epochs": None, "max_steps": 10, "val_every_epochs": 1}),
+        (["train_cfg.max_steps=10"], {"max_epochs": None, "max_steps": 10}),
+        (["train_cfg.val_every_steps=4"], {"max_epochs": 3, "val_every_epochs": None, "val_every_steps": 4}),
+        (["train_cfg.max_epochs=null", "+train_cfg.max_steps=10"], {"max_epochs": None, "max_steps": 10}),
+        (["train_cfg={max_epochs: 7}"], {"max_epochs": 7, "val_every_epochs": 1}),
+        (["train_cfg={max_epochs: 7, max_steps: 9}"], {"max_epochs": 7, "max_steps": 9}),
+    ],
+)
+def test_a_length_in_steps_takes_the_place_of_one_in_epochs(user, overrides, wanted):
+    cfg = compose(["experiment=mine/tiny", *overrides], config_dir=user / "configs")
+    assert {key: cfg.train_cfg.get(key) for key in wanted} == wanted
+    assert compose([*cfg.overrides], config_dir=user / "configs") == cfg
+    _, shown = command_line(["experiment=mine/tiny", "--cfg", "job", *overrides], user / "configs")
+    assert compose(shown, config_dir=user / "configs").train_cfg == cfg.train_cfg
+
+
+def test_a_stages_length_takes_the_place_of_the_experiments(user):
+    stages = "stages=[{name: a, train_cfg: {max_steps: 10}}, {name: b}]"
+    cfg = to_dict(compose(["experiment=mine/tiny", stages], config_dir=user / "configs"))
+    first, second = (stage_config(cfg, stage)["train_cfg"] for stage in cfg["stages"])
+    assert first["max_epochs"] is None and first["max_steps"] == 10
+    assert second["max_epochs"] == 3 and "max_steps" not in second
 
 
 def test_compose_is_what_the_command_line_gives(user):
