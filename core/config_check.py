@@ -41,6 +41,7 @@ def checked(cfg: dict[str, Any]) -> dict[str, Any]:
 
     check_objective(stage_config(cfg, cfg["stages"][-1]) if cfg["stages"] else cfg)
     check({k: v for k, v in cfg.items() if k not in _NOT_BUILT})
+    check({"type": "core.MediaHook", **(cfg["media"] or {})}, "media")
     for index, stage in enumerate(cfg["stages"]):
         staged = stage_config(cfg, stage)
         hook_configs(staged["custom_hooks"])

@@ -74,6 +74,7 @@ _BOOKKEEPING = (
     "overrides",
     "components",
     "vars",
+    "media",
     "paper",
     "log_every",
     "objective",

@@ -28,6 +28,7 @@ from core.detection import keep_boxes_exact, networks
 from core.errors import ConfigError, VitrineError
 from core.hook_configs import hook_configs
 from core.hooks.checkpoint import CheckpointHook
+from core.hooks.media import MediaHook
 from core.initial_weights import Beginning, derives_data
 from core.optim import autocast
 from core.parallel import full_model_state, load_full_model_state, shard
@@ -72,6 +73,9 @@ class Runner(MMRunner):
         hooks: list[Any] = hook_configs(cfg["custom_hooks"])
         if cfg["ema"] is not None:
             hooks.append({"type": "core.EMAHook", **cfg["ema"]})
+        added = [build(hook) for hook in hooks]
+        if cfg["media"] is not None and not any(isinstance(hook, MediaHook) for hook in added):
+            added.append(MediaHook(**cfg["media"]))
         super().__init__(
             model=cfg["model"],
             work_dir=str(cfg["run_dir"]),
@@ -93,7 +97,7 @@ class Runner(MMRunner):
                 "param_scheduler": {"type": "ParamSchedulerHook"},
                 "checkpoint": checkpoint,
             },
-            custom_hooks=[build(hook) for hook in hooks],
+            custom_hooks=added,
             launcher="pytorch" if dist.is_initialized() else "none",
             env_cfg={"cudnn_benchmark": runtime["cudnn_benchmark"]},
             visualizer=cfg["visualizer"],
