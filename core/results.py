@@ -84,7 +84,7 @@ _BOOKKEEPING = (
 # Keys of `runtime` that change numbers; the others choose a device, a compiler, a wrapper.
 _RUNTIME = ("precision", "debug")
 # Keys of `checkpoint` that only say when and how many are kept.
-_CHECKPOINT = ("every_steps", "keep_last", "keep_best")
+_CHECKPOINT = ("every_steps", "every_epochs", "keep_last", "keep_best")
 # Keys, at any depth, that belong to the machine.
 _MACHINE = frozenset(
     {"root", "data_root", "cache_dir", "num_workers", "pin_memory", "prefetch_factor", "persistent_workers"}

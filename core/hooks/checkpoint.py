@@ -12,16 +12,20 @@ from core.registry import HOOKS
 
 @HOOKS.register_module()
 class CheckpointHook(Hook):
-    """Saves the whole state every `every_steps` steps, or at every end of an epoch, and always at the end.
+    """Saves the whole state every `every_steps` steps, or at the end of every n-th epoch, and always at the end.
 
     With a `metric`, every evaluated state is saved too, since it may be the best.
 
     Args:
-        every_steps: None: at ends of epochs.
+        every_steps: steps from one checkpoint to the next; None: at ends of epochs.
+        every_epochs: epochs from one checkpoint to the next; None: every epoch, unless `every_steps` is given.
         keep_last: how many of the newest checkpoints stay.
         keep_best: how many of the best stay.
         metric: name of the evaluation metric that "best" means; None: no best.
         direction: "higher" or "lower" is better.
+
+    Raises:
+        ConfigError: both `every_steps` and `every_epochs`, or one that is not a whole number from 1 on.
     """
 
     priority = "LOWEST"
@@ -29,12 +33,22 @@ class CheckpointHook(Hook):
     def __init__(
         self,
         every_steps: int | None = None,
+        every_epochs: int | None = None,
         keep_last: int = 2,
         keep_best: int = 1,
         metric: str | None = None,
         direction: str = "higher",
     ) -> None:
+        if every_steps is not None and every_epochs is not None:
+            raise ConfigError(
+                f"checkpoint: give every_steps or every_epochs, not both (they are {every_steps} and {every_epochs}; "
+                "null leaves one out)"
+            )
+        for key, every in (("every_steps", every_steps), ("every_epochs", every_epochs)):
+            if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+                raise ConfigError(f"checkpoint.{key}={every}: a whole number from 1 on, or null")
         self.every_steps = every_steps
+        self.every_epochs = None if every_steps is not None else every_epochs or 1
         self.keep_last, self.keep_best = keep_last, keep_best
         self.metric, self.direction = metric, direction
         self._saved_at = self._evaluated_at = -1
@@ -60,7 +74,8 @@ class CheckpointHook(Hook):
 
     def after_epoch_state(self, runner: Any) -> None:
         """The engine's own hook point: the epoch is counted and evaluated."""
-        if self.every_steps is None or self._evaluated_at == runner.iter:
+        due = self.every_epochs is not None and runner.epoch % self.every_epochs == 0
+        if due or self._evaluated_at == runner.iter:
             self._save(runner)
 
     def after_train(self, runner: Any) -> None:

@@ -18,15 +18,18 @@ def user(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(user, tmp_path, monkeypatch):
-    """Runs the tiny experiment with overrides, in a folder of the test's own; returns its result."""
+def tiny_config(user, tmp_path, monkeypatch):
+    """Composes the tiny experiment with overrides, in a folder of the test's own."""
     from core.config import compose
-    from core.launch import run
 
     monkeypatch.syspath_prepend(str(user))
     monkeypatch.chdir(tmp_path)
+    return lambda *overrides: compose(["experiment=mine/tiny", "runtime=cpu", *overrides], config_dir=user / "configs")
 
-    def call(*overrides):
-        return run(compose(["experiment=mine/tiny", "runtime=cpu", *overrides], config_dir=user / "configs"))
 
-    return call
+@pytest.fixture
+def tiny(tiny_config):
+    """Runs the tiny experiment with overrides, in a folder of the test's own; returns its result."""
+    from core.launch import run
+
+    return lambda *overrides: run(tiny_config(*overrides))
