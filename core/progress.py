@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,7 +38,9 @@ class Progress:
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._plain: dict[str, list[float]] = {}
+        self._outer: tuple[Any, Any] = (sys.stdout, sys.stderr)
         self._streams: list[tuple[logging.StreamHandler, Any]] = []
+        self._relay: _Relay | None = None
 
     def begin(self, name: str, total: int | None, done: int = 0) -> None:
         """Starts a piece of work; one of the same name is replaced."""
@@ -97,46 +101,94 @@ class Progress:
         self._plain.clear()
 
     def _start(self) -> None:
-        from rich import progress as rich
+        from rich.progress import Progress as Bars
 
-        self._bars = rich.Progress(
-            rich.TextColumn("{task.description}"),
-            rich.BarColumn(),
-            rich.MofNCompleteColumn(),
-            _rate_column(),
-            rich.TextColumn("left"),
-            rich.TimeRemainingColumn(compact=True),
-            rich.TextColumn("{task.fields[note]}"),
-            transient=True,
-            refresh_per_second=4,
-        )
-        outer = (sys.stdout, sys.stderr)
+        global _shown
+        self._outer = (sys.stdout, sys.stderr)
+        errors_too = sys.stderr.isatty()  # a file that takes the errors goes on doing so
+        self._bars = Bars(*_columns(), transient=True, refresh_per_second=4, redirect_stderr=errors_too)
         self._bars.start()
         atexit.register(self.close)  # an error on the way out must not leave the terminal without its cursor
         # Console handlers hold the stream that was there before: lines through it would tear the bars.
-        for handler in self._console_handlers():
-            if handler.stream in outer:
+        for handler in console_handlers(self.logger):
+            if handler.stream in self._outer:
                 self._streams.append((handler, handler.stream))
-                handler.setStream(sys.stdout if handler.stream is outer[0] else sys.stderr)
+                handler.setStream(sys.stdout if handler.stream is self._outer[0] else sys.stderr)
+        self._relay = _Relay()
+        _shown = self
 
     def _stop(self) -> None:
+        global _shown
+        _shown = None
         for handler, stream in self._streams:
             handler.setStream(stream)
         self._streams.clear()
+        self._relay.close()
         self._bars.stop()
         self._bars = None
         atexit.unregister(self.close)
 
-    def _console_handlers(self) -> list[logging.StreamHandler]:
-        handlers = self.logger.handlers if self.logger is not None else []
-        return [h for h in handlers if isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)]
+    def _leave(self) -> None:
+        """In a forked child: the bars are the parent's, and a lock of theirs may be held by a thread that is not here.
+
+        What the child writes goes to the parent, which prints it above the bars.
+        """
+        sys.stdout, sys.stderr = self._outer
+        for handler, stream in self._streams:
+            handler.stream = stream  # setStream would flush through the bars
+        self._streams.clear()
+        self._bars, self._tasks, self.live = None, {}, False
+        atexit.unregister(self.close)
+        self._relay.enter()
 
 
-def _rate_column() -> Any:
-    from rich.progress import ProgressColumn
+_shown: Progress | None = None  # whose bars are on the terminal
+
+
+def _after_fork() -> None:
+    global _shown
+    shown, _shown = _shown, None
+    if shown is not None:
+        shown._leave()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Relay:
+    """A pipe through which forked children (a loader's workers) write to the terminal: this process prints lines."""
+
+    def __init__(self) -> None:
+        self._reading, self._writing = os.pipe()
+        self._thread = threading.Thread(target=self._print, args=(self._reading,), name="relay", daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _print(reading: int) -> None:
+        with open(reading, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                sys.stderr.write(line)
+
+    def enter(self) -> None:
+        """In a child: its standard output and error, warnings of C libraries included, go through the pipe."""
+        os.close(self._reading)  # else nobody tells a child that its parent is gone
+        for number in (1, 2):
+            os.dup2(self._writing, number)
+
+    def close(self) -> None:
+        """No further child enters; those that are there still write."""
+        os.close(self._writing)
+        self._thread.join(0.1)  # ends by itself where there are none
+
+
+def _columns() -> list[Any]:
+    """Name, bar, steps, rate, time left, note; where the line is too short, note, bar and name give way."""
+    from rich import progress as rich
+    from rich.table import Column
     from rich.text import Text
 
-    class Rate(ProgressColumn):
+    class Rate(rich.ProgressColumn):
         """Steps per second, or seconds per step when they are long."""
 
         def render(self, task: Any) -> Text:
@@ -145,4 +197,34 @@ def _rate_column() -> Any:
                 return Text("--/s")
             return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
-    return Rate()
+    class Left(rich.TimeRemainingColumn):
+        """The time left, with the word."""
+
+        def render(self, task: Any) -> Text:
+            return Text.assemble("left ", super().render(task))
+
+    class Words(rich.ProgressColumn):
+        """A text that is cut where there is no room for it; the other texts are not."""
+
+        def __init__(self, of: Callable[[Any], str]) -> None:
+            super().__init__(table_column=Column(no_wrap=False))
+            self.of = of
+
+        def render(self, task: Any) -> Text:
+            return Text(self.of(task), no_wrap=True, overflow="ellipsis")
+
+    return [
+        Words(lambda task: task.description),
+        rich.BarColumn(bar_width=None, table_column=Column(no_wrap=False, max_width=20)),
+        rich.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        Rate(table_column=Column(no_wrap=True)),
+        Left(compact=True, table_column=Column(no_wrap=True)),
+        Words(lambda task: task.fields["note"]),
+    ]
+
+
+def console_handlers(logger: logging.Logger | None = None) -> list[logging.StreamHandler]:
+    """Every logger's handlers that write to the console, and those of `logger`."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values(), *([logger] if logger is not None else [])]
+    handlers = {id(h): h for one in loggers for h in getattr(one, "handlers", ())}.values()
+    return [h for h in handlers if isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)]

@@ -162,7 +162,8 @@ class TensorBoard(TensorboardVisBackend):
     """TensorBoard events in the run's folder; videos as animated pictures.
 
     mmengine's backend, with the run's own folder, every line flushed, lines hidden that a resumed run writes again, and
-    the config as YAML.
+    the config as YAML. A file is begun with the first line, not with the config, which comes before `truncate`: one
+    file for every time that the run is started.
 
     Args:
         save_dir: the run's folder.
@@ -171,12 +172,15 @@ class TensorBoard(TensorboardVisBackend):
     def __init__(self, save_dir: str) -> None:
         super().__init__(str(_run_folder(save_dir)))
         self._purge_step: int | None = None
+        self._config: str | None = None
 
     def _init_env(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(self._save_dir, purge_step=self._purge_step)
         self._env_initialized = True
+        if self._config is not None:
+            self._tensorboard.add_text("config", self._config)
 
     @property
     def experiment(self) -> Any:
@@ -186,11 +190,11 @@ class TensorBoard(TensorboardVisBackend):
         return self._tensorboard
 
     def add_config(self, config: Any, **_: Any) -> None:
-        """Writes the config as a text."""
+        """Keeps the config; it stands as a text at the beginning of the file."""
         import yaml
 
         text = yaml.safe_dump(_yamlable(plain_config(config)), sort_keys=False)
-        self.experiment.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))
+        self._config = "\n".join(f"    {line}" for line in text.splitlines())
 
     def add_image(self, name: str, image: np.ndarray, step: int = 0, **_: Any) -> None:
         """Writes an RGB picture (H, W, 3) uint8."""

@@ -40,7 +40,8 @@ class LoggingHook(Hook):
     steps of the window and over all processes. Keys: the loss terms, ``lr`` (``lr/<group>`` where groups differ),
     ``momentum`` once it changes, ``grad_norm`` (the last update's, with norm clipping), ``time/step`` and ``time/data``
     (seconds per step, checkpoints and evaluations left out), ``samples_per_second``, ``memory_mb`` (the largest peak of
-    a process), ``eta_seconds``; metrics as ``val/<name>`` and ``test/<name>``.
+    a process), ``eta_seconds``; metrics as ``val/<name>`` and ``test/<name>``. The line on the console leaves out the
+    only part of a loss, which is the loss; the log has both.
 
     A window that a checkpoint interrupts is saved with it: the resumed run logs the losses that an uninterrupted one
     does, and the log is cut back to what it was when the checkpoint was written.
@@ -187,9 +188,10 @@ class LoggingHook(Hook):
         figures["eta_seconds"] = round(left, 1)
         self._reset_times()
         runner.visualizer.add_scalars(figures, step=step)
-        self._line(runner, self._train_line(runner, step, losses, figures))
+        shown = _each_once(losses)
+        self._line(runner, self._train_line(runner, step, shown, figures))
         if self.progress is not None:
-            self.progress.note("train", "  ".join(f"{k} {v:.4g}" for k, v in list(losses.items())[:4]))
+            self.progress.note("train", "  ".join(f"{k} {v:.4g}" for k, v in list(shown.items())[:4]))
 
     def _rates(self, runner: Any) -> dict[str, float]:
         """Learning rates, and momenta that have changed since the beginning."""
@@ -305,6 +307,13 @@ class LoggingHook(Hook):
         for handler in runner.logger.handlers:
             if hasattr(handler, "baseFilename"):
                 handler.handle(record)
+
+
+def _each_once(losses: Mapping[str, float]) -> dict[str, float]:
+    """The terms for people: where the training loss has a single part, that part says nothing more."""
+    parts = [name for name in losses if "loss" in name and name != "loss"]
+    alone = len(parts) == 1 and losses[parts[0]] == losses.get("loss")
+    return {name: value for name, value in losses.items() if not (alone and name == parts[0])}
 
 
 def _epoch(runner: Any, step: int) -> int:

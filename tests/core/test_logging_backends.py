@@ -108,7 +108,19 @@ def test_tensorboard_holds_scalars_images_videos_and_config(tmp_path):
     assert (images["picture"][0].width, images["picture"][0].height) == (6, 5)
     assert images["movie"][0].encoded_image_string == movie.read_bytes()
     assert b"depth: 3" in next(iter(texts.values())) and b"name: a/b" in next(iter(texts.values()))
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
+def test_tensorboard_has_one_file_for_every_start_of_a_run(tmp_path):
+    for start in (1, 2):
+        board = TensorBoard(str(tmp_path))
+        board.add_config({"name": "a/b"})  # the Runner does so when it is built
+        board.truncate(10 * (start - 1))  # the logging hook does so when training begins
+        board.add_scalars({"loss": 0.5}, step=10 * start)
+        board.close()
+        assert len(list(tmp_path.glob("events.out.tfevents.*"))) == start
+    scalars, _, texts = _events(tmp_path)
+    assert scalars["loss"] == [(10, 0.5), (20, 0.5)] and b"name: a/b" in next(iter(texts.values()))
 
 
 def test_a_resumed_tensorboard_run_shows_every_step_once(tmp_path):

@@ -280,7 +280,7 @@ def test_losses_are_means_over_processes_and_survive_a_resume(tmp_path):
 
 SHOW = textwrap.dedent(
     """
-    import logging, os, sys, time, tempfile
+    import logging, multiprocessing, os, sys, time, tempfile, warnings
     sys.path.insert(0, os.path.join("tests", "core"))
     from pathlib import Path
     from test_logging_hook import FakeRunner, _evaluate, _outputs, BATCH
@@ -288,8 +288,19 @@ SHOW = textwrap.dedent(
     runner = FakeRunner(Path(tempfile.mkdtemp()), steps=12)
     runner.logger.addHandler(logging.StreamHandler(sys.stdout))
     runner.logger.addHandler(logging.FileHandler(sys.argv[1]))
+    library = logging.getLogger("library")
+    library.addHandler(logging.StreamHandler())
+
+    def work():
+        warnings.warn("warned by a worker")
+        print("printed by a worker")
+        os.write(2, b"written by a C library\\n")
+
     hook = LoggingHook(4)
     hook.before_train(runner)
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join()
     while runner.iter < 12:
         hook.before_train_iter(runner, 0, BATCH)
         time.sleep(0.1)
@@ -297,6 +308,8 @@ SHOW = textwrap.dedent(
         runner.iter += 1
         if runner.iter == 6:
             runner.logger.info("a line from elsewhere")
+            library.warning("logged by a library")
+            warnings.warn("warned by a library")
             _evaluate(hook, runner)
     hook.after_train(runner)
     hook.after_run(runner)
@@ -314,11 +327,13 @@ def test_a_pipe_gets_plain_lines(tmp_path):
     lines = ran.stdout.splitlines()
     assert [line for line in lines if "step 4/12" in line and "loss_ce" in line and "lr 0.1" in line and "left" in line]
     assert "step 6  val/top1 0.06" in lines and lines[-1] == "the end"
+    assert "printed by a worker" in lines and "warned by a worker" in ran.stderr
 
 
-def test_a_terminal_gets_bars_and_the_log_file_plain_lines(tmp_path):
+@pytest.mark.parametrize("columns", ["60", "160"])
+def test_a_terminal_gets_bars_and_the_log_file_plain_lines(tmp_path, columns):
     master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "160", "LINES": "40"}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": columns, "LINES": "40"}
     for name in ("CI", "NO_COLOR", "TTY_COMPATIBLE"):
         environment.pop(name, None)
     process = subprocess.Popen(
@@ -338,7 +353,16 @@ def test_a_terminal_gets_bars_and_the_log_file_plain_lines(tmp_path):
     text = output.decode()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     assert "━" in text and re.search(r"train .*\b\d+/12\b.*/s.* left .*loss", plain), plain
-    assert "val" in plain and "a line from elsewhere" in plain and "the end" in plain
+    assert "val" in plain and "the end" in plain
+    for said in (
+        "a line from elsewhere",
+        "logged by a library",
+        r"<string>:\d+: UserWarning: warned by a library",
+        r"<string>:\d+: UserWarning: warned by a worker",
+        "printed by a worker",
+        "written by a C library",
+    ):  # on a line of its own, from which the bar is gone
+        assert len(re.findall(rf"(?:\x1b\[2K|\n){said}\r?\n", text)) == 1, text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0  # the cursor comes back
     log = (tmp_path / "run.log").read_text()
     assert "step 4/12" in log and "step 12/12" in log and "val/top1 0.06" in log and "\x1b" not in log

@@ -56,6 +56,7 @@ def test_a_run_with_wandb_leaves_figures_config_and_media(user):
 
     scalars, images, texts = _events(folder)
     assert {step: round(value, 5) for step, value in scalars["loss"]} == {s: round(v, 5) for s, v in trained.items()}
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     assert set(images) == {"points", "walk"} and b"mine/tiny" in next(iter(texts.values()))
 
     (run_file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
