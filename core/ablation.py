@@ -246,7 +246,7 @@ class Ablation:
         from core.registry import nearest
 
         known = dict.fromkeys(name for result in self.results.values() for name in result["metrics"])
-        chosen = self.options.metric or [m for m in [_selecting(self.base)] if m]
+        chosen = self.options.metric or list(_selecting(self.base))
         if not chosen:
             if len(known) > 1:
                 raise ConfigError(f"several metrics: choose with metric=... (there are: {', '.join(known)})")
@@ -260,8 +260,7 @@ class Ablation:
         """Which way is better, as far as anybody said."""
         if self.options.direction is not None:
             return self.options.direction
-        checkpoint = self.base.get("checkpoint") or {}
-        return checkpoint.get("direction", "none") if checkpoint.get("metric") == metric else "none"
+        return _selecting(self.base).get(metric, "none")
 
     def values(self, change: Change, metric: str) -> dict[int, float]:
         """A metric by seed."""
@@ -357,9 +356,12 @@ class Ablation:
         return written
 
 
-def _selecting(cfg: Any) -> str | None:
-    """The metric that selects checkpoints, if the experiment names one."""
-    return (cfg.get("checkpoint") or {}).get("metric")
+def _selecting(cfg: Any) -> dict[str, str]:
+    """The metrics that select checkpoints, if the experiment names any, and which way each is better."""
+    from core.selection import ranking
+
+    checkpoint = cfg.get("checkpoint") or {}
+    return ranking(checkpoint.get("metric"), checkpoint.get("direction", "higher"))
 
 
 def ablate(

@@ -12,6 +12,7 @@ from core.config import CONFIGS, displaced, experiments, merge
 from core.errors import ConfigError
 from core.hook_configs import hook_configs
 from core.objective import check_objective
+from core.selection import ranking
 
 _NOT_BUILT = ("stages", "components", "vars")  # keys in which a `type` names nothing that is built
 
@@ -86,8 +87,9 @@ def _check_variables(cfg: dict[str, Any]) -> None:
 def _check_selection(cfg: dict[str, Any]) -> None:
     if cfg["evaluate"] not in ("last", "best"):
         raise ConfigError(f"evaluate={cfg['evaluate']}: last or best")
+    ranked = ranking(cfg["checkpoint"]["metric"], cfg["checkpoint"]["direction"])
     if cfg["evaluate"] == "best":
-        if cfg["checkpoint"]["metric"] is None:
+        if not ranked:
             raise ConfigError("evaluate=best needs checkpoint.metric")
         val, test = cfg["val_dataloader"], cfg["test_dataloader"]
         if val and test and val.get("dataset") == test.get("dataset") and not cfg["select_on_test"]:

@@ -14,8 +14,10 @@ from core.errors import ConfigError
 from core.results import fingerprint
 
 
-def find_checkpoint(path: str | Path, best: bool = False) -> Path:
+def find_checkpoint(path: str | Path, best: bool | str = False) -> Path:
     """The newest (or best) whole checkpoint of a run's folder, or the file itself.
+
+    With several metrics in `checkpoint.metric`, True means the first; a name means the best by that one.
 
     "Best" is judged by the `checkpoint.metric` and `checkpoint.direction` of the run's own config.
 
@@ -31,12 +33,13 @@ def find_checkpoint(path: str | Path, best: bool = False) -> Path:
     folder = (stages[-1] if stages else path) / "checkpoints"
     if folder.is_dir():
         store = CheckpointStore(folder, **(_ranking(folder.parent) if best else {}))
-        found = store.best() if best else store.newest()
+        found = store.best(best if isinstance(best, str) else None) if best else store.newest()
         if found is not None:
             return found
         if best and store.newest() is not None:
             raise ConfigError(
-                f"no checkpoint of {folder.parent} was judged: its config sets checkpoint.metric={store.metric} "
+                f"no checkpoint of {folder.parent} was judged: its config sets checkpoint.metric="
+                f"{', '.join(store.ranking) or None} "
                 "(leave best away for the newest)"
             )
     raise ConfigError(f"no checkpoint at {path}: give a checkpoint file or a run's folder")

@@ -12,9 +12,11 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from core.checkpoint.files import CheckpointWriteError, FileRecord, is_temporary, save_atomic, write_text_atomic
+from core.errors import ConfigError
+from core.selection import Direction, Metric, ranking
 
 INDEX = "index.json"
 _NAME = re.compile(r"step_(\d{8,})\.pt")
@@ -33,9 +35,9 @@ class CheckpointStore:
     Args:
         folder: made at the first save.
         keep_last: how many of the newest whole checkpoints stay; None keeps all.
-        keep_best: how many of the best by `metric` stay as well.
-        metric: name of the metric that ranks checkpoints; None: no ranking.
-        direction: whether a higher or a lower metric is better.
+        keep_best: how many of the best by every `metric` stay as well.
+        metric: the metric that ranks checkpoints, or several: see `core.selection.ranking`. None: no ranking.
+        direction: whether a higher or a lower metric is better, where `metric` does not say.
 
     Raises:
         ValueError: a number below 1 (`keep_last`) or 0 (`keep_best`), or an unknown direction.
@@ -46,18 +48,16 @@ class CheckpointStore:
         folder: str | os.PathLike[str],
         keep_last: int | None = 3,
         keep_best: int = 1,
-        metric: str | None = None,
-        direction: Literal["higher", "lower"] = "higher",
+        metric: Metric = None,
+        direction: Direction = "higher",
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: at least the newest checkpoint stays (null keeps all)")
         if keep_best < 0:
             raise ValueError(f"keep_best={keep_best} is negative")
-        if direction not in ("higher", "lower"):
-            raise ValueError(f"direction='{direction}': a better metric is 'higher' or 'lower'")
         self.folder = Path(folder)
         self.keep_last, self.keep_best = keep_last, keep_best
-        self.metric, self.direction = metric, direction
+        self.ranking = ranking(metric, direction)
 
     def save(self, state: Mapping[str, Any], step: int, metrics: Mapping[str, float] | None = None) -> Path:
         """Writes the checkpoint of a step, then removes what need not stay.
@@ -118,10 +118,24 @@ class CheckpointStore:
         index = self._index()
         return next((path for path in self._descending() if self._whole_or_warn(path, index)), None)
 
-    def best(self) -> Path | None:
-        """The best whole checkpoint by `metric`; the newer of equals. None without a metric or an evaluation."""
+    def best(self, metric: str | None = None) -> Path | None:
+        """The best whole checkpoint, the newer of equals. None without a metric or an evaluation.
+
+        Args:
+            metric: one of those that rank; None: the first.
+
+        Raises:
+            ConfigError: checkpoints are not ranked by it.
+        """
+        if metric is None:
+            metric = next(iter(self.ranking), None)
+        elif metric not in self.ranking:
+            raise ConfigError(
+                f"'{self.folder}' holds no best checkpoint by '{metric}': its run's checkpoint.metric is "
+                f"{', '.join(self.ranking) or 'null'}"
+            )
         index = self._index()
-        return next((path for path in self._ranked(index) if self._whole_or_warn(path, index)), None)
+        return next((path for path in self._ranked(index, metric) if self._whole_or_warn(path, index)), None)
 
     def is_whole(self, path: str | os.PathLike[str]) -> bool:
         """Whether a checkpoint file is complete and unaltered."""
@@ -143,7 +157,8 @@ class CheckpointStore:
         existing = self._descending()
         sound = [p for p in existing if p == whole or self._seems_whole(p, index)]
         keep = {*sound[: self.keep_last], *([whole] if whole else [])}
-        keep.update([p for p in self._ranked(index) if p in sound][: self.keep_best])
+        for metric in self.ranking:
+            keep.update([p for p in self._ranked(index, metric) if p in sound][: self.keep_best])
         if not keep:
             return []
         # A damaged file is no reason to remove a whole one, and goes when everything around it has gone.
@@ -162,13 +177,13 @@ class CheckpointStore:
     def _descending(self) -> list[Path]:
         return [self.path(step) for step in reversed(self.steps())]
 
-    def _ranked(self, index: dict[str, dict]) -> list[Path]:
+    def _ranked(self, index: dict[str, dict], metric: str | None) -> list[Path]:
         """Existing checkpoints that have the metric, best first."""
-        if self.metric is None:
+        if metric is None:
             return []
-        values = {p: index.get(p.name, {}).get("metrics", {}).get(self.metric) for p in self._descending()}
+        values = {p: index.get(p.name, {}).get("metrics", {}).get(metric) for p in self._descending()}
         known = [(v, p) for p, v in values.items() if isinstance(v, int | float) and math.isfinite(v)]
-        sign = -1 if self.direction == "higher" else 1
+        sign = -1 if self.ranking[metric] == "higher" else 1
         return [p for _, p in sorted(known, key=lambda item: sign * item[0])]
 
     def _seems_whole(self, path: Path, index: dict[str, dict]) -> bool:

@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 
 from core.errors import ConfigError
 from core.registry import HOOKS
+from core.selection import Direction, Metric, ranking
 
 
 @HOOKS.register_module()
@@ -20,12 +21,14 @@ class CheckpointHook(Hook):
         every_steps: steps from one checkpoint to the next; None: at ends of epochs.
         every_epochs: epochs from one checkpoint to the next; None: every epoch, unless `every_steps` is given.
         keep_last: how many of the newest checkpoints stay.
-        keep_best: how many of the best stay.
-        metric: name of the evaluation metric that "best" means; None: no best.
-        direction: "higher" or "lower" is better.
+        keep_best: how many of the best by every metric stay.
+        metric: name of the evaluation metric that "best" means, or several (a list, or a mapping NAME: "higher" |
+            "lower"), of which the first decides where one is asked for; None: no best.
+        direction: "higher" or "lower" is better, where `metric` does not say.
 
     Raises:
-        ConfigError: both `every_steps` and `every_epochs`, or one that is not a whole number from 1 on.
+        ConfigError: both `every_steps` and `every_epochs`, or one that is not a whole number from 1 on; what
+            `core.selection.ranking` refuses.
     """
 
     priority = "LOWEST"
@@ -36,8 +39,8 @@ class CheckpointHook(Hook):
         every_epochs: int | None = None,
         keep_last: int = 2,
         keep_best: int = 1,
-        metric: str | None = None,
-        direction: str = "higher",
+        metric: Metric = None,
+        direction: Direction = "higher",
     ) -> None:
         if every_steps is not None and every_epochs is not None:
             raise ConfigError(
@@ -51,6 +54,7 @@ class CheckpointHook(Hook):
         self.every_epochs = None if every_steps is not None else every_epochs or 1
         self.keep_last, self.keep_best = keep_last, keep_best
         self.metric, self.direction = metric, direction
+        self.ranking = ranking(metric, direction)
         self._saved_at = self._evaluated_at = -1
         self._metrics: dict[str, float] = {}
 
@@ -58,13 +62,14 @@ class CheckpointHook(Hook):
         """Notes the figures that the state of this step is judged by.
 
         Raises:
-            ConfigError: `metric` is not among them.
+            ConfigError: a `metric` is not among them.
         """
         self._metrics = dict(metrics or {})
-        if self.metric is not None:
+        if self.ranking:
             numbers = sorted(k for k, v in self._metrics.items() if isinstance(v, int | float))
-            if self.metric not in numbers:
-                raise ConfigError(f"checkpoint.metric '{self.metric}' is none of {numbers}")
+            for metric in self.ranking:
+                if metric not in numbers:
+                    raise ConfigError(f"checkpoint.metric '{metric}' is none of {numbers}")
             self._evaluated_at = runner.iter
 
     def after_step(self, runner: Any) -> None:
