@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy(
         "hooks.logging": "LoggingHook",
         "hooks.media": "MediaHook",
         "hooks.checkpoint": "CheckpointHook",
+        "hooks.early_stopping": "EarlyStopping",
         "visualization": "JsonLines TensorBoard Wandb",
     },
 )

@@ -221,6 +221,7 @@ def _result(runner: Any, cfg: dict[str, Any], seconds: float) -> dict[str, Any]:
         "objective": None,  # read from the metrics when they are written: an unknown name loses no result
         "steps": runner.train_loop.iter if trained else 0,
         "epochs": runner.train_loop.epoch if trained else 0,
+        "stopped_early": _stopped_early(runner.train_loop) if trained else None,
         "skipped_samples": runner.train_loop.skipped_samples if trained else 0,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -234,6 +235,13 @@ def _result(runner: Any, cfg: dict[str, Any], seconds: float) -> dict[str, Any]:
         "finished": datetime.datetime.now().isoformat(timespec="seconds"),
         "run_dir": cfg["run_dir"],
     }
+
+
+def _stopped_early(loop: Any) -> str | None:
+    """Why a training has fewer steps than its config says; None where it has all of them."""
+    if not loop.stop_training or loop.iter >= loop.max_iters:
+        return None
+    return getattr(loop, "stop_reason", None) or "a hook set stop_training"
 
 
 def _cpu_name() -> str:

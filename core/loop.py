@@ -71,6 +71,7 @@ class TrainLoop(BaseLoop):
         self.skipped_samples = 0
         self._evaluated_at = -1
         self.stop_training = False
+        self.stop_reason: str | None = None  # of the hook that sets `stop_training`, for the result
 
     def _steps_per_epoch(self) -> int | None:
         try:
