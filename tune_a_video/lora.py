@@ -1,112 +1,94 @@
 """LoRA weights of image models merged into a video network, without further libraries.
 
-Read are the layouts of diffusers (`unet.…to_q.lora_A.weight`, also `lora.down`, `to_q_lora.down`) and kohya's
-(`lora_unet_…_to_q.lora_down.weight`), of linear layers and convolutions.
+Which files are read is said in `tune_a_video.lora_files`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tune_a_video.models.weights import read_tensors
-
-_DOWN = (
-    ".lora_A.weight",
-    ".lora_A.default.weight",
-    ".lora.down.weight",
-    ".lora_linear_layer.down.weight",
-    ".lora_down.weight",
-    ".down.weight",
-)
-_UP = {
-    ".lora_A.weight": ".lora_B.weight",
-    ".lora_A.default.weight": ".lora_B.default.weight",
-    ".lora.down.weight": ".lora.up.weight",
-    ".lora_linear_layer.down.weight": ".lora_linear_layer.up.weight",
-    ".lora_down.weight": ".lora_up.weight",
-    ".down.weight": ".up.weight",
-}
-_KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder"}
+from tune_a_video.lora_files import LoRAFileError, LowRank, plain, read_lora
 
 
 def merge_lora(
     unet: nn.Module, text_encoder: nn.Module | None, path: str | os.PathLike[str], scale: float = 1.0
 ) -> int:
-    """Adds `scale * alpha / r * B A` to the weights in place.
+    """Adds `scale * alpha / r * B A` to the weights in place, and with DoRA gives each output its magnitude again.
 
     Args:
         unet: the network, image's or video's: the names are the same.
         text_encoder: None leaves its part of the file out.
-        path: safetensors or torch file.
-        scale: strength.
+        path: safetensors or torch file, or PEFT's folder of an adapter.
+        scale: strength of the low-rank part; 0 changes nothing.
 
     Returns:
         How many layers were changed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no LoRA weights, or some of them have no place here; all are named.
+        tune_a_video.lora_files.LoRAFileError: it holds no LoRA weights, weights of another kind, or some that have no
+            place here; all are named. Nothing has been changed then.
     """
-    state = read_tensors(path)
-    networks: dict[str, Any] = {"unet": unet, "text_encoder": text_encoder}
-    tables = {part: _layers(network) for part, network in networks.items() if network is not None}
-    homeless, updates = [], []
-    for name, down in state.items():
-        suffix = next((ending for ending in _DOWN if name.endswith(ending)), None)
-        if suffix is None:
+    tables = {"unet": _layers(unet), "text_encoder": None if text_encoder is None else _layers(text_encoder)}
+    homeless, changed = [], []
+    for update in read_lora(path):
+        parts = [update.part] if update.part is not None else [p for p in tables if update.layer in (tables[p] or {})]
+        if len(parts) == 1 and tables.get(parts[0], {}) is None:
             continue
-        stem = name.removesuffix(suffix)
-        part, layer = _place(stem)
-        if networks[part] is None:
-            continue
-        module = tables[part].get(layer)
-        up = state.get(stem + _UP[suffix])
-        if module is None or up is None:
-            homeless.append(name)
-            continue
-        alpha = state.get(f"{stem}.alpha")
-        strength = scale * (1.0 if alpha is None else float(alpha) / down.shape[0])
-        updates.append((name, module, strength * _product(up, down)))
-    if not updates and not homeless:
-        raise ValueError(f"{path} holds no LoRA weights (names end with {', '.join(_DOWN)})")
-    homeless += [name for name, module, update in updates if update.numel() != module.weight.numel()]
+        module = tables.get(parts[0], {}).get(update.layer) if len(parts) == 1 else None
+        if module is None or not _fits(update, module):
+            homeless += update.keys
+        else:
+            changed.append((module, update))
     if homeless:
-        raise ValueError(f"{path} does not fit this model: no place for {', '.join(sorted(homeless))}")
+        raise LoRAFileError(f"{path} does not fit this model: no place for {', '.join(sorted(homeless))}")
     with torch.no_grad():
-        for _, module, update in updates:
-            module.weight += update.view_as(module.weight).to(module.weight)
-    return len(updates)
+        for module, update in changed if scale else ():
+            module.weight.copy_(_merged(module.weight.float(), update, scale))
+            if "bias" in update.tensors:
+                module.bias += scale * update.strength * update.tensors["bias"].to(module.bias)
+    return len(changed)
 
 
-def _layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Layers by the name's words joined, since kohya's names have underscores for dots."""
-    return {_plain(name): part for name, part in network.named_modules() if hasattr(part, "weight")}
+def _layers(network: nn.Module) -> dict[str, Any]:
+    """Linear layers and convolutions by their joined names."""
+    return {plain(name): part for name, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
 
 
-def _plain(name: str) -> str:
-    # transformers has dropped a level from the names of its text encoder.
-    return re.sub(r"^text_model_", "", name.replace(".", "_"))
+def _fits(update: LowRank, module: Any) -> bool:
+    tensors, weight = update.tensors, module.weight
+    if len(tensors["up"]) != len(weight) or update.product().shape != weight.flatten(1).shape:
+        return False
+    if "bias" in tensors and (module.bias is None or tensors["bias"].shape != module.bias.shape):
+        return False
+    return "magnitude" not in tensors or _magnitude_dim(tensors["magnitude"], update, weight) is not None
 
 
-def _place(stem: str) -> tuple[str, str]:
-    """Part of the pipeline and joined name of the layer."""
-    for prefix, part in _KOHYA.items():
-        if stem.startswith(prefix):
-            return part, _plain(stem.removeprefix(prefix))
-    part, _, rest = stem.partition(".")
-    if part not in ("unet", "text_encoder"):
-        part, rest = "unet", stem
-    # Files of diffusers 0.12 to 0.16: `attn1.processor.to_q_lora`, and `to_out_lora` for the first layer of the output.
-    rest = rest.replace(".processor.", ".")
-    rest = re.sub(r"to_out_lora$", "to_out.0", rest)
-    return part, _plain(re.sub(r"(to_[qkv])_lora$", r"\1", rest))
+def _magnitude_dim(magnitude: Tensor, update: LowRank, weight: Tensor) -> int | None:
+    """Whether magnitudes are of outputs (0) or inputs (1) of a weight `(out, in[, k, k])`; None: of neither.
+
+    PEFT's are of outputs, `(out,)`, or `(1, out, 1, 1)` of convolutions; LyCORIS' `dora_scale` has the shape of the
+    weight with ones for the dimensions that share a magnitude.
+    """
+    peft = any("lora_magnitude_vector" in key for key in update.keys)
+    if magnitude.numel() == len(weight) and (peft or magnitude.ndim == 1 or len(magnitude) == len(weight)):
+        return 0
+    if not peft and magnitude.ndim > 1 and magnitude.numel() == magnitude.shape[1] == weight.shape[1]:
+        return 1
+    return None
 
 
-def _product(up: Tensor, down: Tensor) -> Tensor:
-    """`B A` of matrices or of kernels `(out, r, 1, 1)`, `(r, in, k, k)`."""
-    return up.flatten(1).float() @ down.flatten(1).float()
+def _merged(weight: Tensor, update: LowRank, scale: float) -> Tensor:
+    merged = weight + scale * update.product().view_as(weight).to(weight.device)
+    magnitude = update.tensors.get("magnitude")
+    if magnitude is None:
+        return merged
+    dim = _magnitude_dim(magnitude, update, weight)
+    others = [i for i in range(weight.ndim) if i != dim]
+    shape = [-1 if i == dim else 1 for i in range(weight.ndim)]
+    length = torch.linalg.vector_norm(merged, dim=others, keepdim=True)
+    return merged * (magnitude.float().to(weight.device).view(shape) / length.clamp_min(1e-12))

@@ -7,6 +7,7 @@ save_video(pipe("mickey mouse is skiing", latents=latents).videos[0], "mickey.gi
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -101,8 +102,8 @@ class TuneAVideoPipeline(
         cls,
         base: str | os.PathLike[str] | DiffusionPipeline | None,
         *,
-        attention: FrameSpec = "first_prev",
-        group_norm: str = "joint",
+        attention: FrameSpec | None = None,
+        group_norm: str | None = None,
         temporal: TemporalConfig | Mapping[str, Any] | None = None,
         lora: str | os.PathLike[str] | None = None,
         lora_scale: float = 1.0,
@@ -114,9 +115,12 @@ class TuneAVideoPipeline(
 
         Args:
             base: local folder of a Stable Diffusion 1.x or 2.x pipeline (personalised ones are the same), an original
-                single file (`.safetensors`, `.ckpt`), or a pipeline in memory.
-            attention, group_norm, temporal: see `TuneAVideoUNet`.
-            lora: a file of LoRA weights that is merged into the image model first.
+                single file (`.safetensors`, `.ckpt`), or a pipeline in memory, which stays as it is: its network is
+                copied, its other parts are shared.
+            attention, group_norm, temporal: see `TuneAVideoUNet`; None: what a tuned base was tuned with, or the
+                defaults there.
+            lora: a file of LoRA weights, or PEFT's folder of an adapter, that is merged into the image model first, see
+                `tune_a_video.lora`.
             lora_scale: its strength.
             variant: `fp16` for files of that name.
             config: of a single file, which holds weights alone: local folder of a pipeline of the same kind, see
@@ -125,7 +129,7 @@ class TuneAVideoPipeline(
 
         Raises:
             tune_a_video.folders.NotAPipeline: the folder is none.
-            ValueError: weights do not fit.
+            ValueError: weights do not fit, or a tuned base is asked for other attention than it was tuned with.
         """
         options = {"attention": attention, "group_norm": group_norm, "temporal": temporal}
         if isinstance(base, DiffusionPipeline) or (base is not None and Path(base).is_file()):
@@ -140,6 +144,8 @@ class TuneAVideoPipeline(
             )
             parts = read_parts(folder, variant=variant, torch_dtype=torch_dtype)
         if lora is not None:
+            if isinstance(base, DiffusionPipeline):
+                parts["text_encoder"] = copy.deepcopy(parts["text_encoder"])
             merge_lora(unet, parts["text_encoder"], lora, lora_scale)
         return cls(unet=unet, **parts)
 
