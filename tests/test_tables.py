@@ -35,6 +35,7 @@ COUNTED = {
         ("Stable Diffusion 1.x", "trainable"): 74.354880,
         ("Stable Diffusion 1.x", "macs"): 3908 - 121,  # keys of the first two frames once, not twice
         ("Stable Diffusion 2.x", "parameters"): 915.509764,
+        ("Stable Diffusion 2.x", "macs"): 3790.7,  # 64 x 64 latents, as the table says
         ("Stable Diffusion 1.x, frame by frame", "macs"): 3212,
     },
     "seqgan/tokenizers": {

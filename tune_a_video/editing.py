@@ -214,14 +214,14 @@ class Edits:
     prompts: list[str]
     videos: Tensor
 
-    def columns(self) -> dict[str, Tensor]:
-        """All videos by what they are, in the order of showing."""
-        inversion = {} if self.inversion is None else {"inversion": self.inversion}
-        return {"source": self.source, **inversion, **dict(zip(self.prompts, self.videos, strict=True))}
+    def columns(self) -> list[tuple[str, Tensor]]:
+        """All videos with what they are, in the order of showing; several may have one prompt."""
+        inversion = [] if self.inversion is None else [("inversion", self.inversion)]
+        return [("source", self.source), *inversion, *zip(self.prompts, self.videos, strict=True)]
 
     def grid(self) -> np.ndarray:
         """Source, inversion and edits side by side: uint8 `(f, H', W', 3)`."""
-        videos = torch.stack([video.float().cpu() for video in self.columns().values()])
+        videos = torch.stack([video.float().cpu() for _, video in self.columns()])
         return video_grid(videos, n_rows=len(videos) if len(videos) <= 6 else 5)
 
 

@@ -53,7 +53,7 @@ def write_page(
     save_video(made.grid(), folder / "side_by_side.gif", fps)
     Image.fromarray(strips(made.columns())).save(folder / "strips.png")
     figures = []
-    for i, (title, video) in enumerate(made.columns().items()):
+    for i, (title, video) in enumerate(made.columns()):
         stem = f"{i:02d}-{file_name(title)}"
         pixels = to_pixels(video)
         save_video(pixels, folder / f"{stem}.gif", fps)
@@ -136,8 +136,11 @@ class ResultsPage(Hook):
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Writes the pages."""
         made, self._made = self._made, []
+        names: list[str] = []
         for one in made:
-            folder = Path(runner.work_dir) / "page" / file_name(one.sample_id)
+            name = file_name(one.sample_id)
+            names.append(name if name not in names else f"{name}-{len(names)}")
+            folder = Path(runner.work_dir) / "page" / names[-1]
             page = write_page(one, folder, scores=metrics, fps=self.fps, mp4=self.mp4)
             runner.logger.info(f"page: {page}")
 

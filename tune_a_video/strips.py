@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,11 +14,13 @@ from tune_a_video.video_io import to_pixels
 _LINE, _GAP = 22, 4
 
 
-def strips(videos: Mapping[str, Tensor], *, frames: int = 8, smallest: int = 96, width: int = 1600) -> np.ndarray:
+def strips(
+    videos: Sequence[tuple[str, Tensor]], *, frames: int = 8, smallest: int = 96, width: int = 1600
+) -> np.ndarray:
     """A row of frames for every video, its name above.
 
     Args:
-        videos: name -> `(3, f, H, W)` in [0, 1].
+        videos: names, and `(3, f, H, W)` in [0, 1] each.
         frames: at most so many of each, evenly chosen.
         smallest: height in pixels to which small frames are enlarged, by whole factors, so that pixels stay visible.
         width: of the picture at most; larger frames are made smaller.
@@ -31,16 +33,16 @@ def strips(videos: Mapping[str, Tensor], *, frames: int = 8, smallest: int = 96,
     """
     if not videos:
         raise ValueError("no videos to show")
-    rows = {name: _chosen(to_pixels(video), frames) for name, video in videos.items()}
-    height, side = next(iter(rows.values())).shape[1:3]
-    most = max(len(row) for row in rows.values())
+    rows = [(name, _chosen(to_pixels(video), frames)) for name, video in videos]
+    height, side = rows[0][1].shape[1:3]
+    most = max(len(row) for _, row in rows)
     factor = max(1, math.ceil(smallest / height))
     scale = min(factor, ((width - _GAP) / most - _GAP) / side)
     size = (max(1, int(side * scale)), max(1, int(height * scale)))
     step = size[1] + _LINE + _GAP
     sheet = Image.new("RGB", (most * (size[0] + _GAP) + _GAP, len(rows) * step + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for number, (name, row) in enumerate(rows.items()):
+    for number, (name, row) in enumerate(rows):
         top = number * step + _GAP
         draw.text((_GAP, top + 1), name, "black", font)
         for column, frame in enumerate(row):

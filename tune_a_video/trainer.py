@@ -23,22 +23,27 @@ from tune_a_video.models import TRAINABLE_MODULES, TuneAVideoUNet
 from tune_a_video.models.frame_attention import FrameSpec
 from tune_a_video.models.inflation import TEMPORAL_NAMES
 from tune_a_video.models.lora_layers import add_lora
+from tune_a_video.models.unet import settled_options
 from tune_a_video.models.weights import read_config
 from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.prompts import Prompts, prompts_of
 from tune_a_video.video_io import to_pixels
 
-#: Networks of Stable Diffusion, for profiles and counts without weights.
+#: Networks of Stable Diffusion, for profiles and counts without weights, at 512 x 512 pixels as they are tuned.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sd1": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "sd2": {
-        "sample_size": 96,
+        "sample_size": 64,
         "cross_attention_dim": 1024,
         "attention_head_dim": [5, 10, 20, 20],
         "use_linear_projection": True,
         "upcast_attention": True,
     },
 }
+
+
+#: What a clip is known by: sample_id, caption and a checksum of each frame.
+ClipKey = tuple[str, str, tuple[int, ...]]
 
 
 class TuneAVideoTrainer(Trainer):
@@ -137,10 +142,11 @@ class TuneAVideoTrainer(Trainer):
         self.noise, self.noise_offset, self.min_snr_gamma = noise, noise_offset, min_snr_gamma
         self.caption_dropout, self.cache_latents = caption_dropout, cache_latents
         self.prompts, self.clip, self.n_frames = prompts, dict(clip or {}), n_frames
-        self._encodings: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self._seen: dict[str, tuple[str, int]] = {}
+        # By `_clip_key`: two files of one name, or one file read in two ways, are two clips.
+        self._encodings: dict[ClipKey, tuple[Tensor, Tensor, Tensor]] = {}
+        self._seen: dict[ClipKey, tuple[str, str, int]] = {}
         self._empty_text: Tensor | None = None
-        self._shown: dict[str, Edits] = {}
+        self._shown: dict[ClipKey, Edits] = {}
 
     def _choose_trained(self, modules: list[str], lora: Mapping[str, Any] | None) -> None:
         if self.network.config.temporal["conv"] != "none" and "conv_temp" not in modules and modules != ["all"]:
@@ -192,13 +198,14 @@ class TuneAVideoTrainer(Trainer):
 
     def encoding(self, video: Tensor, caption: str, sample_id: str) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior mean and deviation `(1, c, f, h, w)` of a clip `(f, 3, H, W)`, and text `(1, L, d)`."""
-        self._seen[sample_id] = caption, len(video)
-        if self.cache_latents and sample_id in self._encodings:
-            return self._encodings[sample_id]
+        key = _clip_key(video, caption, sample_id)
+        self._seen[key] = sample_id, caption, len(video)
+        if self.cache_latents and key in self._encodings:
+            return self._encodings[key]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._parts_here() as pipe:
             encoded = (*pipe.posterior(video), pipe.encode_prompt(caption))
         if self.cache_latents:
-            self._encodings[sample_id] = encoded
+            self._encodings[key] = encoded
         return encoded
 
     # ------------------------------------------------------------------ training
@@ -263,7 +270,7 @@ class TuneAVideoTrainer(Trainer):
             each clip; and per clip `scores`, see `tune_a_video.editing.plain_scores`.
         """
         made = [self._edits_of(batch, i) for i in range(len(batch["video"]))]
-        self._shown = {one.sample_id: one for one in made}
+        self._shown = {_key_of(batch, i): one for i, one in enumerate(made)}
         clips = [i for i, one in enumerate(made) for _ in one.prompts]
         skipped = ("video", "caption", "edits", "noise", "posterior_noise", "timesteps", "sample_id")
         return {
@@ -294,7 +301,7 @@ class TuneAVideoTrainer(Trainer):
 
     def media(self, batch: Batch) -> dict[str, Any]:
         """Source, inversion and edits of the first clip side by side: `{"edits": (f, H', W', 3) uint8}`."""
-        shown = self._shown.get(batch["sample_id"][0]) or self._edits_of(batch, 0)
+        shown = self._shown.get(_key_of(batch, 0)) or self._edits_of(batch, 0)
         return {"edits": shown.grid()}
 
     @property
@@ -320,9 +327,10 @@ class TuneAVideoTrainer(Trainer):
         prompts = prompts_of(batch, 0, self.prompts)
         made = self.edits(sample["video"].to(self.device), sample["caption"], prompts, sample["sample_id"])
         pictures: dict[str, Any] = {"side_by_side": made.grid()}
-        for i, video in enumerate(made.columns().values()):
-            name = ("source", "inversion")[i] if i < len(made.columns()) - len(prompts) else None
-            name = name or f"edit_{i - len(made.columns()) + len(prompts)}"
+        columns = made.columns()
+        before = len(columns) - len(prompts)
+        for i, (name, video) in enumerate(columns):
+            name = name if i < before else f"edit_{i - before}"
             pixels = to_pixels(video)
             pictures |= {name: pixels} | {f"{name}_{k:05d}": frame for k, frame in enumerate(pixels)}
         record = {"caption": made.caption, "prompts": prompts, "scores": plain_scores(made)}
@@ -336,13 +344,13 @@ class TuneAVideoTrainer(Trainer):
         """
         own = set(self.state_dict())
         frozen = {name: value for name, value in super().state_dict().items() if name not in own}
-        seen: dict[str, tuple[str, int]] = {}
+        seen: dict[ClipKey, tuple[str, str, int]] = {}
         for part in all_gather_object(self._seen):
             seen |= part
         return {
-            "clips": list(seen),
-            "caption": [caption for caption, _ in seen.values()],
-            "frames": [frames for _, frames in seen.values()],
+            "clips": [sample_id for sample_id, _, _ in seen.values()],
+            "caption": [caption for _, caption, _ in seen.values()],
+            "frames": [frames for _, _, frames in seen.values()],
             "trainable_modules": self.trainable_modules,
             "base_hash": hash_state(frozen),
         }
@@ -374,12 +382,25 @@ class TuneAVideoTrainer(Trainer):
         return {"temporal_parameters": new, "image_parameters": sum(value.numel() for value in named.values()) - new}
 
 
+def _key_of(batch: Batch, index: int) -> ClipKey:
+    return _clip_key(batch["video"][index], batch["caption"][index], batch["sample_id"][index])
+
+
+def _clip_key(video: Tensor, caption: str, sample_id: str) -> ClipKey:
+    """A key of a clip `(f, 3, H, W)`: what it is called, and what is in it, read where the clip is."""
+    bits = video.detach().to(torch.float32).contiguous().view(torch.int32).flatten(1)
+    # Sums of products with odd numbers, which wrap around: alike on every device, and different for other frames.
+    weights = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C1 | 1
+    sums = torch.stack([(frame.long() * weights).sum() for frame in bits])
+    return sample_id, caption, (*video.shape, *sums.tolist())
+
+
 def _skeleton(base: str | None, architecture: str | Mapping[str, Any], options: Mapping[str, Any]) -> TuneAVideoUNet:
     """A network without memory, of the base's size where that is there."""
     if base is not None and Path(base).is_dir():
         config = read_config(check_folder(base) / "unet")
         named = {name: value for name, value in config.items() if not name.startswith("_")}
-        return TuneAVideoUNet.from_config({**named, **options})
+        return TuneAVideoUNet.from_config({**named, **settled_options(config, options, str(base))})
     if isinstance(architecture, str):
         if architecture not in ARCHITECTURES:
             raise ConfigError(f"model.architecture={architecture}: use {', '.join(ARCHITECTURES)} or a mapping")

@@ -24,6 +24,7 @@ from tune_a_video.data import (
     fit,
     open_frames,
 )
+from tune_a_video.video_io import save_video
 
 
 def numbered(frames, height=16, width=24):
@@ -178,6 +179,15 @@ def test_a_folder_of_clips_with_captions(tmp_path):
         ClipFolder(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"clips/bear has 6 frames"):
         ClipFolder(root, n_frames=7, size=16)[0]
+
+
+def test_clips_whose_files_share_a_stem_are_all_there(tmp_path):
+    for name in ("clip.gif", "clip.mp4", "other.gif"):
+        save_video(torch.rand(3, 2, 16, 16), tmp_path / name)
+    data = ClipFolder(tmp_path, n_frames=2, size=16)
+    assert [data[i]["sample_id"] for i in range(len(data))] == ["clip.gif", "clip.mp4", "other"]
+    with pytest.raises(MissingDataError, match="no clip 'clip'"):
+        ClipFolder(tmp_path, names=["clip"])
 
 
 def test_davis_lists_of_both_years(tmp_path):

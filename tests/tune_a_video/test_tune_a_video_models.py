@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
 from einops import rearrange, repeat
 
 from tune_a_video.models import FrameGroupNorm, TemporalConfig, TuneAVideoUNet, frame_attention, key_frames
@@ -329,6 +329,83 @@ def test_stock_processors_leave_the_frames_coupled(image_unet):
     unet.set_frame_attention("self")
     assert (unet(sample, 7, text).sample - want).abs().max() > 1e-3
     assert unet.config.attention == "self"
+
+
+@pytest.mark.parametrize("attention", ["first_prev", "full"])
+@pytest.mark.parametrize("position", ["none", "rotary"])
+def test_fused_projections_leave_the_frames_coupled(image_unet, attention, position):
+    unet = stir(video_unet(image_unet, attention=attention, temporal={"position": position}))
+    sample, text = clip(3)
+    with torch.no_grad():
+        want = unet(sample, 7, text).sample
+        unet.fuse_qkv_projections()
+        calls = []
+        hooks = [part.to_qkv.register_forward_hook(lambda *_: calls.append(1)) for part in attentions(unet)]
+        torch.testing.assert_close(unet(sample, 7, text).sample, want, atol=1e-5, rtol=1e-4)
+        assert len(hooks) == len(calls) > 0, "the fused projections are those that are used"
+        unet.set_frame_attention("self")
+        alone = unet(sample, 7, text).sample
+        assert (alone - want).abs().max() > 1e-3 and len(calls) == 2 * len(hooks)
+        unet.set_frame_attention(attention)
+        unet.unfuse_qkv_projections()
+        torch.testing.assert_close(unet(sample, 7, text).sample, want)
+        assert len(calls) == 2 * len(hooks)
+
+
+def attentions(unet):
+    return [part for name, part in unet.named_modules() if name.endswith(("attn1", "attn_temp"))]
+
+
+def test_switches_of_kernels_leave_the_frames_coupled(image_unet):
+    """diffusers goes through all modules and exchanges the processor of each attention by itself."""
+    unet = stir(video_unet(image_unet))
+    own = [part.processor for part in attentions(unet)]
+    for part in attentions(unet):
+        part.set_use_memory_efficient_attention_xformers(True)
+        part.set_use_npu_flash_attention(True)
+        part.set_use_xla_flash_attention(True)
+        part.set_attention_slice(1)
+    unet.set_default_attn_processor()
+    assert [type(part.processor) for part in attentions(unet)] == [type(one) for one in own]
+    with pytest.raises(ValueError, match=r"attn1\.processor: CustomDiffusionAttnProcessor knows no frames"):
+        unet.set_attn_processor(CustomDiffusionAttnProcessor(hidden_size=8, cross_attention_dim=16))
+
+    class Mine:
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return hidden_states
+
+    unet.set_attn_processor(Mine())  # a user's own is what the user wants
+    assert all(isinstance(part.processor, Mine) for part in attentions(unet))
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory", "official"])
+def test_a_tuned_network_goes_on_as_it_was_tuned(image_unet, tmp_path, kind):
+    own = {} if kind == "official" else {"attention": "full", "group_norm": "per_frame"}
+    temporal = {} if kind == "official" else {"position": "sinusoidal", "zero_init": "none"}
+    tuned = stir(video_unet(image_unet, **own, temporal=temporal))
+    tuned.save_pretrained(tmp_path)
+    if kind == "official":
+        config = json.loads((tmp_path / "config.json").read_text())
+        kept = {name: value for name, value in config.items() if name not in ("attention", "group_norm", "temporal")}
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+
+    def load(**options):
+        if kind == "memory":
+            return TuneAVideoUNet.from_unet2d(tuned, **options)
+        return TuneAVideoUNet.from_pretrained_2d(tmp_path, **options)
+
+    sample, text = clip(3)
+    want = tuned(sample, 7, text).sample
+    torch.testing.assert_close(load()(sample, 7, text).sample, want)
+    torch.testing.assert_close(load(**own, temporal={**temporal, "zero_init": "none"})(sample, 7, text).sample, want)
+    for name, value in (("attention", "self"), ("temporal", {"position": "rotary"}), ("temporal", {"enabled": False})):
+        with pytest.raises(ValueError, match=rf"was tuned with {name}="):
+            load(**{name: value})
+    with pytest.raises(ValueError, match=r"was tuned with group_norm="):
+        load(group_norm="joint" if own else "per_frame")
+    changed = load()
+    changed.set_frame_attention("self")  # what is said is done
+    assert (changed(sample, 7, text).sample - want).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------ files

@@ -21,6 +21,7 @@ from tune_a_video.losses import (
 from tune_a_video.models import TuneAVideoUNet
 from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.trainer import TuneAVideoTrainer
+from tune_a_video.video_io import save_video
 
 QUICK = {"steps": 2, "guidance_scale": 2.0}
 DRAWS = {
@@ -283,6 +284,63 @@ def test_rows_of_a_prediction(sd_folder):
     assert rows["sample_id"] == ["clip/0", "clip/1"] and rows["centres"].shape == (2, 3, 2)
     torch.testing.assert_close(rows["source"][1].transpose(0, 1), clips["video"][0] / 2 + 0.5)
     assert made.media(clips)["edits"].shape == (3, 20, 4 * 18 + 2, 3)
+
+
+def test_clips_of_one_name_are_clips_of_their_own(sd_folder, tmp_path):
+    """Two files `clip` of different folders, in one batch, one after the other, and through `infer`."""
+    made = trainer(sd_folder, prompts=["a cat"]).eval()
+    one, two = batch(seed=0), batch(seed=1)
+    parts = [made.val_step(part) for part in (one, two)]
+    for part, clip in zip(parts, (one, two), strict=True):
+        assert (
+            part["scores"][0]["inversion_psnr"]
+            == trainer(sd_folder, prompts=["a cat"]).eval().val_step(clip)["scores"][0]["inversion_psnr"]
+        )
+        latents = made.encoding(clip["video"][0], "a man is skiing", "clip")[0]
+        torch.testing.assert_close(latents, made.pipe.encode_video(clip["video"]))
+    both = {key: torch.cat([one[key], two[key]]) if key == "video" else one[key] + two[key] for key in one}
+    together = made.val_step(both)
+    torch.testing.assert_close(together["video"], torch.cat([part["video"] for part in parts]))
+    assert len(made.shown) == 2 and not torch.equal(made.shown[0].source, made.shown[1].source)
+    shown = made.media(two)["edits"]
+    assert (shown == made.shown[1].grid()).all() and not (shown == made.shown[0].grid()).all()
+    assert made.provenance()["clips"] == ["clip", "clip"]
+    # The same clip under another caption has another text, too.
+    other = made.encoding(one["video"][0], "a dog", "clip")[2]
+    assert not torch.equal(other, made.encoding(one["video"][0], "a man is skiing", "clip")[2])
+    folders = [tmp_path / name for name in "ab"]
+    made.clip = {"prompt": "a man", "n_frames": 3, "size": 16}
+    changes = []
+    for folder, clip in zip(folders, (one, two), strict=True):
+        save_video(clip["video"][0].movedim(0, 1) / 2 + 0.5, folder / "clip")
+        changes.append(made.infer(folder / "clip"))
+    assert not (changes[0].pictures["source"] == changes[1].pictures["source"]).all()
+    again = trainer(sd_folder, prompts=["a cat"], clip=made.clip).eval().infer(folders[1] / "clip")
+    assert (again.pictures["edit_0"] == changes[1].pictures["edit_0"]).all()
+
+
+def test_a_prompt_may_come_twice_or_be_called_as_a_column_is(sd_folder, tmp_path):
+    prompts = ["a cat", "a cat", "inversion", "source", "a dog"]
+    made = trainer(sd_folder, prompts=prompts, clip={"prompt": "a man", "n_frames": 3, "size": 16}).eval()
+    save_video(batch()["video"][0].movedim(0, 1) / 2 + 0.5, tmp_path / "clip")
+    found = made.infer(tmp_path / "clip")
+    videos = {name: value for name, value in found.pictures.items() if not name[-5:].isdigit()}
+    assert list(videos) == ["side_by_side", "source", "inversion", *(f"edit_{i}" for i in range(5))]
+    alone = trainer(sd_folder, prompts=["a dog"], clip=made.clip).eval().infer(tmp_path / "clip")
+    assert (videos["edit_4"] == alone.pictures["edit_0"]).all()
+    assert (videos["edit_0"] == videos["edit_1"]).all() and not (videos["edit_0"] == videos["inversion"]).all()
+    page = found.write(tmp_path / "page")
+    assert page.read_text().count("<figure>") == len(list((tmp_path / "page" / "frames").iterdir())) == 7
+
+
+def test_a_base_that_was_tuned_is_asked_for_what_it_was_tuned_with(sd_folder, tmp_path):
+    TuneAVideoPipeline.from_base(sd_folder, attention="full").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="was tuned with attention='full'"):
+        trainer(tmp_path)
+    with torch.device("meta"), pytest.raises(ConfigError, match="was tuned with attention='full'"):
+        trainer(tmp_path)
+    assert trainer(tmp_path, attention="full").network.config.attention == "full"
+    assert TuneAVideoPipeline.from_base(tmp_path).unet.config.attention == "full"
 
 
 def test_prompts_of_the_data_set_stand_in_for_configured_ones(sd_folder):

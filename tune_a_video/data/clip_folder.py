@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ root/ImageSets/2017/val.txt        clips of a split, one a line"""
 
 class ClipFolder(Dataset):
     """Clips below a folder: `video` (f, 3, H, W) float32 in [-1, 1], `caption`, `sample_id` (the clip's name).
+
+    A clip is called as its folder, or as its file without suffix; with it, where several clips would share a name.
 
     Args:
         root: holds a folder of frames or a video file per clip.
@@ -52,7 +55,7 @@ class ClipFolder(Dataset):
         multiple: int = 8,
     ) -> None:
         self.root = data_root(root, what=type(self).__name__, layout=_LAYOUT)
-        there = {path.name if path.is_dir() else path.stem: path for path in self.root.iterdir() if is_clip(path)}
+        there = _named(path for path in self.root.iterdir() if is_clip(path))
         if not there:
             raise MissingDataError(f"{self.root} holds no clip; expected\n{_LAYOUT}")
         known = captions if captions is None or isinstance(captions, Mapping) else read_captions(captions)
@@ -83,6 +86,13 @@ class ClipFolder(Dataset):
         indices = clip_indices(clip.count, self.n_frames, self.start, self.stride, self.pad, str(self.paths[index]))
         frames = read_sized(clip, indices, self.size, self.resize, self.multiple)
         return {"video": to_float(frames), "caption": self.captions[index], "sample_id": self.names[index]}
+
+
+def _named(paths: Iterable[Path]) -> dict[str, Path]:
+    """Clips by their names."""
+    short = [(path.name if path.is_dir() else path.stem, path) for path in paths]
+    counts = Counter(name for name, _ in short)
+    return {name if counts[name] == 1 else path.name: path for name, path in short}
 
 
 class DAVIS(ClipFolder):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from tune_a_video.models.frames import FrameCount
 
@@ -254,20 +254,56 @@ class _Regathered(torch.autograd.Function):
         return grad_q if needed[0] else None, grad_k, grad_v, None, None
 
 
+class FrameAttention(Attention):
+    """An attention of diffusers whose rows are frames: switches that exchange its processor leave it as it is.
+
+    Its own kernels are fused already, and a processor of images would make the frames forget each other.
+    """
+
+    @classmethod
+    def around(cls, attention: Attention) -> FrameAttention:
+        """The same attention, with its parameters and processor; it takes the place of `attention`."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.__dict__.update(attention.__dict__)
+        return made
+
+    def set_use_memory_efficient_attention_xformers(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, see the class."""
+
+    def set_use_npu_flash_attention(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, see the class."""
+
+    def set_use_xla_flash_attention(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, see the class."""
+
+    def set_attention_slice(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, see the class."""
+
+
+def projected(attn: Attention, hidden_states: Tensor, fused: bool) -> tuple[Tensor, ...]:
+    """Queries, keys and values of an attention's own rows; `fused` by the one projection of `fuse_projections`."""
+    if fused:
+        return attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+
 class SpatioTemporalAttnProcessor:
     """The processor of a diffusers `Attention` whose rows are the frames of videos (paper, section 4.1, ST-Attn).
 
     Args:
         count: how many frames make a video; shared with the network.
         spec: which frames a frame attends to, see `key_frames`.
+        fused: whether projections are one, see `projected`.
 
     Raises:
         ValueError: an unknown specification.
     """
 
-    def __init__(self, count: FrameCount, spec: FrameSpec = "first_prev") -> None:
+    def __init__(self, count: FrameCount, spec: FrameSpec = "first_prev", fused: bool = False) -> None:
         self.count = count
         self.spec = check_spec(spec)
+        self.fused = fused
 
     def __call__(
         self,
@@ -291,8 +327,7 @@ class SpatioTemporalAttnProcessor:
         frames = self.count.frames
         videos = self.count.videos(len(hidden_states))
         q, k, v = (
-            rearrange(project(hidden_states), "(b f) n c -> b f n c", b=videos)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+            rearrange(rows, "(b f) n c -> b f n c", b=videos) for rows in projected(attn, hidden_states, self.fused)
         )
         spec = self.spec if isinstance(self.spec, str) else tuple(self.spec)
         out = rearrange(attend(q, k, v, key_frames(spec, frames), attn.heads), "b f n c -> (b f) n c")

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from tune_a_video.models.frame_attention import FrameSpec, SpatioTemporalAttnProcessor
+from tune_a_video.models.frame_attention import FrameAttention, FrameSpec, SpatioTemporalAttnProcessor
 from tune_a_video.models.frame_conv import FrameConvResnetBlock
 from tune_a_video.models.frames import FrameCount
 from tune_a_video.models.group_norm import GROUP_NORMS, FrameGroupNorm
@@ -88,4 +89,7 @@ def set_frame_attention(module: nn.Module, count: FrameCount, spec: FrameSpec) -
         ValueError: an unknown specification.
     """
     for block in transformer_blocks(module):
-        block.attn1.set_processor(SpatioTemporalAttnProcessor(count, spec))
+        if type(block.attn1) is Attention:
+            block.attn1 = FrameAttention.around(block.attn1)
+        fused = getattr(block.attn1.processor, "fused", False)
+        block.attn1.set_processor(SpatioTemporalAttnProcessor(count, spec, fused))

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from torch import Tensor, nn
 
+from tune_a_video.models.frame_attention import FrameAttention, projected
 from tune_a_video.models.frame_conv import CONVS
 from tune_a_video.models.frames import FrameCount
 
@@ -91,11 +92,13 @@ class FrameAxisAttnProcessor:
     Args:
         count: how many frames make a video; shared with the network.
         position: see `TemporalConfig`.
+        fused: whether projections are one, see `tune_a_video.models.frame_attention.projected`.
     """
 
-    def __init__(self, count: FrameCount, position: str = "none") -> None:
+    def __init__(self, count: FrameCount, position: str = "none", fused: bool = False) -> None:
         self.count = count
         self.position = position
+        self.fused = fused
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Rows `(b f, n, C)` to the same."""
@@ -106,8 +109,8 @@ class FrameAxisAttnProcessor:
             code = torch.cat((angles.sin(), angles.cos()), dim=1)[:, : hidden_states.shape[2]]
             hidden_states = hidden_states + code.repeat(videos, 1)[:, None].to(hidden_states.dtype)
         q, k, v = (
-            rearrange(project(hidden_states), "(b f) n (h d) -> b (n h) f d", b=videos, h=attn.heads)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+            rearrange(rows, "(b f) n (h d) -> b (n h) f d", b=videos, h=attn.heads)
+            for rows in projected(attn, hidden_states, self.fused)
         )
         if self.position == "rotary":
             angles = frame_angles(frames, q.shape[-1], q.device)
@@ -152,7 +155,8 @@ class TemporalTransformerBlock(BasicTransformerBlock):
         # Attention keeps the width of its heads nowhere else.
         width = source.inner_dim // source.heads
         like = {"device": source.to_q.weight.device, "dtype": source.to_q.weight.dtype}
-        made.attn_temp = Attention(query_dim=block.dim, heads=source.heads, dim_head=width, bias=False, out_bias=True)
+        heads = {"heads": source.heads, "dim_head": width}
+        made.attn_temp = FrameAttention(query_dim=block.dim, **heads, bias=False, out_bias=True)
         made.norm_temp = nn.LayerNorm(block.dim)
         made.attn_temp.set_processor(FrameAxisAttnProcessor(count, config.position))
         output = made.attn_temp.to_out[0]

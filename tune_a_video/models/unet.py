@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -18,24 +19,36 @@ from diffusers.models.attention_processor import (
     AttentionProcessor,
     AttnProcessor,
     AttnProcessor2_0,
+    AttnProcessorNPU,
+    FusedAttnProcessor2_0,
     SlicedAttnProcessor,
     XFormersAttnProcessor,
+    XLAFlashAttnProcessor2_0,
 )
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from tune_a_video.models.frame_attention import FrameSpec, check_spec
+from tune_a_video.models.frame_attention import FrameSpec, SpatioTemporalAttnProcessor, check_spec
 from tune_a_video.models.frames import FrameCount, fold, unfold
 from tune_a_video.models.inflation import TEMPORAL_NAMES, inflate, set_frame_attention
 from tune_a_video.models.lora_layers import lora_buffers, merge_updates
-from tune_a_video.models.temporal import TemporalConfig
+from tune_a_video.models.temporal import FrameAxisAttnProcessor, TemporalConfig
 from tune_a_video.models.weights import read_config, read_delta, read_network, write_delta
 
 #: What the released recipe trains: all parameters of modules whose name ends so.
 TRAINABLE_MODULES = ("attn1.to_q", "attn2.to_q", "attn_temp")
 
 _BLOCKS = ("down_block_types", "up_block_types", "mid_block_type")
-_STOCK = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+#: Processors that compute plain attention, each in its own way.
+_STOCK = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    AttnProcessorNPU,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+    XLAFlashAttnProcessor2_0,
+)
 _CONFIG_NAMES = ("attention", "group_norm", "temporal")
 
 
@@ -152,27 +165,31 @@ class TuneAVideoUNet(UNet2DConditionModel):
         cls,
         unet: UNet2DConditionModel,
         *,
-        attention: FrameSpec = "first_prev",
-        group_norm: str = "joint",
+        attention: FrameSpec | None = None,
+        group_norm: str | None = None,
         temporal: TemporalConfig | Mapping[str, Any] | None = None,
     ) -> TuneAVideoUNet:
         """The video network with an image network's weights, on its device and in its precision.
 
         Args:
-            unet: of Stable Diffusion 1.x or 2.x, personalised ones included; its tensors are shared.
-            attention, group_norm, temporal: see the class.
+            unet: of Stable Diffusion 1.x or 2.x, personalised ones included; its tensors are copied.
+            attention, group_norm, temporal: see the class; None: what a tuned network says, or the class's default.
 
         Raises:
-            ValueError: `unet` has parameters that the video network has no place for (LoRA that is not fused).
+            ValueError: `unet` has parameters that the video network has no place for (LoRA that is not fused), or was
+                tuned as a video network with other attention or norms.
         """
         options = {"attention": attention, "group_norm": group_norm, "temporal": temporal}
-        made = cls._inflated(dict(unet.config), unet.state_dict(), type(unet).__name__, options)
+        state = {name: value.detach().clone() for name, value in unet.state_dict().items()}
+        made = cls._inflated(dict(unet.config), state, type(unet).__name__, options)
         return made.train(unet.training)
 
     @classmethod
     def _inflated(
         cls, config: Mapping[str, Any], state: Mapping[str, Tensor], source: str, options: Mapping[str, Any]
     ) -> TuneAVideoUNet:
+        tuned = any("attn_temp" in name for name in state)
+        options = settled_options(config, options, source, tuned=tuned)
         known = inspect.signature(UNet2DConditionModel.__init__).parameters
         with torch.device("meta"):
             made = cls(**{name: value for name, value in config.items() if name in known and name != "self"}, **options)
@@ -186,8 +203,8 @@ class TuneAVideoUNet(UNet2DConditionModel):
         path: str | os.PathLike[str],
         subfolder: str | None = None,
         *,
-        attention: FrameSpec = "first_prev",
-        group_norm: str = "joint",
+        attention: FrameSpec | None = None,
+        group_norm: str | None = None,
         temporal: TemporalConfig | Mapping[str, Any] | None = None,
         variant: str | None = None,
         torch_dtype: torch.dtype | None = None,
@@ -197,13 +214,13 @@ class TuneAVideoUNet(UNet2DConditionModel):
         Args:
             path: the folder, or the pipeline's.
             subfolder: `unet` for a pipeline's folder.
-            attention, group_norm, temporal: see the class.
+            attention, group_norm, temporal: see `from_unet2d`.
             variant: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
             torch_dtype: of the parameters; None: float32.
 
         Raises:
             FileNotFoundError: there is no such network.
-            ValueError: its weights do not fit.
+            ValueError: its weights do not fit, or it was tuned as a video network with other attention or norms.
         """
         config, state = read_network(path, subfolder, variant)
         options = {"attention": attention, "group_norm": group_norm, "temporal": temporal}
@@ -363,19 +380,77 @@ class TuneAVideoUNet(UNet2DConditionModel):
     def set_attn_processor(self, processor: AttentionProcessor | dict[str, AttentionProcessor]) -> None:
         """As in diffusers, except that its stock processors leave the attention over frames as it is.
 
-        Adapters and attention slicing install stock processors everywhere; frames would forget each other silently.
+        Adapters, fused projections and attention slicing install stock processors everywhere; frames would forget each
+        other silently.
+
+        Raises:
+            ValueError: another processor of diffusers, which knows no frames, where they attend to each other.
         """
         current = self.attn_processors
         chosen = processor if isinstance(processor, dict) else dict.fromkeys(current, processor)
-        kept = {
-            name: current[name]
-            for name, value in chosen.items()
-            if name in current and type(value) in _STOCK and ("attn1." in name or "attn_temp." in name)
-        }
-        super().set_attn_processor({**chosen, **kept})
+        super().set_attn_processor(
+            {name: _over_frames(name, value, current.get(name)) for name, value in chosen.items()}
+        )
+
+    def set_default_attn_processor(self) -> None:
+        """As in diffusers, which knows no processors over frames and refuses: these stay, all others are plain."""
+        self.set_attn_processor(AttnProcessor())
 
     def set_attention_slice(self, slice_size: str | int | list[int] | None = "auto") -> None:
         """Nothing: fused kernels hold no scores, so there is nothing to slice."""
+
+
+def settled_options(
+    config: Mapping[str, Any], options: Mapping[str, Any], source: str, *, tuned: bool = False
+) -> dict[str, Any]:
+    """`attention`, `group_norm` and `temporal` of a network that is made from another one.
+
+    Args:
+        config: of the other one. A video network's says all three; one of the released code says none.
+        options: what is asked for; None: what the other one has, or the default over an image network.
+        source: the other one, for the error.
+        tuned: it is a video network, whatever its configuration says.
+
+    Raises:
+        ValueError: weights that were tuned with one thing are asked to go on with another.
+    """
+    defaults = {"attention": "first_prev", "group_norm": "joint", "temporal": None}
+    tuned = tuned or "temporal" in config
+    settled = {}
+    for name, default in defaults.items():
+        own, asked = config.get(name, default) if tuned else default, options.get(name)
+        if tuned and asked is not None and _comparable(name, asked) != _comparable(name, own):
+            raise ValueError(
+                f"{source} was tuned with {name}={_comparable(name, own)!r}, but {_comparable(name, asked)!r} is asked "
+                f"for: leave {name} out to take its own"
+            )
+        settled[name] = own if asked is None else asked
+    return settled
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """An option as it decides what a tuned network computes: how it was initialised does not."""
+    if name == "attention":
+        return json.loads(json.dumps(check_spec(value)))
+    if name == "temporal":
+        return {key: one for key, one in vars(TemporalConfig.of(value)).items() if key != "zero_init"}
+    return value
+
+
+def _over_frames(name: str, given: AttentionProcessor, own: AttentionProcessor | None) -> AttentionProcessor:
+    """The processor that an attention gets when `given` is installed everywhere."""
+    if not isinstance(own, SpatioTemporalAttnProcessor | FrameAxisAttnProcessor):
+        return given
+    if type(given) in _STOCK:
+        made = copy.copy(own)
+        made.fused = type(given) is FusedAttnProcessor2_0
+        return made
+    if type(given).__module__.startswith("diffusers."):
+        raise ValueError(
+            f"{name}: {type(given).__name__} knows no frames, which attend to each other here: give a dict that names "
+            "the processors of attn2 alone"
+        )
+    return given
 
 
 def _signature() -> inspect.Signature:
