@@ -8,11 +8,10 @@ from core.checkpoint.files import (
     CheckpointWriteError,
     FileRecord,
     UnsafeCheckpointError,
-    load,
     save_atomic,
     write_text_atomic,
 )
-from core.checkpoint.official import load_official
+from core.checkpoint.reading import load, load_official
 from core.checkpoint.state import StateDiff, StateMismatch, diff_state, load_state
 from core.checkpoint.store import CheckpointStore, Damaged
 

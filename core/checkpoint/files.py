@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and read without executing anything."""
+"""Checkpoint files, written whole or not at all, and the errors of writing and reading them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import errno
 import hashlib
 import os
 import pickle
-import re
 import shutil
 import tempfile
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ import torch
 
 from core.errors import VitrineError
 
-# What `torch.load(weights_only=True)` gives back, so that nothing is written that could not be read again.
+# What `core.checkpoint.load` gives back, so that nothing is written that could not be read again.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.device, torch.dtype)
 _CONTAINERS = (list, tuple, set)
 _MAPPINGS = (dict, OrderedDict)
@@ -37,11 +35,26 @@ class CheckpointWriteError(VitrineError, OSError):
 
 
 class CheckpointReadError(VitrineError, ValueError):
-    """A file is missing, damaged, or not what its name says."""
+    """A file is missing, damaged, or not what its name says.
+
+    The message is one line of printable text, whatever names and paths it quotes: those are a stranger's words.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class UnsafeCheckpointError(CheckpointReadError, pickle.UnpicklingError):
     """A file asks for more than data; nothing of it was executed."""
+
+
+def one_line(text: str, limit: int = 1200) -> str:
+    """`text` without line breaks, control characters and lone surrogates; its middle is left out beyond `limit`."""
+    text = text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    text = " ".join(line.strip() for line in text.splitlines())
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,8 @@ def save_atomic(state: Mapping[str, Any], path: str | os.PathLike[str]) -> FileR
         path: the file; its folder is made when missing.
 
     Raises:
-        TypeError: `state` holds something that could not be read back with ``weights_only=True`` (the place is named);
-            or, for ``.safetensors``, something that is no tensor.
+        TypeError: `state` holds something that `load` could not read back (the place is named); or, for
+            ``.safetensors``, something that is no tensor.
         CheckpointWriteError: the disk is full, a quota or size limit is reached, the folder cannot be written.
     """
     path = Path(path)
@@ -210,10 +223,24 @@ def _tensors(state: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def unusual(tensor: torch.Tensor) -> str | None:
+    """What keeps a tensor from being plain numbers in memory: "meta", "sparse", "quantized"; None for ordinary ones."""
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantized"
+    return None if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").replace("_", " ")
+
+
 def _readable(state: Any, place: str) -> Any:
     """`state` itself when `load` can read it back; numpy scalars as numbers; TypeError with the place otherwise."""
     kind = type(state)
-    if kind in _PLAIN or isinstance(state, torch.Tensor):
+    if isinstance(state, torch.Tensor):
+        form = unusual(state)
+        if form:
+            raise TypeError(f"{place} is a {form} tensor, which cannot be read back: store its numbers as a dense one")
+        return state
+    if kind in _PLAIN:
         return state
     if isinstance(state, np.generic):
         return state.item()
@@ -226,7 +253,7 @@ def _readable(state: Any, place: str) -> Any:
     if kind in _CONTAINERS:
         return kind(_readable(v, f"{place}[{i}]") for i, v in enumerate(state))
     raise TypeError(
-        f"{place} is a {kind.__module__}.{kind.__qualname__}, which a safe load (weights_only) cannot read back: "
+        f"{place} is a {kind.__module__}.{kind.__qualname__}, which core.checkpoint.load cannot read back: "
         "store it as tensors, numbers, strings, lists and plain dictionaries"
     )
 
@@ -243,108 +270,3 @@ def _write_safetensors(state: Mapping[str, Any], writer: _HashingWriter) -> None
         shared = value.numel() > 0 and seen.setdefault(value.untyped_storage().data_ptr(), key) != key
         ready[key] = value.detach().clone() if shared else value.detach().contiguous()
     writer.write(save(ready, metadata={"format": "pt"}))
-
-
-def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint that holds nothing but data: torch files (``weights_only=True``), ``.safetensors``, ``.npz``.
-
-    Args:
-        path: the file.
-        map_location: where the tensors go.
-
-    Returns:
-        The dictionary in the file; ``.npz`` arrays as tensors.
-
-    Raises:
-        UnsafeCheckpointError: the file asks for more than data; the message names what.
-        CheckpointReadError: missing, damaged, or not a dictionary.
-    """
-    path = existing(path)
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path, map_location)
-    if path.suffix == ".npz":
-        return _load_npz(path, map_location)
-    try:
-        with warnings.catch_warnings():  # of what the errors below say
-            warnings.filterwarnings("ignore", "Detected pickle protocol|'torch.load' received a zip file")
-            content = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _not_plain(path, str(error)) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
-        if "TorchScript" in str(error):
-            raise torchscript_error(path) from None
-        raise CheckpointReadError(
-            f"'{path}' cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}): it is "
-            "damaged, incomplete, or no torch file. Copy or download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointReadError(f"'{path}' holds a {type(content).__name__}, not a dictionary of weights")
-    return content
-
-
-def existing(path: str | os.PathLike[str]) -> Path:
-    """The path, when it is a file.
-
-    Raises:
-        CheckpointReadError: no such file; files of its folder with a near name are in the message.
-    """
-    from difflib import get_close_matches
-
-    path = Path(path)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise CheckpointReadError(f"'{path}' is a folder, not a checkpoint file")
-    if not path.parent.is_dir():
-        raise CheckpointReadError(f"there is no file '{path}': its folder does not exist")
-    names = [p.name for p in path.parent.iterdir() if p.is_file()]
-    near = get_close_matches(path.name, names, n=3, cutoff=0.4)
-    hint = f"; near names there: {', '.join(near)}" if near else ""
-    raise CheckpointReadError(f"there is no file '{path}'{hint}")
-
-
-def torchscript_error(path: Path) -> UnsafeCheckpointError:
-    """The refusal of TorchScript archives, which hold programs beside weights."""
-    return UnsafeCheckpointError(
-        f"'{path}' is a TorchScript archive: it holds a program beside the weights and is not loaded. Convert it once, "
-        "where you trust it, with torch.save(torch.jit.load(path).state_dict(), ...)."
-    )
-
-
-def _not_plain(path: Path, message: str) -> CheckpointReadError:
-    if "TorchScript" in message:
-        return torchscript_error(path)
-    wanted = re.search(r"GLOBAL (\S+)", message)
-    if wanted is None and re.search(r"Unsupported operand|persistent", message) is None:
-        return CheckpointReadError(f"'{path}' cannot be read: {message.splitlines()[0]}")
-    what = f"asks for '{wanted[1]}'" if wanted else "is a pickle beyond the weights-only format"
-    return UnsafeCheckpointError(
-        f"'{path}' {what}, which is more than data, so it was not loaded. If it is an official checkpoint, "
-        "core.checkpoint.load_official(path) reads the known containers (argparse, yacs, omegaconf, numpy, ...) as "
-        "plain dictionaries without executing anything; load_official(path, allow=...) extends its list."
-    )
-
-
-def _load_safetensors(path: Path, map_location: str | torch.device) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path, device=str(map_location))
-    except SafetensorError as error:
-        raise CheckpointReadError(f"'{path}' is no whole safetensors file: {error}") from None
-
-
-def _load_npz(path: Path, map_location: str | torch.device) -> dict[str, torch.Tensor]:
-    import zipfile
-    import zlib
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]).to(map_location) for name in arrays.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if "allow_pickle" in str(error):
-            raise UnsafeCheckpointError(f"'{path}' holds pickled Python objects, which are not loaded") from None
-        raise CheckpointReadError(f"'{path}' is no whole .npz file: {error}") from None
-    except TypeError as error:
-        raise CheckpointReadError(f"'{path}' holds an array that is no tensor: {error}") from None

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from core.checkpoint.files import one_line, unusual
 from core.errors import VitrineError
 
 Rename = Callable[[str], str | None] | Mapping[str, str]
 _SHOWN = 12
+_LONGEST_NAME = 200  # of those that are compared in spelling, which takes the square of the length
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,14 @@ class StateDiff:
     def __str__(self) -> str:
         if not self:
             return "no difference"
-        differing = [f"{k}: the model has {own}, the state has {given}" for k, (own, given) in self.mismatched.items()]
-        missing = [f"{k} {what}{self._near(k)}" for k, what in self._first(self.missing)]
-        unexpected = [f"{k} {what}" for k, what in self._first(self.unexpected)]
+        differing = [
+            f"{_name(k)}: the model has {own}, the state has {given}"
+            for k, (own, given) in itertools.islice(self.mismatched.items(), _SHOWN)
+        ]
+        missing = [f"{_name(k)} {what}{self._near(k)}" for k, what in self._first(self.missing)]
+        unexpected = [f"{_name(k)} {what}" for k, what in self._first(self.unexpected)]
         return "\n".join(
-            _section("differing", differing[:_SHOWN], len(self.mismatched))
+            _section("differing", differing, len(self.mismatched))
             + _section("missing from the state", missing, len(self.missing))
             + _section("unknown to the model", unexpected, len(self.unexpected))
         )
@@ -55,7 +60,7 @@ class StateDiff:
 
     def _near(self, key: str) -> str:
         """Names in the state that may be this key under another name: near in spelling, the same in shape."""
-        same = [k for k, what in self.unexpected.items() if what == self.missing[key]]
+        same = [k for k, what in self.unexpected.items() if what == self.missing[key] and len(k) <= _LONGEST_NAME]
         near = difflib.get_close_matches(key, same[:2000], n=1, cutoff=0.6)
         return f" (perhaps '{near[0]}'?)" if near else ""
 
@@ -82,10 +87,20 @@ def _section(title: str, lines: list[str], count: int) -> list[str]:
     return [f"{title} ({count}):", *(f"  {line}" for line in lines), *more]
 
 
+def _name(key: Any) -> str:
+    """A file's name for something, fit to be printed."""
+    return one_line(str(key), 120)
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return type(value).__name__
+
+
+def _describe_given(value: Any) -> str:
+    form = unusual(value) if isinstance(value, torch.Tensor) else None
+    return f"{_describe(value)}, {form}" if form else _describe(value)
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -103,7 +118,7 @@ def _kind(dtype: torch.dtype) -> str:
 def _fits(own: Any, given: Any) -> bool:
     if not isinstance(own, torch.Tensor):
         return True  # extra state: the module that asked for it judges it
-    if not isinstance(given, torch.Tensor) or own.shape != given.shape:
+    if not isinstance(given, torch.Tensor) or own.shape != given.shape or unusual(given):
         return False
     return own.dtype == given.dtype or _kind(own.dtype) == _kind(given.dtype)
 
@@ -120,7 +135,7 @@ def diff_state(model: nn.Module | Mapping[str, Any], state: Mapping[str, Any]) -
     return StateDiff(
         missing={k: _describe(v) for k, v in own.items() if k not in state},
         unexpected={k: _describe(v) for k, v in state.items() if k not in own},
-        mismatched={k: (_describe(a), _describe(b)) for k, (a, b) in differing.items()},
+        mismatched={k: (_describe(a), _describe_given(b)) for k, (a, b) in differing.items()},
     )
 
 
@@ -150,10 +165,14 @@ def load_state(
         StateMismatch: the difference is not empty and `strict`, or nothing at all fits; the model is unchanged.
         ValueError: two keys have the same name after `rename`.
     """
+    name = type(model).__name__
+    odd = next((k for k in state if not isinstance(k, str)), None)
+    if odd is not None:
+        what = f"'{_name(odd)}' ({type(odd).__name__})"
+        raise StateMismatch(f"the state does not fit {name}: its key {what} is not a name of a parameter", StateDiff())
     state = _renamed(state, rename) if rename is not None else dict(state)
     diff = diff_state(model, state)
     counted = diff.without(list(ignore))
-    name = type(model).__name__
     if strict and counted:
         raise StateMismatch(f"the state does not fit {name}; nothing was loaded.\n{counted}", counted)
     fitting = {k: v for k, v in state.items() if k not in diff.unexpected and k not in diff.mismatched}
@@ -188,10 +207,11 @@ def _load_whole(model: nn.Module, state: Mapping[str, Any]) -> None:
         before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()}
     try:
         model.load_state_dict(state, strict=False)
-    except Exception:
+    except Exception as error:
         if before is not None:
             model.load_state_dict(before, strict=False)
-        raise
+        reason = one_line(str(error) or type(error).__name__, 400)
+        raise StateMismatch(f"{type(model).__name__} refuses the state: {reason}", StateDiff()) from error
 
 
 def _has_own_loading(model: nn.Module) -> bool:
