@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from core.console import prose, wrapped
 from core.errors import ConfigError, VitrineError
+from core.messages import first_process_speaks
 
 T = TypeVar("T")
 
@@ -74,6 +75,7 @@ def parse(
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Calls a tool's `main` with the command line; the project's own errors end it with one clear message, status 2."""
+    first_process_speaks()
     try:
         main(sys.argv[1:])
     except VitrineError as error:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from core.config import CONFIGS, to_dict
 from core.config_check import checked, look_in_working_directory, some_experiments, stage_config
 from core.errors import ConfigError
+from core.messages import first_process_speaks
 from core.objective import objective
 from core.results import fingerprint
 from core.run_folder import (
@@ -98,6 +99,7 @@ def set_up_process(runtime: dict[str, Any]) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         timeout = datetime.timedelta(seconds=runtime["timeout_s"])
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    first_process_speaks()
 
 
 # ---------------------------------------------------------------------- running
@@ -154,7 +156,8 @@ def _from_stage(load_from: Any, cfg: dict[str, Any], earlier: list[str], *, goes
 
 def _run_once(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> dict[str, Any]:
     if (result := finished(cfg)) is not None:
-        print(f"{cfg['name']}: already finished in {cfg['run_dir']}", flush=True)
+        if rank() == 0:
+            print(f"{cfg['name']}: already finished in {cfg['run_dir']}", flush=True)
         return result
     cfg = {**cfg, "resume_from": (lambda p: str(p) if p else None)(checkpoint_to_resume(cfg))}
     if rank() == 0:

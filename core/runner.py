@@ -30,6 +30,7 @@ from core.hook_configs import hook_configs
 from core.hooks.checkpoint import CheckpointHook
 from core.hooks.media import MediaHook
 from core.initial_weights import Beginning, derives_data
+from core.messages import log_warnings
 from core.optim import autocast
 from core.parallel import full_model_state, load_full_model_state, shard
 from core.randomness import random_state, set_random_state
@@ -108,9 +109,11 @@ class Runner(MMRunner):
 
     # ------------------------------------------------------------------ building
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
-        """Plain log file ``run.log`` in the run's folder, besides the console."""
+        """Plain log file ``run.log`` in the run's folder, besides the console; a resumed run appends to it."""
         self._remove_empty(self._log_dir)
         self._log_dir = self._work_dir
+        log_warnings(self._work_dir, self.rank)
+        kwargs.setdefault("file_mode", "a")
         return super().build_logger(log_level, log_file or os.path.join(self._work_dir, "run.log"), **kwargs)
 
     @staticmethod

@@ -1,0 +1,50 @@
+"""Several processes, one console: the first one speaks, what the others are warned of goes to logs of their own.
+
+Imports nothing heavy: `first_process_speaks` comes before the libraries that warn while they are imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from core.progress import console_handlers
+from core.results import first_process
+
+_WARNINGS = "py.warnings"  # the logger of logging.captureWarnings
+
+
+def first_process_speaks() -> None:
+    """Under torchrun or Slurm, keeps the other processes' warnings and their libraries' messages from the console.
+
+    Errors are shown by every process. Called again it sees to the handlers that libraries have added since.
+    """
+    if first_process():
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.captureWarnings(True)
+    warned = logging.getLogger(_WARNINGS)
+    warned.propagate = False
+    if not warned.handlers:
+        warned.addHandler(logging.NullHandler())
+    for handler in console_handlers():
+        handler.setLevel(max(handler.level, logging.ERROR))
+
+
+def log_warnings(folder: str | os.PathLike[str], rank: int) -> None:
+    """Where the warnings of a process that is not the first go: ``run_rank<N>.log``, which the first warning makes.
+
+    Args:
+        folder: the run's folder; warnings no longer go to an earlier run's.
+        rank: of the process; the first one's warnings are on the console.
+    """
+    if rank == 0:
+        return
+    warned = logging.getLogger(_WARNINGS)
+    for handler in [h for h in warned.handlers if isinstance(h, logging.FileHandler)]:
+        warned.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(Path(folder) / f"run_rank{rank}.log", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    warned.addHandler(handler)
