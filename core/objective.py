@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from core.errors import ConfigError
@@ -84,9 +84,6 @@ def _reported(evaluator: Any) -> set[str] | None:
         if not isinstance(one, Mapping) or one.get("type") not in ("core.metrics.TorchMetrics", "vitrine.TorchMetrics"):
             return None
         prefix = f"{one['prefix']}/" if one.get("prefix") else ""
-        found.update(prefix + name for name in _mapping_keys(one.get("metrics")))
+        if isinstance(metrics := one.get("metrics"), Mapping):
+            found.update(prefix + name for name, metric in metrics.items() if metric is not None)
     return found
-
-
-def _mapping_keys(value: Any) -> Iterable[str]:
-    return value if isinstance(value, Mapping) else ()

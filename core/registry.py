@@ -36,6 +36,7 @@ DATASETS = _child(root.DATASETS)
 DATA_SAMPLERS = _child(root.DATA_SAMPLERS)
 TRANSFORMS = _child(root.TRANSFORMS)
 METRICS = _child(root.METRICS)
+EVALUATORS = _child(root.EVALUATOR)
 HOOKS = _child(root.HOOKS)
 LOOPS = _child(root.LOOPS)
 OPTIMIZERS = _child(root.OPTIMIZERS)
@@ -53,6 +54,7 @@ _ALL = (
     DATA_SAMPLERS,
     TRANSFORMS,
     METRICS,
+    EVALUATORS,
     HOOKS,
     LOOPS,
     OPTIMIZERS,

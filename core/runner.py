@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import PARAM_SCHEDULERS, VISUALIZERS
@@ -26,6 +27,7 @@ from core.data.loader import build_loader
 from core.data.seeds import preserved_random_state, seed_sample
 from core.detection import keep_boxes_exact, networks
 from core.errors import ConfigError, VitrineError
+from core.evaluators import build_evaluator
 from core.hook_configs import hook_configs
 from core.hooks.checkpoint import CheckpointHook
 from core.hooks.media import MediaHook
@@ -70,7 +72,7 @@ class Runner(MMRunner):
             metric=checkpoint.metric,
             direction=checkpoint.direction,
         )
-        test = test or {key: cfg[key] for key in ("test_dataloader", "test_evaluator")}
+        test = test or {"test_dataloader": cfg["test_dataloader"], "test_evaluator": _test_evaluator(cfg)}
         hooks: list[Any] = hook_configs(cfg["custom_hooks"])
         if cfg["ema"] is not None:
             hooks.append({"type": "core.EMAHook", **cfg["ema"]})
@@ -89,7 +91,7 @@ class Runner(MMRunner):
             optim_wrapper=cfg["optim_wrapper"],
             param_scheduler=cfg["param_scheduler"],
             val_evaluator=cfg["val_evaluator"] if cfg["val_dataloader"] is not None else None,
-            test_evaluator=test["test_evaluator"] or (cfg["val_evaluator"] if cfg["test_dataloader"] else None),
+            test_evaluator=test["test_evaluator"],
             default_hooks={
                 "runtime_info": None,
                 "timer": None,
@@ -241,6 +243,10 @@ class Runner(MMRunner):
         if cfg["type"] == "core.EvalLoop":
             cfg["split"] = split
         return build(cfg, LOOPS, runner=self, dataloader=dataloader, evaluator=evaluator)
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """See `core.evaluators.build_evaluator`."""
+        return build_evaluator(evaluator)
 
     def train(self) -> nn.Module:
         """As mmengine's, with the test loop built first: a wrong setting of it ends the run before anything is trained.
@@ -503,12 +509,19 @@ class Runner(MMRunner):
 
 def build_test(cfg: dict[str, Any]) -> dict[str, Any]:
     """`test_dataloader` and `test_evaluator` of a config with data set and evaluator built, for a `Runner` to come."""
-    loader, evaluator = cfg["test_dataloader"], cfg["test_evaluator"] or cfg["val_evaluator"]
+    loader = cfg["test_dataloader"]
     with preserved_random_state():
         seed_sample(cfg["seed"])
         dataset = build(loader["dataset"], DATASETS)
-        built = MMRunner.build_evaluator(None, copy.deepcopy(evaluator))  # reads nothing of the runner
+        built = build_evaluator(copy.deepcopy(_test_evaluator(cfg)))
     return {"test_dataloader": {**loader, "dataset": dataset}, "test_evaluator": built}
+
+
+def _test_evaluator(cfg: dict[str, Any]) -> Any:
+    """What the test split is judged by: as the validation split, unless the config says something else."""
+    if cfg["test_dataloader"] is None:
+        return None
+    return cfg["val_evaluator"] if cfg["test_evaluator"] is None else cfg["test_evaluator"]
 
 
 def _plain(batch: Any) -> Any:

@@ -48,7 +48,7 @@ class TorchMetrics(BaseMetric):
     ``name/key``.
 
     Args:
-        metrics: name -> torchmetrics metric (or its config).
+        metrics: name -> torchmetrics metric (or its config); None leaves out the one of that name.
         prediction: key of the first argument of ``update`` in the prediction (or the batch).
         target: key of the second; None: there is none.
         inputs: name -> keys of all its arguments, for metrics that read others than `prediction` and `target`.
@@ -77,17 +77,15 @@ class TorchMetrics(BaseMetric):
         allow_nan: bool = False,
     ) -> None:
         super().__init__(prefix=prefix)
-        if not metrics:
+        self.measures = {name: _built(name, metric) for name, metric in metrics.items() if metric is not None}
+        if not self.measures:
             raise ConfigError("core.metrics.TorchMetrics: give at least one metric, as name: {type: torchmetrics....}")
-        self.measures = {name: _built(name, metric) for name, metric in metrics.items()}
         pair = [key for key in (prediction, target) if key is not None]
         self.inputs = {name: list((inputs or {}).get(name, pair)) for name in self.measures}
         self.activations = dict(activations or {})
         for name in [*(inputs or {}), *self.activations]:
-            if name not in self.measures:
-                raise ConfigError(
-                    f"core.metrics.TorchMetrics: there is no metric '{name}'{nearest(name, self.measures)}"
-                )
+            if name not in metrics:
+                raise ConfigError(f"core.metrics.TorchMetrics: there is no metric '{name}'{nearest(name, metrics)}")
         for name, activation in self.activations.items():
             if activation not in _ACTIVATIONS:
                 raise ConfigError(f"core.metrics.TorchMetrics: activations.{name}={activation}: softmax or sigmoid")

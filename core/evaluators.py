@@ -1,0 +1,46 @@
+"""What an evaluator's config means, wherever one is built: a metric, a list of metrics, or an mmengine evaluator."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.evaluator import Evaluator
+
+from core.errors import ConfigError
+from core.registry import build, resolve
+
+
+def build_evaluator(evaluator: Any) -> Evaluator:
+    """The evaluator of a loop.
+
+    Args:
+        evaluator: a metric's config (``{type: core.metrics.TorchMetrics, metrics: ...}``), a list of such, an mmengine
+            evaluator's config (``{metrics: [...]}``, with or without ``type``), or any of these as built objects.
+
+    Raises:
+        ConfigError: it is empty, or something in it is neither a metric nor an evaluator.
+    """
+    if isinstance(evaluator, Evaluator):
+        return evaluator
+    if isinstance(evaluator, Mapping) and "type" not in evaluator and "metrics" in evaluator:
+        evaluator = {"type": Evaluator, **evaluator}
+    if isinstance(evaluator, Mapping) and "type" in evaluator:
+        target = resolve(evaluator["type"])
+        if inspect.isclass(target) and issubclass(target, Evaluator):
+            return build(dict(evaluator))
+    metrics = list(evaluator) if isinstance(evaluator, list | tuple) else [evaluator]
+    if not metrics:
+        raise ConfigError("an evaluator needs a metric, as in {type: core.metrics.TorchMetrics, metrics: ...}")
+    return Evaluator([_metric(one) for one in metrics])
+
+
+def _metric(one: Any) -> Any:
+    built = build(one)
+    if not all(callable(getattr(built, name, None)) for name in ("process", "evaluate")):
+        raise ConfigError(
+            "an evaluator takes metrics, which are objects with process(data_batch, data_samples) and evaluate(size), "
+            f"not {one!r}"
+        )
+    return built
