@@ -17,6 +17,6 @@ __getattr__, __dir__, __all__ = lazy(
         "hooks.media": "MediaHook",
         "hooks.checkpoint": "CheckpointHook",
         "hooks.early_stopping": "EarlyStopping",
-        "visualization": "JsonLines TensorBoard Wandb",
+        "visualization": "CSV JsonLines TensorBoard Wandb",
     },
 )

@@ -1,4 +1,4 @@
-"""Where a run's figures and pictures go: JSON lines, TensorBoard, Weights & Biases.
+"""Where a run's figures and pictures go: JSON lines, CSV, TensorBoard, Weights & Biases.
 
 All are mmengine visualisation backends, used through ``runner.visualizer``. Beyond mmengine's interface they offer
 ``add_video`` (a file that exists already, so that nothing is encoded twice) and ``truncate``, which a resumed run calls
@@ -7,11 +7,13 @@ so that no step is written twice.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +53,17 @@ def _numbers(scalars: Mapping[str, Any]) -> dict[str, int | float]:
     return {key: number for key, value in scalars.items() if (number := _number(value)) is not None}
 
 
-@VISBACKENDS.register_module()
-class JsonLines(BaseVisBackend):
-    """One JSON object per line in ``log.jsonl``: ``step``, ``epoch``, ``time`` (Unix seconds), then the figures.
-
-    Every line is flushed. A value that is not finite is written as null, since JSON has no other word for it.
+class _LineLog(BaseVisBackend):
+    """A text file that grows by a line for every call, each of them on the disk at once.
 
     Args:
         save_dir: the run's folder.
         filename: of the log.
     """
 
-    def __init__(self, save_dir: str, filename: str = "log.jsonl") -> None:
+    heading = 0  # lines before the first that counts
+
+    def __init__(self, save_dir: str, filename: str) -> None:
         super().__init__(save_dir)
         self.path = _run_folder(save_dir) / filename
         self._file: Any = None
@@ -70,23 +71,26 @@ class JsonLines(BaseVisBackend):
 
     def _init_env(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = len(self._drop_partial_line())
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._begin(self._whole_lines())
+        self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (open as long as the run)
         self._env_initialized = True
 
-    def _drop_partial_line(self) -> list[str]:
-        """A process that was killed may have left half a line: it would spoil the next one."""
+    def _begin(self, lines: list[str]) -> None:
+        """Takes up what the file holds."""
+        self._lines = max(0, len(lines) - self.heading)
+
+    def _whole_lines(self) -> list[str]:
+        """The file's lines, without half a line that a process left which was killed: it would spoil the next one."""
         if not self.path.exists():
             return []
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        lines = text.splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
-            os.truncate(self.path, sum(len(line.encode()) for line in lines))
-        return lines
+            os.truncate(self.path, sum(map(len, lines)))
+        return [line.decode(errors="replace") for line in lines]
 
     @property
-    def experiment(self) -> JsonLines:
+    def experiment(self) -> _LineLog:
         """This object."""
         return self
 
@@ -100,14 +104,23 @@ class JsonLines(BaseVisBackend):
         if self._file is None:
             self._init_env()
 
+    def _line(self, values: Mapping[str, Any]) -> str:
+        """A call's values as a line."""
+        raise NotImplementedError
+
+    def _step_of(self, line: str) -> float:
+        """The step of a line; infinity where it has none, so that the line never counts."""
+        raise NotImplementedError
+
     def add_scalars(
         self, scalar_dict: Mapping[str, Any], step: int = 0, file_path: str | None = None, **_: Any
     ) -> None:
         """Writes one line."""
         self._ready()
-        values = {key: _json(value) for key, value in scalar_dict.items() if key not in ("step", "epoch", "time")}
-        line = {"step": int(step), "epoch": _json(scalar_dict.get("epoch")), "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        values = {key: value for key, value in scalar_dict.items() if key not in ("step", "epoch", "time")}
+        first = {"step": int(step), "epoch": scalar_dict.get("epoch"), "time": round(time.time(), 3)}
+        line = self._line({**first, **values})
+        self._file.write(line)
         self._file.flush()
         self._lines += 1
 
@@ -122,12 +135,18 @@ class JsonLines(BaseVisBackend):
             step: the last step that counts.
             lines: how many lines the log had when the state of that step was saved; None: judge by the steps alone.
         """
+        self.close()
+        written = self._whole_lines()
+        head, written = written[: self.heading], written[self.heading :]
+        kept = [line for line in written[:lines] if self._step_of(line) <= step]
+        if self.path.exists():
+            self._replace([*head, *kept])
+
+    def _replace(self, lines: list[str]) -> None:
         from core.checkpoint import write_text_atomic
 
         self.close()
-        kept = [line for line in self._drop_partial_line()[:lines] if _step_of(line) <= step]
-        if self.path.exists():
-            write_text_atomic("".join(kept), self.path)
+        write_text_atomic("".join(lines), self.path)
 
     def close(self) -> None:
         """Closes the file; a later line opens it again."""
@@ -136,12 +155,81 @@ class JsonLines(BaseVisBackend):
             self._file = None
 
 
-def _step_of(line: str) -> float:
-    """The step of a log line; a line that is no JSON never counts."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+@VISBACKENDS.register_module()
+class JsonLines(_LineLog):
+    """One JSON object per line in ``log.jsonl``: ``step``, ``epoch``, ``time`` (Unix seconds), then the figures.
+
+    Every line is flushed. A value that is not finite is written as null, since JSON has no other word for it.
+
+    Args:
+        save_dir: the run's folder.
+        filename: of the log.
+    """
+
+    def __init__(self, save_dir: str, filename: str = "log.jsonl") -> None:
+        super().__init__(save_dir, filename)
+
+    def _line(self, values: Mapping[str, Any]) -> str:
+        return json.dumps({key: _json(value) for key, value in values.items()}, allow_nan=False) + "\n"
+
+    def _step_of(self, line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            return math.inf
+
+
+@VISBACKENDS.register_module()
+class CSV(_LineLog):
+    """One row per line of the log in ``log.csv``: ``step``, ``epoch``, ``time`` (Unix seconds), then the figures.
+
+    Figures that come later (metrics of the first evaluation) get columns behind those that are there: the file is
+    written anew in one atomic replacement, with empty cells in earlier rows. A row has empty cells where it has nothing
+    to say. Values that are not finite are ``nan``, ``inf`` and ``-inf``; texts are quoted where they have to be.
+
+    Args:
+        save_dir: the run's folder.
+        filename: of the log.
+    """
+
+    heading = 1
+
+    def __init__(self, save_dir: str, filename: str = "log.csv") -> None:
+        super().__init__(save_dir, filename)
+        self._columns: list[str] = []
+
+    def _begin(self, lines: list[str]) -> None:
+        super()._begin(lines)
+        self._columns = next(csv.reader(lines[:1]), [])
+
+    def _line(self, values: Mapping[str, Any]) -> str:
+        new = [name for name in values if name not in self._columns]
+        if new:
+            rows = [line.rstrip("\r\n") for line in self._whole_lines()[1:]]
+            self._columns += new
+            self._replace([_csv_row(self._columns), *(f"{row}{',' * len(new)}\n" for row in rows)])
+            self._ready()
+        return _csv_row([_csv_cell(values.get(name)) for name in self._columns])
+
+    def _step_of(self, line: str) -> float:
+        try:
+            return int(line.partition(",")[0])
+        except ValueError:
+            return math.inf
+
+
+def _csv_row(cells: Sequence[Any]) -> str:
+    target = io.StringIO()
+    csv.writer(target, lineterminator="\n").writerow(cells)
+    return target.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """A number, an empty cell, or a text without line breaks: a row is a line."""
+    if value is None:
+        return ""
+    number = _number(value)
+    return " ".join(str(value).splitlines()) if number is None else number
 
 
 def _json(value: Any) -> Any:
