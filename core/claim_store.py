@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,16 @@ class ClaimStore:
         record = self.read()
         return {run["config"]: run for row in (record or {}).get("rows", ()) for run in row["runs"]}
 
-    def figures(self, definition_hash: str, row_configs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Stored figures that no training gives; none where the definition or any row's config has changed."""
+    def figures(self, definition_hash: str, row_configs: Mapping[str, Container[str]]) -> dict[str, dict[str, Any]]:
+        """Stored figures that no training gives; none where the definition or any row's config has changed.
+
+        Args:
+            definition_hash: of the claim.
+            row_configs: fingerprints under which each row's figures may have been stored.
+        """
         record = self.read()
-        if record is None or record["definition_hash"] != definition_hash or record["row_configs"] != dict(row_configs):
+        if record is None or record["definition_hash"] != definition_hash:
             return {}
-        return record["figures"]
+        stored = record["row_configs"]
+        same = stored.keys() == row_configs.keys() and all(stored[row] in known for row, known in row_configs.items())
+        return record["figures"] if same else {}

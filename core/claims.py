@@ -16,7 +16,7 @@ from core.comparison import Paired
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, measure
 from core.render import Column, Row, Table
-from core.results import Compose, Results, Runner, fingerprint, first_process, launcher
+from core.results import Compose, Results, Runner, fingerprint, fingerprints, first_process, launcher
 
 if TYPE_CHECKING:
     from core.tables import Options
@@ -52,7 +52,7 @@ class Evidence:
         self.configs = {(r.label, seed): self._config(r, seed) for r in claim.rows for seed in claim.seeds}
         self.prints = {key: fingerprint(cfg) for key, cfg in self.configs.items()}
         self.runs: dict[tuple[str, int], dict[str, Any]] = {}
-        self.figures: dict[str, dict[str, Any]] = {} if fresh else store.figures(claim.hash(), self._row_prints())
+        self.figures: dict[str, dict[str, Any]] = {} if fresh else store.figures(claim.hash(), self._rows_known())
         self._collect(Results(runs_dir, compose), fresh)
 
     def _config(self, row: ClaimRow, seed: int) -> Any:
@@ -66,13 +66,19 @@ class Evidence:
         first = self.claim.seeds[0]
         return {row.label: self.prints[row.label, first] for row in self.claim.rows}
 
+    def _rows_known(self) -> dict[str, tuple[str, ...]]:
+        """Every row's fingerprints, former ones included."""
+        first = self.claim.seeds[0]
+        return {row.label: tuple(fingerprints(self.configs[row.label, first])) for row in self.claim.rows}
+
     def _collect(self, results: Results, fresh: Sequence[str]) -> None:
         stored = self.store.runs()
         for key, print_ in self.prints.items():
             if key[0] in fresh:
                 continue
-            if print_ in stored:
-                self.runs[key] = stored[print_]
+            known = next((stored[name] for name in fingerprints(self.configs[key]) if name in stored), None)
+            if known is not None:
+                self.runs[key] = {**known, "config": print_}
             elif (result := results.match(self.configs[key])) is not None:
                 self.runs[key] = run_record(result.data, print_)
 
@@ -239,9 +245,9 @@ def stale(claim: Claim, record: Mapping[str, Any], compose: Compose) -> str | No
     for row in claim.rows:
         words = [f"experiment={row.experiment}", *row.overrides, *record["overrides"], f"seed={claim.seeds[0]}"]
         try:
-            now = fingerprint(compose(words))
+            now = fingerprints(compose(words))
         except ConfigError as error:
             return f"stale: row '{row.label}' no longer composes ({error})"
-        if record["row_configs"].get(row.label) != now:
+        if record["row_configs"].get(row.label) not in now:
             return f"stale: the config of row '{row.label}' has changed since"
     return None

@@ -1,7 +1,8 @@
 """Finished runs as evidence: which `result.json` below a folder belongs to which resolved config.
 
 Two configs mean the same run when they agree on everything that can change the numbers: `fingerprint` leaves out where
-things are stored, how the run is watched and how fast the machine is fed. A run copied from a cluster therefore counts.
+things are stored, how the run is watched and how fast the machine is fed (see `core.influence`). A run copied from a
+cluster therefore counts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
+from core.influence import WATCHING, influential, without_declared, without_defaults
 from core.sweep import contained
 
 Compose = Callable[[list[str]], Any]
@@ -73,18 +75,15 @@ _BOOKKEEPING = (
     "stage_of",
     "overrides",
     "components",
-    "vars",
-    "media",
+    "without_influence",
     "paper",
-    "log_every",
-    "objective",
-    "visualizer",
     "hydra",
+    *WATCHING,
 )
 # Keys of `runtime` that change numbers; the others choose a device, a compiler, a wrapper.
 _RUNTIME = ("precision", "debug")
-# Keys of `checkpoint` that only say when and how many are kept.
-_CHECKPOINT = ("every_steps", "every_epochs", "keep_last", "keep_best")
+# Keys of `checkpoint` that say which is best; the others say when and how many are kept.
+_CHECKPOINT = ("metric", "direction")
 # Keys, at any depth, that belong to the machine.
 _MACHINE = frozenset(
     {"root", "data_root", "cache_dir", "num_workers", "pin_memory", "prefetch_factor", "persistent_workers"}
@@ -95,15 +94,22 @@ def relevant(cfg: Any) -> dict[str, Any]:
     """The part of a resolved config that can change a run's numbers, as plain containers."""
     from core.config import to_dict
 
+    return influential(_formerly_relevant(without_declared(to_dict(cfg))))
+
+
+def _formerly_relevant(cfg: Any) -> dict[str, Any]:
+    """As `relevant` was when the first results were stored: hooks that only watch and the like count, too."""
+    from core.config import to_dict
+
     plain = to_dict(cfg)
-    kept = {key: _without_machine(value) for key, value in plain.items() if key not in _BOOKKEEPING}
+    kept = without_defaults({k: _without_machine(v) for k, v in plain.items() if k not in _BOOKKEEPING})
     if "custom_hooks" in kept:
         hooks = kept["custom_hooks"] or []  # names of hooks change no numbers
         kept["custom_hooks"] = [h for h in hooks.values() if h is not None] if isinstance(hooks, Mapping) else hooks
     if isinstance(kept.get("runtime"), Mapping):
         kept["runtime"] = {key: kept["runtime"][key] for key in _RUNTIME if key in kept["runtime"]}
     if isinstance(kept.get("checkpoint"), Mapping):
-        kept["checkpoint"] = {key: value for key, value in kept["checkpoint"].items() if key not in _CHECKPOINT}
+        kept["checkpoint"] = {key: value for key, value in kept["checkpoint"].items() if key in _CHECKPOINT}
     return kept
 
 
@@ -120,6 +126,12 @@ def _without_machine(node: Any) -> Any:
 def fingerprint(cfg: Any) -> str:
     """Sixteen hexadecimal digits that two configs share exactly when `relevant` gives the same for both."""
     return digest(relevant(cfg))
+
+
+def fingerprints(cfg: Any) -> Iterator[str]:
+    """The one under which results of this config may have been stored earlier, and `fingerprint`."""
+    yield digest(_formerly_relevant(cfg))
+    yield fingerprint(cfg)
 
 
 def digest(data: Any) -> str:

@@ -108,6 +108,7 @@ class ResultsPage(Hook):
     """
 
     priority = "LOW"
+    changes_training = False
 
     def __init__(self, pipeline: bool = False, fps: float = 8.0, mp4: bool = True) -> None:
         self.pipeline, self.fps, self.mp4 = pipeline, fps, mp4

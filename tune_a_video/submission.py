@@ -26,6 +26,8 @@ class SubmissionFiles(Hook):
         quality: of the JPEG files.
     """
 
+    changes_training = False
+
     def __init__(self, root: str | os.PathLike[str], team: str, quality: int = 95) -> None:
         try:
             self.submission = Submission(root, team, quality)
