@@ -390,7 +390,7 @@ def ablate(
 def _default_runner() -> Callable[[Any], dict[str, Any]]:
     from core.launch import run
 
-    return launcher(run)
+    return launcher(run, tool="ablate")
 
 
 def main(argv: list[str], doc: str) -> None:

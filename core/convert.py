@@ -23,14 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.cli import parse
-from core.errors import ConfigError, VitrineError
+from core.errors import ConfigError, VitrineError, some
 from core.parts import import_part, split_words
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-# Where published files keep the weights, in the order in which they are tried.
-_CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "params", "state", "module", "teacher")
 
 # Buffers that constructors compute; no converter needs to say so again.
 COMPUTED = {
@@ -55,7 +52,9 @@ class Options:
     target: str | None = field(
         default=None, metadata={"help": "handed to the converter (see the paper's checkpoint.py)"}
     )
-    experiment: str | None = field(default=None, metadata={"help": "convert for this model, and check that it fits"})
+    experiment: str | None = field(default=None, metadata={"help": "convert for its network, and check that it fits"})
+    into: str | None = field(default=None, metadata={"help": "convert for this part of its model, e.g. discriminator"})
+    stage: str | None = field(default=None, metadata={"help": "of an experiment with stages, the one; null: the first"})
     reverse: bool = field(default=False, metadata={"help": "from ours to the authors' layout"})
     key: str | None = field(default=None, metadata={"help": "where in the file the weights are, e.g. ema.model"})
     prefix: str = field(default="", metadata={"help": "only entries with this prefix, which is cut off, e.g. module."})
@@ -91,16 +90,12 @@ class Report:
             f"{same} under their name, {renamed} renamed or cut, {joined} put together"
         ]
         if self.fresh:
-            lines.append(f"{len(self.fresh)} made by the converter: {_some(self.fresh)}")
+            lines.append(f"{len(self.fresh)} made by the converter: {some(self.fresh)}")
         for reason, count in Counter(self.dropped.values()).items():
-            lines.append(f"{count} dropped ({reason}): {_some([k for k, r in self.dropped.items() if r == reason])}")
+            lines.append(f"{count} dropped ({reason}): {some([k for k, r in self.dropped.items() if r == reason])}")
         if self.aside:
-            lines.append(f"left aside: {_some(self.aside)}")
+            lines.append(f"left aside: {some(self.aside)}")
         return "\n".join(lines)
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")
 
 
 def convert_state(
@@ -137,7 +132,7 @@ def convert_state(
         raise ConversionError(f"the converter refuses the state: {reason}") from error
     wrong = [name for name, value in result.items() if not isinstance(value, Tensor)]
     if wrong:
-        raise ConversionError(f"the converter returned entries that are no tensors: {_some(wrong)}")
+        raise ConversionError(f"the converter returned entries that are no tensors: {some(wrong)}")
     report = Report(
         mapped={name: sorted(origin) for name, origin in sources.items() if origin},
         fresh=[name for name, origin in sources.items() if not origin],
@@ -209,7 +204,8 @@ def convert_file(
     if model is not None and not options.reverse and (diff := diff_state(model, converted)):
         counters = [k for k in diff.missing if k.endswith("num_batches_tracked")]
         if diff.without(counters):
-            raise StateMismatch(f"the result does not fit {options.experiment}; nothing was written.\n{diff}", diff)
+            name = options.experiment + (f" ({options.into})" if options.into else "")
+            raise StateMismatch(f"the result does not fit {name}; nothing was written.\n{diff}", diff)
     save_atomic({name: value.detach().contiguous().clone() for name, value in converted.items()}, dst)
     if options.report:
         Path(options.report).write_text(json.dumps(asdict(report), indent=1) + "\n")
@@ -245,48 +241,19 @@ def read_state(
     Raises:
         ConversionError: there are no weights at that place.
     """
-    import numpy as np
-    import torch
+    from torch import Tensor
 
-    from core.checkpoint import OFFICIAL_GLOBALS, UnsafeCheckpointError, load, load_official
     from core.run_folder import find_checkpoint
-    from core.weights import model_state
+    from core.weights import read, state_in
 
     path = find_checkpoint(src) if Path(src).is_dir() else Path(src)
+    content = read(path, allow or ())
     try:
-        content: Any = load(path)
-    except UnsafeCheckpointError:
-        content = load_official(path, allow=OFFICIAL_GLOBALS | set(allow or []))
-    if isinstance(content, dict) and key is None and "position" in content and "hooks" in content:
-        return model_state(path), sorted(set(content) - {"model"})
-    weights, aside = _weights(content, key, path)
-    state, others = {}, []
-    for name, value in weights.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-            value = torch.from_numpy(np.ascontiguousarray(value))
-        if isinstance(value, torch.Tensor):
-            state[str(name)] = value.detach()
-        else:
-            others.append(str(name))
-    if not state:
-        raise ConversionError(f"'{path}' holds no tensors" + (f" under '{key}'" if key else ""))
-    return state, [*aside, *others]
-
-
-def _weights(content: Any, key: str | None, path: Path) -> tuple[Mapping[str, Any], list[str]]:
-    for step in (key or "").split(".") if key else []:
-        if not isinstance(content, Mapping) or step not in content:
-            known = sorted(map(str, content)) if isinstance(content, Mapping) else []
-            raise ConversionError(f"'{path}' has nothing at key={key} (at '{step}' there are: {_some(known, 12)})")
-        content = content[step]
-    if not isinstance(content, Mapping):
-        raise ConversionError(f"'{path}' holds a {type(content).__name__}, not a dictionary of tensors")
-    if key is None:
-        for name in _CONTAINERS:
-            inner = content.get(name)
-            if isinstance(inner, Mapping) and any(hasattr(v, "shape") for v in inner.values()):
-                return inner, [str(k) for k in content if k != name]
-    return content, []
+        state, aside = state_in(content, path, key=key)
+    except ConfigError as error:
+        raise ConversionError(str(error)) from None
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    return {name: value for name, value in state.items() if name not in others}, [*aside, *others]
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -294,7 +261,7 @@ def _under(state: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], li
         return state, []
     inside = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
     if not inside:
-        raise ConversionError(f"no entry begins with '{prefix}' (there are {_some(sorted(state), 6)})")
+        raise ConversionError(f"no entry begins with '{prefix}' (there are {some(sorted(state), 6)})")
     return inside, [name for name in state if not name.startswith(prefix)]
 
 
@@ -307,18 +274,22 @@ def _own_prefix(state: Mapping[str, Tensor], inside: str | None, reverse: bool) 
 
 
 def _model(options: Options, overrides: list[str]) -> tuple[nn.Module | None, str | None]:
-    """The network of the experiment on the meta device, and its name in the trainer."""
+    """The part of the experiment's model that is converted, on the meta device, and its name in the trainer."""
     if options.experiment is None:
-        if overrides:
-            raise ConfigError(f"{overrides[0]} is an override of a config: name the experiment, too")
+        words = [f"{name}={getattr(options, name)}" for name in ("into", "stage") if getattr(options, name)]
+        if words or overrides:
+            raise ConfigError(f"{[*words, *overrides][0]} belongs to a config: name the experiment, too")
         return None, None
     from core.config import compose
     from core.launch import build_trainer
+    from core.placement import network_name, submodule
+    from core.run_config import stage_for
 
     cfg = compose([f"experiment={options.experiment}", *overrides], options.config_dir)
-    trainer = build_trainer(cfg, device="meta")
-    network = trainer.inference_network()
-    return network, next((name for name, child in trainer.named_children() if child is network), None)
+    trainer = build_trainer(cfg if options.stage is None else stage_for(cfg, None, options.stage), device="meta")
+    if options.into is not None:
+        return submodule(trainer, options.into), options.into
+    return trainer.inference_network(), network_name(trainer)
 
 
 def _check_options(converter: Callable[..., Any], given: Mapping[str, Any], paper: str) -> None:

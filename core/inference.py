@@ -2,73 +2,110 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import sys
+import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.config import compose
-from core.errors import ConfigError
+from core.errors import ConfigError, VitrineError
+from core.run_options import InferOptions
+
+if TYPE_CHECKING:
+    from core.trainer import Inference
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
-class InferOptions(Protocol):
-    """What `infer` reads of the command line."""
-
-    checkpoint: str
-    input: str | None
-    output: str
-    device: str
-    config_dir: str | None
-
-
-def infer(overrides: list[str], options: InferOptions) -> list[dict[str, Any]]:
+def infer(overrides: list[str], options: Any) -> list[dict[str, Any]]:
     """Writes, for every input file, the trainer's pictures and other files, and ``results.json`` with all records.
 
-    Without an input, what the trainer generates by itself is written under the name ``samples``.
-
-    A file that cannot be read is reported in its record and does not stop the others.
+    Without an input, what the trainer generates by itself is written under the name ``samples``. A file on which
+    anything fails is reported in its record and does not stop the others; ``results.json`` holds what was done until
+    then when the program is interrupted.
 
     Args:
-        overrides: Hydra overrides that name the experiment.
-        options: see ``tools/infer.py --help``.
+        overrides: Hydra overrides, see `core.run_config.configured`.
+        options: `core.run_options.InferOptions`, or an object with some of its attributes.
 
     Returns:
-        The records.
+        The records; under torchrun, on the first process alone.
 
     Raises:
-        ConfigError: no input, or no file could be processed.
+        ConfigError: no input, weights that do not fit or hold NaN, or no file could be processed.
     """
     import torch
 
+    from core.checkpoint import write_text_atomic
+    from core.config_check import checked
     from core.launch import build_trainer
-    from core.run_folder import find_checkpoint
+    from core.results import first_process
     from core.runner import pick_device
     from core.weights import load_weights
 
+    options = InferOptions.of(options)
+    if not first_process():
+        return []
     files: list[Path | None] = [None]
     names = ["samples"]
     if options.input is not None:
         found = input_files(Path(options.input))
         files, names = list(found), _names(found, Path(options.input))
     device = pick_device(options.device)
-    trainer = build_trainer(compose(overrides, options.config_dir))
-    print(load_weights(trainer, find_checkpoint(options.checkpoint)))
+    cfg, checkpoint = options.configured(overrides)
+    trainer = build_trainer(checked(cfg))
+    print(load_weights(trainer, checkpoint, **options.load(), rest=cfg["load_from"]), file=sys.stderr)
     trainer.to(device).eval()
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    records = []
-    with torch.no_grad():
-        for file, name in zip(files, names, strict=True):
-            records.append(_one(trainer, file, output / name))
-            print(json.dumps(records[-1], default=float))
-    (output / "results.json").write_text(json.dumps(records, indent=1, default=float) + "\n")
-    if all("error" in record for record in records):
-        raise ConfigError(f"none of {len(records)} files could be processed; {output / 'results.json'} says why")
+    _make(output)
+    records: list[dict[str, Any]] = []
+    try:
+        with torch.no_grad(), _terminable():
+            for file, name in zip(files, names, strict=True):
+                records.append(_one(trainer, file, output / name))
+                print(json.dumps(records[-1], default=float), flush=True)
+    finally:
+        write_text_atomic(json.dumps(records, indent=1, default=float) + "\n", output / "results.json")
+    failed = [record for record in records if "error" in record]
+    if len(failed) == len(records):
+        raise ConfigError(
+            f"none of {len(records)} could be processed, see {output / 'results.json'}: {failed[0]['error']}"
+        )
+    if failed:
+        print(f"{len(failed)} of {len(records)} files failed, see {output / 'results.json'}", file=sys.stderr)
     return records
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the program as an exception does, so that what is done is written; status 143."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: the embedding program handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={folder} cannot be made: {error.strerror}") from None
 
 
 def _names(files: list[Path], root: Path) -> list[str]:
@@ -82,18 +119,25 @@ def _names(files: list[Path], root: Path) -> list[str]:
 
 
 def _one(trainer: Any, file: Path | None, output: Path) -> dict[str, Any]:
+    """The record of one file; whatever fails is in it."""
     named = {} if file is None else {"file": str(file)}
     try:
-        result = trainer.generate() if file is None else trainer.infer(file)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        record = {**named, **_written(trainer.generate() if file is None else trainer.infer(file), output)}
+        json.dumps(record, default=float)
+        return record
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | VitrineError):  # not of the file alone: the code has a fault
+            traceback.print_exc()
         return {**named, "error": f"{type(error).__name__}: {error}"}
+
+
+def _written(result: Inference, output: Path) -> dict[str, Any]:
+    """Writes what a result holds; its record with the paths."""
     pictures = {
         name: str(write_picture(array, output.with_name(f"{output.name}_{name}")))
         for name, array in result.pictures.items()
     }
-    record = {**named, **result.record, "pictures": pictures}
+    record = {**result.record, "pictures": pictures}
     if result.arrays:
         record["arrays"] = {}
         for name, arrays in result.arrays.items():
@@ -113,7 +157,7 @@ def input_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else []
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else []
     if not files:
         raise ConfigError(f"input={path}: no such file, or a folder without images or videos ({', '.join(SUFFIXES)})")
     return files

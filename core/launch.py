@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from core.config import CONFIGS, to_dict
 from core.config_check import checked, look_in_working_directory, some_experiments, stage_config
 from core.errors import ConfigError
+from core.latest import point_latest
 from core.messages import first_process_speaks
 from core.objective import objective
 from core.results import fingerprint
@@ -48,6 +49,8 @@ def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     plain = checked(to_dict(cfg))
     set_up_process(plain["runtime"])
     plain["run_dir"] = str(choose_run_dir(plain))
+    if rank() == 0:
+        point_latest(plain)
     result = _run_stages(plain) if plain["stages"] else _run_once(plain)
     figure = objective(plain, result)
     if result.get("objective") != figure:

@@ -44,7 +44,7 @@ def first_process() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def launcher(run: Runner, *, resume: bool = True) -> Runner:
+def launcher(run: Runner, *, resume: bool = True, tool: str = "table") -> Runner:
     """A runner for tools: goes on from an interrupted run of the same config, and keeps standard output clean.
 
     Whatever fails in a run is raised as one of the project's errors, so that the runs to come are not lost with it.
@@ -52,6 +52,7 @@ def launcher(run: Runner, *, resume: bool = True) -> Runner:
     Args:
         run: `core.launch.run`.
         resume: False starts anew whatever there is.
+        tool: who starts the runs, kept with them: they are not what a user means with ``latest``.
     """
 
     def call(cfg: Any) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def launcher(run: Runner, *, resume: bool = True) -> Runner:
         cfg = cfg.copy()
         with open_dict(cfg):
             cfg.resume = "auto" if resume else False
+            cfg.started_by = tool
         with to_stderr():
             return contained(run, cfg)
 
@@ -74,6 +76,7 @@ _BOOKKEEPING = (
     "resume_from",
     "stage_of",
     "overrides",
+    "started_by",
     "components",
     "without_influence",
     "paper",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +16,85 @@ import yaml
 from core.errors import ConfigError
 from core.results import fingerprint
 
+_STAGE = re.compile(r"stage_(\d+)_(.+)")
 
-def find_checkpoint(path: str | Path, best: bool | str = False) -> Path:
+
+def find_checkpoint(path: str | Path, best: bool | str = False, selection: Mapping[str, Any] | None = None) -> Path:
     """The newest (or best) whole checkpoint of a run's folder, or the file itself.
 
-    With several metrics in `checkpoint.metric`, True means the first; a name means the best by that one.
+    Of a run with stages it is one of the last stage that has any; of ``runs/PAPER/NAME/latest`` one of the newest run
+    that has any.
 
-    "Best" is judged by the `checkpoint.metric` and `checkpoint.direction` of the run's own config.
+    Args:
+        path: a file, the folder of a run or a stage, or ``.../latest``.
+        best: True: by the metric that the run was trained to select with, the first of several; or one's name.
+        selection: `metric` and `direction` in place of the run's (its config's `checkpoint`).
 
     Raises:
-        ConfigError: there is none, or none that was judged.
+        ConfigError: there is none; or the best is asked for, and no metric says which that is.
     """
     path = Path(path)
     if path.is_file():
         return path
     from core.checkpoint import CheckpointStore
+    from core.latest import LATEST, newest_first
+    from core.registry import nearest
 
-    stages = sorted(path.glob("stage_*"))
-    folder = (stages[-1] if stages else path) / "checkpoints"
-    if folder.is_dir():
-        store = CheckpointStore(folder, **(_ranking(folder.parent) if best else {}))
-        found = store.best(best if isinstance(best, str) else None) if best else store.newest()
-        if found is not None:
+    runs = newest_first(path.parent) if path.name == LATEST and (path.is_symlink() or not path.exists()) else [path]
+    for folder in filter(None, map(_with_checkpoints, runs)):
+        if best:
+            return _best(folder, best, _selection(folder) if selection is None else selection)
+        if (found := CheckpointStore(folder / "checkpoints").newest()) is not None:
             return found
-        if best and store.newest() is not None:
-            raise ConfigError(
-                f"no checkpoint of {folder.parent} was judged: its config sets checkpoint.metric="
-                f"{', '.join(store.ranking) or None} "
-                "(leave best away for the newest)"
-            )
-    raise ConfigError(f"no checkpoint at {path}: give a checkpoint file or a run's folder")
+    if not path.exists() and path.name != LATEST:
+        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise ConfigError(f"no weights file {path}: there is no checkpoint at that path, nor a run's folder{near}")
+    raise ConfigError(f"no whole checkpoint at {path}: give a file of weights or the folder of a run")
 
 
-def _ranking(run: Path) -> dict[str, Any]:
-    """What a run's config says about which of its checkpoints is better."""
-    config = run / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"{run} holds no config.yaml, which says by what metric a checkpoint is the best")
-    checkpoint = (yaml.safe_load(config.read_text()) or {}).get("checkpoint") or {}
-    return {key: checkpoint[key] for key in ("metric", "direction") if key in checkpoint}
+def _with_checkpoints(run: Path) -> Path | None:
+    """The folder of the last stage that has checkpoints, or the run's own."""
+    folders = [*reversed(stage_folders(run)), run]
+    return next((folder for folder in folders if any(folder.glob("checkpoints/step_*.pt"))), None)
+
+
+def stage_folders(run: Path) -> list[Path]:
+    """The folders of a run's stages, in their order; none where it has no stages or is one itself."""
+    found = [(int(match[1]), folder) for folder in run.glob("stage_*") if (match := _STAGE.fullmatch(folder.name))]
+    return [folder for _, folder in sorted(found)]
+
+
+def stage_of(checkpoint: Path) -> str | None:
+    """The name of the stage to which a stage's folder, or a file in its ``checkpoints``, belongs."""
+    for folder in (checkpoint, *checkpoint.parents[:2]):
+        if match := _STAGE.fullmatch(folder.name):
+            return match[2]
+    return None
+
+
+def _selection(folder: Path) -> Mapping[str, Any]:
+    """What a run selects its best checkpoint by; nothing where its config cannot be read."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return dict(yaml.safe_load((folder / "config.yaml").read_text())["checkpoint"])
+    return {}
+
+
+def _best(folder: Path, best: bool | str, selection: Mapping[str, Any]) -> Path:
+    from core.checkpoint import CheckpointStore
+
+    metric, direction = selection.get("metric"), selection.get("direction", "higher")
+    store = CheckpointStore(folder / "checkpoints", metric=metric, direction=direction)
+    found = store.best(best if isinstance(best, str) else None)
+    if found is not None:
+        return found
+    measured = sorted({name for step in store.steps() for name in store.metrics(step)})
+    known = f"measured there: {', '.join(measured)}" if measured else "none was evaluated"
+    if not store.ranking:
+        raise ConfigError(
+            f"best: no checkpoint of {folder} was judged, as it was trained without checkpoint.metric; set "
+            f"checkpoint.metric=NAME checkpoint.direction=higher|lower ({known}), or take the newest"
+        )
+    raise ConfigError(f"best: no whole checkpoint of {folder} was judged by {', '.join(store.ranking)} ({known})")
 
 
 def rank() -> int:
@@ -85,7 +128,8 @@ def _run_dir(cfg: dict[str, Any]) -> Path:
     home = Path(cfg["runs_dir"]) / cfg["name"]
     if resume == "auto" or resume is True:
         mine = fingerprint(cfg)
-        for folder in sorted((p.parent for p in home.glob("*/config.yaml")), key=lambda p: p.name, reverse=True):
+        runs = (p.parent for p in home.glob("*/config.yaml") if not p.parent.is_symlink())
+        for folder in sorted(runs, key=lambda p: p.name, reverse=True):
             if fingerprint(yaml.safe_load((folder / "config.yaml").read_text())) == mine:
                 return folder
     elif resume:

@@ -26,7 +26,7 @@ from core.checkpoint import CheckpointStore, CheckpointWriteError, load, load_st
 from core.data.loader import build_loader
 from core.data.seeds import preserved_random_state, seed_sample
 from core.detection import keep_boxes_exact, networks
-from core.errors import ConfigError, VitrineError
+from core.errors import ConfigError
 from core.evaluators import build_evaluator
 from core.hook_configs import hook_configs
 from core.hooks.checkpoint import CheckpointHook
@@ -469,17 +469,13 @@ class Runner(MMRunner):
         data, is then derived from the same ones as in the first leg.
 
         """
-        from core.weights import load_weights
+        from core.weights import load_sources
 
-        source, resumed = self.settings["load_from"], self.settings.get("resume_from")
-        for one in source if isinstance(source, list | tuple) else [source] if source is not None else []:
-            options = {"path": one} if isinstance(one, str) else dict(one)
-            try:
-                self.logger.info(load_weights(model, **options))
-            except VitrineError as error:
-                if not resumed:
-                    raise
-                self.logger.warning(f"load_from: {error}\nThe run goes on all the same: its checkpoint has all weights")
+        resumed = self.settings.get("resume_from")
+        warn = "load_from: %s\nThe run goes on all the same: its checkpoint has all weights"
+        tolerate = (lambda error: self.logger.warning(warn, error)) if resumed else None
+        for line in load_sources(model, self.settings["load_from"], tolerate):
+            self.logger.info(line)
         if not derives_data(model):
             return
         self._beginning = Beginning(model, load(resumed) if resumed else None)

@@ -73,7 +73,6 @@ def load_teacher(teacher: nn.Module, path: str) -> None:
         core.errors.ConfigError: no such file.
         core.checkpoint.StateMismatch: the weights are of another network.
     """
-    from core.weights import load_weights, model_state
+    from core.weights import load_weights
 
-    inside = any(name.startswith("network.") for name in model_state(path))
-    load_weights(teacher, path, prefix="network." if inside else None)
+    load_weights(teacher, path, prefix="network.")

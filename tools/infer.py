@@ -1,29 +1,22 @@
 """Runs a trained model on your own files, and shows why it says what it says.
 
-  python tools/infer.py experiment=stvit/digits checkpoint=runs/stvit/digits/2026-01-31_12-00-00 input=a.png output=out
-  python tools/infer.py experiment=stvit/digits checkpoint=weights.pt input=folder output=out
+  python tools/infer.py checkpoint=runs/stvit/digits/latest input=a.png output=out     the newest run, its own config
+  python tools/infer.py checkpoint=RUN input=folder output=out best=true
+  python tools/infer.py experiment=stvit/digits checkpoint=weights.safetensors input=folder output=out
 
 `input` is a file or a folder (images and videos below it). For every file `output` gets pictures (PNG, GIF) that
 explain the result, and `results.json` holds one record per file. Models that generate need no input: what they make is
-written as `samples_*`. Everything else is an override of the experiment's config.
+written as `samples_*`. A file that cannot be processed has the reason in its record and does not stop the others; how
+many there were is said at the end, and the exit status is 2 when nothing could be processed.
+
+`checkpoint` and the options about it are those of tools/test.py, whose --help explains them. Every other key=value is
+an override of the config.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from core.cli import parse, run
-
-
-@dataclass
-class Options:
-    """What to look at."""
-
-    checkpoint: str = field(metadata={"help": "run folder, checkpoint or weights file"})
-    output: str = field(metadata={"help": "folder for pictures and results.json"})
-    input: str | None = field(default=None, metadata={"help": "a file, or a folder of files; null: nothing is needed"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    config_dir: str | None = field(default=None, metadata={"help": "a folder of configs of your own"})
+from core.run_options import InferOptions as Options
 
 
 def main(argv: list[str]) -> None:

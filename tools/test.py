@@ -1,47 +1,47 @@
 """Evaluates a checkpoint on its experiment's test split.
 
-  python tools/test.py experiment=stvit/digits checkpoint=runs/stvit/digits/2026-01-31_12-00-00
-  python tools/test.py experiment=stvit/digits checkpoint=weights.pt split=val test_dataloader.batch_size=64
-  torchrun --nproc-per-node 8 tools/test.py experiment=... checkpoint=...    no sample is counted twice
+  python tools/test.py checkpoint=runs/stvit/digits/latest                      the newest run; its config is read there
+  python tools/test.py checkpoint=runs/stvit/digits/2026-01-31_12-00-00 best=true split=val
+  python tools/test.py checkpoint=RUN test_dataloader.batch_size=64             an override of the run's config
+  python tools/test.py checkpoint=RUN/stage_0_tokenizer                         of a run with stages, not the last
+  python tools/test.py experiment=stvit/digits checkpoint=latest                as the first line
+  python tools/test.py experiment=stvit/digits checkpoint=weights.safetensors   a file needs the experiment's name
+  torchrun --nproc-per-node 8 tools/test.py checkpoint=RUN                      no sample is counted twice
 
-`checkpoint` is a run's folder (its newest whole checkpoint, or best=true), a checkpoint, or a file of weights, e.g. one
-that tools/convert.py wrote. Everything else is an override of the experiment's config.
+`checkpoint` is a run's folder (its newest whole checkpoint, or best=true), a checkpoint in one, or a file of weights:
+.pt, .pth, .safetensors or .npz, such as tools/convert.py writes. Weights of the network alone find their place by their
+names and shapes; where several places fit, into= chooses. into, prefix, strict, ignore, key, averaged and finite mean
+the same in a config's load_from={path: FILE, into: ..., ...}, which also gives what a file of a part lacks.
+
+experiment= together with a run: that of the run changes nothing; another one is built and given the run's weights.
+Every other key=value is an override of the config. The metrics go to standard output, as JSON; the rest to standard
+error.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 
 from core.cli import parse, run
-
-
-@dataclass
-class Options:
-    """What to evaluate."""
-
-    checkpoint: str = field(metadata={"help": "run folder, checkpoint or weights file"})
-    split: str = field(default="test", metadata={"help": "test or val"})
-    best: bool = field(default=False, metadata={"help": "of a run's folder, the best checkpoint instead of the newest"})
-    config_dir: str | None = field(default=None, metadata={"help": "a folder of configs of your own"})
-    output: str | None = field(default=None, metadata={"help": "also write the metrics to this JSON file"})
+from core.run_options import TestOptions as Options
 
 
 def main(argv: list[str]) -> None:
-    """Prints the metrics as JSON."""
+    """Prints the metrics as JSON, on the first process."""
     options, overrides = parse(argv, Options, doc=__doc__, overrides=True)
-    from core.config import compose
+    from core.checkpoint import write_text_atomic
     from core.evaluation import evaluate
-    from core.run_folder import find_checkpoint
+    from core.results import first_process, to_stderr
 
-    cfg = compose(overrides, options.config_dir)
-    metrics = evaluate(cfg, find_checkpoint(options.checkpoint, best=options.best), split=options.split)
+    with to_stderr():
+        cfg, file = options.configured(overrides)
+        metrics = evaluate(cfg, file, options.split, options.load())
+    if not first_process():
+        return
     text = json.dumps(metrics, indent=1, default=float)
     print(text)
     if options.output:
-        from pathlib import Path
-
-        Path(options.output).write_text(text + "\n")
+        write_text_atomic(text + "\n", options.output)
 
 
 if __name__ == "__main__":

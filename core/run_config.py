@@ -1,0 +1,254 @@
+"""The config of a checkpoint: its run's own with overrides laid over it, or a named experiment's; and its stage's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from core.config import CONFIGS, compose, get, to_dict
+from core.config_check import stage_config
+from core.errors import ConfigError
+from core.latest import LATEST
+from core.run_folder import find_checkpoint, stage_folders, stage_of
+
+# What a stored config says of its own run, and means nothing to another one.
+_OF_THE_RUN = {"run_dir": None, "resume": False, "overrides": []}
+_LAUNCHED = ("resume_from", "stage_of")
+
+
+def configured(
+    checkpoint: str,
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+    *,
+    stage: str | None = None,
+    best: bool | str = False,
+    options: Iterable[str] = (),
+) -> tuple[dict[str, Any], Path]:
+    """The config and the file that a tool's command line means.
+
+    A run's checkpoint has a config, that of its run or of its stage, and `overrides` are laid over it. The experiment
+    need not be named; named, it has to be that of the run, or else it is composed and stands in the place of the run's.
+    A bare file of weights needs an experiment.
+
+    Args:
+        checkpoint: a run's folder, a stage's, a checkpoint in one, ``.../latest``, a file of weights, or ``latest``,
+            the newest run of the experiment that is named.
+        overrides: Hydra overrides, ``experiment=`` among them or not.
+        config_dir: see `core.config.compose`.
+        stage: of a run or an experiment with stages, the one that is meant; None: the checkpoint's.
+        best: of a run, its best checkpoint (by a metric's name) instead of the newest.
+        options: names of the tool's own options, for answers to misspelt words.
+
+    Raises:
+        ConfigError: no such checkpoint, no experiment, an unknown word.
+    """
+    _refuse_unknown(overrides, options, config_dir)
+    named = [word for word in overrides if word.lstrip("+").startswith("experiment=")]
+    composed = compose(overrides, config_dir) if named else None
+    path = _path(checkpoint, composed)
+    if path.is_dir() and stage is not None:
+        path = _stage_folder(path, stage)
+    newest = find_checkpoint(path).absolute()
+    folder = newest.parent.parent
+    stored = _stored(folder) if newest.parent.name == "checkpoints" else None
+    if composed is None and stored is None:
+        raise ConfigError(f"{newest} does not lie in a run's folder with a config.yaml: name its experiment=")
+    if stored is not None and (composed is None or composed.get("name") == stored.get("name")):
+        cfg = laid_over(stored, [word for word in overrides if word not in named], config_dir, options)
+        print(f"config: {folder / 'config.yaml'} ({' '.join(cfg['overrides']) or cfg['name']})", file=sys.stderr)
+    else:
+        if stored is not None:
+            print(f"{folder} is a run of {stored['name']}; its weights go into {composed.name}", file=sys.stderr)
+        cfg = stage_for(composed, newest, stage)
+    if not best or path.is_file():
+        return cfg, newest
+    return cfg, find_checkpoint(folder, best=best, selection=cfg["checkpoint"])
+
+
+def stage_for(cfg: DictConfig | dict[str, Any], checkpoint: Path | None, stage: str | None = None) -> dict[str, Any]:
+    """The resolved config of the stage to which a checkpoint belongs; of an experiment without stages, the config.
+
+    Args:
+        cfg: an experiment.
+        checkpoint: a file: that of a stage says so by its folder, another one by the names and shapes in it.
+        stage: the stage's name, where it is known.
+
+    Raises:
+        ConfigError: no such stage; or the file fits several.
+    """
+    from core.registry import nearest
+
+    plain = to_dict(cfg)
+    stages = {str(one.get("name")): one for one in plain.get("stages") or []}
+    if not stages:
+        if stage is not None:
+            raise ConfigError(f"stage={stage}: {plain['name']} has no stages")
+        return plain
+    name = stage or (stage_of(checkpoint) if checkpoint else None)
+    if name is not None and name not in stages:
+        raise ConfigError(
+            f"{plain['name']} has no stage '{name}'{nearest(name, stages)} (stages: {', '.join(stages)}; stage= "
+            "chooses one)"
+        )
+    configs = {one: stage_config(plain, part) for one, part in stages.items()}
+    if name is None:
+        name = list(stages)[-1] if checkpoint is None else _stage_by_weights(configs, checkpoint)
+    chosen = configs[name]
+    given = chosen["load_from"] if isinstance(chosen["load_from"], list) else [chosen["load_from"]]
+    if any(isinstance(one, dict) and "stage" in one for one in given):  # an earlier stage of a run that is not here
+        chosen["load_from"] = [one for one in given if not (isinstance(one, dict) and "stage" in one)] or None
+    return chosen
+
+
+def _stage_by_weights(configs: dict[str, dict[str, Any]], checkpoint: Path) -> str:
+    """The stage whose model a file's weights are of; the last one where they are of none."""
+    from core.launch import build_trainer
+    from core.placement import fits
+    from core.weights import model_state
+
+    state = model_state(checkpoint)
+    found = [name for name, cfg in configs.items() if fits(build_trainer(cfg, "meta"), state)]
+    models = [configs[name]["model"] for name in found]
+    if len(found) > 1 and any(model != models[0] for model in models):
+        raise ConfigError(f"{checkpoint} fits several stages: choose one with stage= ({', '.join(found)})")
+    return found[-1] if found else list(configs)[-1]
+
+
+def laid_over(
+    stored: dict[str, Any], overrides: Sequence[str], config_dir: str | None = None, options: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A run's resolved config with Hydra overrides laid over it: ``a.b=c``, ``+a.b=c``, ``++a.b=c``, ``~a.b``, and
+    options of groups (``runtime=cpu``).
+
+    What other keys were computed from changes alone: a resolved config has no interpolations any more.
+
+    Args:
+        stored: the content of a run's ``config.yaml``.
+        overrides: without ``experiment=``.
+        config_dir: see `core.config.compose`.
+        options: see `configured`.
+
+    Raises:
+        ConfigError: an override that cannot be read, or of a key that does not exist; near names are in the message.
+    """
+    groups = {path.name for root in (CONFIGS, config_dir) if root for path in Path(root).iterdir() if path.is_dir()}
+    plain = {key: value for key, value in stored.items() if key not in _LAUNCHED} | _OF_THE_RUN
+    chosen, keys = [], []
+    for text in overrides:
+        override = _parsed(text)
+        (chosen if override.key_or_group in groups and isinstance(override.value(), str) else keys).append(override)
+    if chosen:
+        plain |= _chosen(chosen, config_dir)
+    cfg = OmegaConf.create(plain)
+    OmegaConf.set_struct(cfg, True)
+    for override in keys:
+        _lay(cfg, override, options)
+    with open_dict(cfg):
+        cfg.overrides = [*stored.get("overrides", []), *overrides]
+    return to_dict(cfg)
+
+
+def _parsed(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(f"override '{text}' cannot be read: {str(error).splitlines()[0]}") from None
+    if override.is_sweep_override():
+        raise ConfigError(f"{text}: a sweep, but this tool takes one value (train.py -m runs several)")
+    return override
+
+
+def _chosen(overrides: Sequence[Override], config_dir: str | None) -> dict[str, Any]:
+    """What options of groups set, e.g. ``runtime`` of ``runtime=cpu``."""
+    composed = to_dict(compose([str(override.input_line) for override in overrides], config_dir))
+    keys: set[str] = set()
+    for override in overrides:
+        group, option = override.key_or_group, override.value()
+        roots = [Path(root) / group / f"{option}.yaml" for root in (config_dir, CONFIGS) if root]
+        text = next(path for path in roots if path.is_file()).read_text()
+        keys |= set(yaml.safe_load(text)) if "@package _global_" in text else {group}
+    return {key: composed[key] for key in keys & composed.keys()}
+
+
+def _lay(cfg: DictConfig, override: Override, options: Iterable[str]) -> None:
+    from core.registry import nearest
+
+    key, text = override.key_or_group, override.input_line
+    exists = get(OmegaConf.to_container(cfg), key, _NOTHING) is not _NOTHING
+    if not exists and not (override.is_add() or override.is_force_add()):
+        known = [*_dotted(OmegaConf.to_container(cfg)), *options]
+        raise ConfigError(f"{text}: neither the run's config nor this tool has a key '{key}'{nearest(key, known)}")
+    try:
+        with open_dict(cfg):
+            if override.is_delete():
+                parent, _, leaf = key.rpartition(".")
+                node = OmegaConf.select(cfg, parent) if parent else cfg
+                del node[int(leaf) if OmegaConf.is_list(node) else leaf]
+            else:
+                OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
+    except (OmegaConfBaseException, TypeError, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(f"{text}: {str(error).splitlines()[0]}") from None
+
+
+_NOTHING = object()
+
+
+def _dotted(node: Any, path: str = "") -> Iterable[str]:
+    """Dotted names of all keys of plain containers, the inner ones too."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        name = f"{path}.{key}" if path else str(key)
+        yield name
+        yield from _dotted(value, name)
+
+
+def _refuse_unknown(overrides: Sequence[str], options: Iterable[str], config_dir: str | None) -> None:
+    """Refuses words whose first part is neither an option of the tool, nor a key, nor a group of configs."""
+    from core.registry import nearest
+
+    roots = [Path(root) for root in (CONFIGS, config_dir) if root]
+    groups = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
+    keys = {*yaml.safe_load((CONFIGS / "train.yaml").read_text()), *groups, "visualizer", "log_every"} - {"defaults"}
+    for word in overrides:
+        key = word.lstrip("+~").partition("=")[0].partition("@")[0].partition(".")[0]
+        if key not in keys:
+            raise ConfigError(
+                f"'{word}': '{key}' is neither an option of this tool ({', '.join(options)}) nor a key of configs"
+                f"{nearest(key, [*options, *keys])}"
+            )
+
+
+def _path(checkpoint: str, composed: DictConfig | None) -> Path:
+    if checkpoint != LATEST or Path(checkpoint).exists():
+        return Path(checkpoint)
+    if composed is None:
+        raise ConfigError("checkpoint=latest is the newest run of an experiment: name it with experiment=")
+    return Path(composed.runs_dir) / composed.name / LATEST
+
+
+def _stage_folder(path: Path, stage: str) -> Path:
+    run = find_checkpoint(path).parents[1] if path.name == LATEST else path
+    run = run.parent if stage_of(run) else run
+    folders = {stage_of(folder): folder for folder in stage_folders(run)}
+    if stage not in folders:
+        raise ConfigError(f"stage={stage}: {run} has no such stage ({', '.join(map(str, folders)) or 'it has none'})")
+    return folders[stage]
+
+
+def _stored(folder: Path) -> dict[str, Any] | None:
+    """The config of a run or a stage; None where there is none that can be read."""
+    try:
+        cfg = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return cfg if isinstance(cfg, dict) and cfg.get("model") else None
