@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import PARAM_SCHEDULERS, VISUALIZERS
 from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMRunner
@@ -36,7 +37,7 @@ from core.messages import log_warnings
 from core.optim import autocast
 from core.parallel import full_model_state, load_full_model_state, shard
 from core.randomness import random_state, set_random_state
-from core.registry import DATASETS, LOOPS, build
+from core.registry import DATASETS, LOOPS, build, nearest
 from core.trainer import DataParallelTrainer, Trainer, unwrap
 
 FORMAT = 1
@@ -269,7 +270,20 @@ class Runner(MMRunner):
         return OptimConstructor(cfg, precision=self.runtime["precision"])(self.model)
 
     def build_param_scheduler(self, scheduler: Any) -> Any:
-        """As mmengine; schedules that ask for the run's length are told."""
+        """As mmengine; schedules that ask for the run's length are told.
+
+        Raises:
+            ConfigError: schedules by name of optimizers that do not exist. One that is not named has no schedule.
+        """
+        if isinstance(scheduler, dict) and "type" not in scheduler:
+            names = list(self.optim_wrapper.keys()) if isinstance(self.optim_wrapper, OptimWrapperDict) else []
+            for name in scheduler:
+                if name not in names:
+                    there = (
+                        f"the optimizers are {', '.join(names)}" if names else "there is one optimizer, without a name"
+                    )
+                    raise ConfigError(f"param_scheduler.{name}: {there}{nearest(name, names)}")
+            scheduler = {name: scheduler.get(name) or [] for name in names}
         built = super().build_param_scheduler(scheduler)
         groups = built.values() if isinstance(built, dict) else [built]
         for schedule in (s for group in groups for s in group):
