@@ -21,9 +21,9 @@ from tune_a_video.folders import check_folder
 from tune_a_video.losses import NOISES, add_noise, denoising_loss, frame_noise, min_snr_weight, prediction_target
 from tune_a_video.models import TRAINABLE_MODULES, TuneAVideoUNet
 from tune_a_video.models.frame_attention import FrameSpec
+from tune_a_video.models.inflated_weights import settled_options
 from tune_a_video.models.inflation import TEMPORAL_NAMES
 from tune_a_video.models.lora_layers import add_lora
-from tune_a_video.models.unet import settled_options
 from tune_a_video.models.weights import read_config
 from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.prompts import Prompts, prompts_of
