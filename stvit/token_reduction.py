@@ -9,6 +9,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from stvit.checkpoint import from_deit
+from stvit.models.block import set_shortcut
 from stvit.models.reducers import build_reducer
 from stvit.models.vit import SemanticTokenViT, init_linear
 
@@ -90,7 +91,7 @@ def sparsify(
     reducer.layers = nn.ModuleList(layers[base_depth:generated])
     for layer in layers:
         layer.shortcut = True
-    reducer.layers[0].shortcut = shortcut or method != "semantic"
+    set_shortcut(reducer.layers[0], shortcut or method != "semantic")
     result.base, result.reducer, result.tail = (
         nn.ModuleList(layers[:base_depth]),
         reducer,

@@ -11,12 +11,14 @@ semantic.J, recovery.layer}`, `norm` and `head`, or `norms.I`.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from stvit.checkpoint.state import (
@@ -55,6 +57,33 @@ def is_plain(state: Iterable[str]) -> bool:
     return any(re.match(r"layers\.2\.blocks\.1\.attn\.qkv\.", name) for name in state)
 
 
+def is_released_dense(state: Iterable[str]) -> bool:
+    """Whether it is an STViT-R-Swin backbone as the released detectors hold it, trained with the release's masks."""
+    names = set(state)
+    return "layers.2.blocks.1.attn.kv.weight" in names and any(re.match(r"norm\d\.", name) for name in names)
+
+
+def _mask_as_released(model: nn.Module) -> None:
+    """Gives a model without masks of its own choice those that the released detectors were trained with."""
+    if not isinstance(model, STViTRSwin) or model.key_mode != "window" or model.mask_mode == "official":
+        return
+    if model.mask_mode_given:
+        _log(
+            f"the released detectors were trained with mask_mode=official, this model has mask_mode={model.mask_mode}: "
+            "its maps differ from the release's where images are padded"
+        )
+        return
+    model.set_mask_mode("official")
+    _log(
+        "weights of a released detector: masks as released (mask_mode=official). Name that mode in the config, so that "
+        "models that are built anew for later checkpoints have it too"
+    )
+
+
+def _log(message: str) -> None:
+    print_log(message, "current", logging.WARNING)
+
+
 # ------------------------------------------------------------------ others' to ours
 
 
@@ -78,13 +107,18 @@ def convert_swin(state: State, target: nn.Module | str | None, *, load_head: boo
     if isinstance(target, nn.Module):
         if is_plain(state) and isinstance(target, HierarchicalTransformer):
             return from_swin(state, target, load_head=load_head)
-        return _for_module(state, target, load_head)
+        ours = _for_module(state, target, load_head)
+        if is_released_dense(state):
+            _mask_as_released(target)
+        return ours
     if is_plain(state):
         return from_swin(state, infer_swin(state))
     own = any(name.startswith(("norms.", "norm0.", "norm1.", "norm2.", "norm3.")) for name in state)
     dense = own if target is None else target == "dense"
     model = infer_r_swin(state, dense)
     ours = _adapted(state, model)
+    if is_released_dense(state):
+        _log("weights of a released detector: load them into a model with mask_mode=official, the masks they know")
     if dense and not own:  # the output norms are not in a classification checkpoint
         norms = {name: value for name, value in model.state_dict().items() if name.startswith("norms.")}
         return {name: value for name, value in fit(ours | norms, model).items() if name not in norms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 from timm.layers import DropPath, LayerScale, Mlp
@@ -127,6 +128,23 @@ class Block(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+def set_shortcut(layer: Block, shortcut: bool) -> None:
+    """Says whether a generation layer keeps its residual; warns where its tokens would be next to nothing without.
+
+    With layer scales of 1e-5, tokens without residual are so small at first that the epsilon of the norms behind them
+    outweighs their variance, and the branch wakes up slowly. So it was released, and trained weights are not concerned.
+    """
+    layer.shortcut = shortcut
+    scale = layer.ls1.init_values if isinstance(layer.ls1, LayerScale) else None
+    if shortcut or scale is None or scale >= layer.norm1.eps**0.5 or layer.norm1.weight.is_meta:
+        return
+    warnings.warn(
+        f"shortcut=False with layer_scale={scale:g}: semantic tokens start at almost zero and learn slowly; training "
+        "from noise does better with shortcut=True or a larger layer_scale",
+        stacklevel=3,
+    )
 
 
 def block_stack(dim: int, num_heads: int, drop_path: Sequence[float], **options: object) -> nn.ModuleList:

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from stvit.models.block import Block
+from stvit.models.block import Block, set_shortcut
 from stvit.models.clip_windows import pad_clip
 from stvit.models.derived import derived
 from stvit.models.key_windows import KeyWindows, WindowKeys, gather_index
@@ -80,7 +80,7 @@ class ClipTokenGenerator(nn.Module):
             self.layers.append(
                 ClipCrossBlock(dim, num_heads, geometry, frames=frames, concat=concat, drop_path=rate, **options)
             )
-        self.layers[0].shortcut = shortcut
+        set_shortcut(self.layers[0], shortcut)
 
     def token_grid(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Grid of the semantic tokens of an `(H, W)` slice: those that stand for at least one real position."""

@@ -55,7 +55,8 @@ class STViTRSwin(HierarchicalTransformer):
         key_windows: sides of the key windows of the first generation layer, of further ones, and of recovery; None for
             all tokens. None altogether: what `key_mode` has, (10, None, None) or (14, 21, 27).
         mask_mode: treatment of padding with `key_mode="window"`: `exact` never reads it; `official` is what the
-            released detection weights were trained with; `none` reads it all.
+            released detection weights were trained with; `none` reads it all. None: `exact`, and `official` once
+            `stvit.checkpoint.convert` has fitted those weights to the model.
         shortcut: residual of the first generation layer; None: with `key_mode="window"` only, as released.
         pool: initial centres of a window: `max`, `avg`, `weighted` or `weighted_offset`.
         use_global: learned global centres in the second generation layer of the first unit.
@@ -103,7 +104,7 @@ class STViTRSwin(HierarchicalTransformer):
         per_window: int = 3,
         key_mode: str | None = None,
         key_windows: Sequence[int | None] | None = None,
-        mask_mode: str = "exact",
+        mask_mode: str | None = None,
         shortcut: bool | None = None,
         pool: str = "max",
         use_global: bool = False,
@@ -135,7 +136,8 @@ class STViTRSwin(HierarchicalTransformer):
         if key_mode not in KEY_WINDOWS:
             raise ValueError(f"unknown key_mode {key_mode!r}: use one of {', '.join(KEY_WINDOWS)}")
         first, further, recovered = KEY_WINDOWS[key_mode] if key_windows is None else key_windows
-        mask_mode = "exact" if key_mode == "concat" else check_mask_mode(mask_mode)
+        given, mask_mode = mask_mode, check_mask_mode("exact" if mask_mode is None else mask_mode)
+        mask_mode = "exact" if key_mode == "concat" else mask_mode
         layout = unit_layout(
             depths[2], recover, base_depth=base_depth, stgm_depth=stgm_depth, semantic_depth=semantic_depth
         )
@@ -228,6 +230,21 @@ class STViTRSwin(HierarchicalTransformer):
             norm_eps=norm_eps,
         )
         self.per_window = per_window
+        self.key_mode, self.mask_mode, self.mask_mode_given = key_mode, mask_mode, given is not None
+
+    def set_mask_mode(self, mask_mode: str) -> None:
+        """Changes the treatment of padding in all layers of a model with `key_mode="window"`.
+
+        Raises:
+            ValueError: unknown mode.
+        """
+        self.mask_mode = check_mask_mode(mask_mode)
+        for unit in self.stages[2].units:
+            if not unit.generator.concat:  # pooled and random tokens read no keys of windows
+                unit.generator.mask_mode = mask_mode
+            unit.semantic.exact = mask_mode == "exact"
+            if unit.recovery is not None:
+                unit.recovery.mask_mode = mask_mode
 
     def token_maps(self, images: Tensor, unit: int = -1) -> Tensor:
         """Where each semantic token of a unit looks: `(B, S, H', W')` on the raster of image tokens, sums to 1."""

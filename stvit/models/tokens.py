@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
-from stvit.models.block import block_stack
+from stvit.models.block import block_stack, set_shortcut
 from stvit.models.pooling import build_pool
 
 
@@ -97,7 +97,7 @@ class SemanticTokenGenerator(nn.Module):
             trunc_normal_(self.position, std=0.02)
         self.conv_pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if position == "conv" else None
         self.layers = block_stack(dim, num_heads, stochastic_depth(drop_path, depth), **options)
-        self.layers[0].shortcut = shortcut
+        set_shortcut(self.layers[0], shortcut)
 
     @property
     def num_tokens(self) -> int:

@@ -20,7 +20,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
-from stvit.models.block import Block
+from stvit.models.block import Block, set_shortcut
 from stvit.models.derived import derived
 from stvit.models.key_windows import KeyWindows, ReleasedPadding, WindowKeys, dense_mask
 from stvit.models.pooling import build_pool
@@ -210,7 +210,7 @@ class WindowTokenGenerator(nn.Module):
                 continue
             windows = KeyWindows(per_window, size, window, inside=self.concat)
             self.layers.append(WindowCrossBlock(dim, num_heads, windows, drop_path=rate, method=method, **options))
-        self.layers[0].shortcut = shortcut
+        set_shortcut(self.layers[0], shortcut)
 
     def tokens_of(self, hw: tuple[int, int]) -> TokenGrid:
         """Where the semantic tokens of an `(H, W)` map lie."""

@@ -24,7 +24,7 @@ from core.profile import count_macs
 from core.run_folder import find_checkpoint
 from core.schedules import Schedule
 from core.weights import model_state
-from stvit.checkpoint import CheckpointMismatch, revert
+from stvit.checkpoint import CheckpointMismatch, convert, revert
 from stvit.data import GLYPHS
 from stvit.models import STViTRSwin
 from stvit.openmmlab import STViTRSwinBackbone
@@ -393,6 +393,72 @@ def test_init_cfg_reads_weights_of_either_layout(kind, tmp_path):
     expected = {k: classifier.get(k, fresh[k]) for k in fresh} if "classifier" in kind else dense
     assert loaded.keys() == expected.keys() and all(torch.equal(v, expected[k]) for k, v in loaded.items())
     assert not torch.equal(loaded["stages.0.blocks.0.attn.qkv.weight"], fresh["stages.0.blocks.0.attn.qkv.weight"])
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What is written to the log of the run."""
+    lines = []
+    monkeypatch.setattr("stvit.checkpoint.swin.print_log", lambda text, logger, level: lines.append(text))
+    return lines
+
+
+@pytest.mark.parametrize("way", ["init_cfg", "convert", "bare"])
+def test_released_detectors_bring_the_masks_they_were_trained_with(way, tmp_path, log):
+    """Maps on a padded image equal the release's; the log says so, and a mode that was asked for is kept."""
+    torch.manual_seed(3)
+    released = STViTRSwin(features_only=True, mask_mode="official", **TINY, layer_scale=0.5).eval()
+    state = revert(released.state_dict(), layout="official")
+    if way != "bare":
+        state = {f"backbone.{k}": v for k, v in state.items()} | {"neck.fpn_convs.0.conv.bias": torch.ones(16)}
+    torch.save({"state_dict": state}, tmp_path / "detector.pth")
+    images = torch.randn(1, 3, 200, 264)  # 13 x 17 tokens in the third stage: padding below and beside
+
+    def loaded(**options):
+        cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "detector.pth"))
+        backbone = STViTRSwinBackbone(**TINY, layer_scale=0.5, init_cfg=cfg, **options)
+        if way == "init_cfg":
+            backbone.init_weights()
+        else:
+            backbone.load_state_dict(convert(torch.load(tmp_path / "detector.pth"), backbone))
+        return backbone.eval()
+
+    with torch.no_grad():
+        expected = released(images)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(loaded()(images), expected, strict=True))
+        assert len(log) == 1 and "mask_mode=official" in log.pop()
+        exact = loaded(mask_mode="exact")(images)
+        assert len(log) == 1 and "this model has mask_mode=exact" in log.pop()
+        assert not torch.allclose(exact[2], expected[2], atol=1e-3)
+        loaded(mask_mode="official")
+        assert not log
+
+
+def test_other_weights_leave_the_exact_masks(log):
+    for state in (
+        STViTRSwin(features_only=True, **TINY).state_dict(),
+        {"model": revert(STViTRSwin(num_classes=5, **TINY).state_dict(), layout="official")},
+    ):
+        backbone = STViTRSwin(features_only=True, **TINY)
+        backbone.load_state_dict(convert(state, backbone))
+        assert backbone.mask_mode == "exact" and not log
+    # Where the model is not at hand, the one who converts is told.
+    convert(revert(STViTRSwin(features_only=True, **TINY).state_dict(), layout="official"), "dense")
+    assert len(log) == 1 and "mask_mode=official" in log[0]
+
+
+def test_modes_of_masks_are_exchanged_whole():
+    torch.manual_seed(0)
+    images = torch.randn(1, 3, 200, 264)
+    for recover, tokens in (("dumbbell", "semantic"), ("none", "semantic"), ("dumbbell", "pooled")):
+        options = dict(features_only=True, recover=recover, tokens=tokens, **TINY, layer_scale=0.5)
+        one = STViTRSwin(mask_mode="exact", **options).eval()
+        for mode in ("official", "none", "exact"):
+            one.set_mask_mode(mode)
+            other = STViTRSwin(mask_mode=mode, **options).eval()
+            other.load_state_dict(one.state_dict())
+            with torch.no_grad():
+                assert all(torch.equal(a, b) for a, b in zip(one(images), other(images), strict=True))
 
 
 def test_init_cfg_that_cannot_be_meant_or_does_not_fit(tmp_path):

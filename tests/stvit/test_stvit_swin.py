@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from timm.models import group_modules, group_parameters
 from torch import Tensor, nn
 
 from core.profile import count_macs, count_parameters
-from stvit.models import STViTRSwin, STViTSwin, SwinTransformer
+from stvit.models import SemanticTokenViT, STViTRSwin, STViTSwin, SwinTransformer
 from stvit.models.dumbbell import unit_layout
 from stvit.models.hierarchy import HierarchicalTransformer
 from stvit.models.swin_block import SwinBlock
@@ -530,3 +531,19 @@ def test_classifiers_are_replaced() -> None:
 def test_impossible_options_say_what_to_do(variant: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(variant, **options)
+
+
+def test_tokens_without_residual_and_next_to_no_scale_are_warned_about() -> None:
+    """As released: the first generation layer's output starts at 1e-5 of a token."""
+    small = dict(TINY, layer_scale=1e-5)
+    with pytest.warns(UserWarning, match=r"shortcut=False with layer_scale=1e-05"):
+        STViTRSwin(shortcut=False, **small)
+    with pytest.warns(UserWarning, match="shortcut=False"):
+        SemanticTokenViT(embed_dim=16, depth=6, num_heads=2, shortcut=False, layer_scale=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        STViTRSwin(shortcut=True, **small)
+        STViTRSwin(shortcut=False, **(small | dict(layer_scale=0.1)))
+        STViTRSwin(shortcut=False, **(small | dict(layer_scale=None)))
+        with torch.device("meta"):  # a skeleton for counts and names
+            STViTRSwin(shortcut=False, **small)
