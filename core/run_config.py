@@ -60,7 +60,7 @@ def configured(
         path = _stage_folder(path, stage)
     newest = find_checkpoint(path).absolute()
     folder = newest.parent.parent
-    stored = _stored(folder) if newest.parent.name == "checkpoints" else None
+    stored = stored_config(folder) if newest.parent.name == "checkpoints" else None
     if composed is None and stored is None:
         raise ConfigError(f"{newest} does not lie in a run's folder with a config.yaml: name its experiment=")
     if stored is not None and (composed is None or composed.get("name") == stored.get("name")):
@@ -158,14 +158,22 @@ def laid_over(
     return to_dict(cfg)
 
 
-def _parsed(text: str) -> Override:
+def is_sweep(text: str) -> bool:
+    """Whether an override gives several values, for a multirun.
+
+    Raises:
+        ConfigError: the override cannot be read.
+    """
     try:
-        override = OverridesParser.create().parse_override(text)
+        return OverridesParser.create().parse_override(text).is_sweep_override()
     except HydraException as error:
         raise ConfigError(f"override '{text}' cannot be read: {str(error).splitlines()[0]}") from None
-    if override.is_sweep_override():
+
+
+def _parsed(text: str) -> Override:
+    if is_sweep(text):
         raise ConfigError(f"{text}: a sweep, but this tool takes one value (train.py -m runs several)")
-    return override
+    return OverridesParser.create().parse_override(text)
 
 
 def _chosen(overrides: Sequence[Override], config_dir: str | None) -> dict[str, Any]:
@@ -245,7 +253,7 @@ def _stage_folder(path: Path, stage: str) -> Path:
     return folders[stage]
 
 
-def _stored(folder: Path) -> dict[str, Any] | None:
+def stored_config(folder: Path) -> dict[str, Any] | None:
     """The config of a run or a stage; None where there is none that can be read."""
     try:
         cfg = yaml.safe_load((folder / "config.yaml").read_text())

@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from core import sweep
+from core import rerun, sweep
 from core.cli import run as run_tool
 from core.cli import stop
 from core.config import (
@@ -72,6 +72,18 @@ def _complete_experiment(argv: list[str]) -> bool:
     return True
 
 
+def _rerun(flags: list[str], overrides: list[str], config_dir: str | None) -> None:
+    """A run again, from its stored config."""
+    cfg = rerun.rerun_config([flag for flag in flags if not _of_config_dir(flag, config_dir)], overrides, config_dir)
+    from core.launch import run
+
+    run(cfg)
+
+
+def _of_config_dir(flag: str, config_dir: str | None) -> bool:
+    return flag in ("--config-dir", "-cd", config_dir) or flag.startswith("--config-dir=")
+
+
 def main(argv: list[str]) -> None:
     """Hydra's command line, with ``--list``, and one message where something is wrong with it."""
     if "--list" in argv:
@@ -80,6 +92,9 @@ def main(argv: list[str]) -> None:
     if _complete_experiment(argv):
         return
     flags, overrides = command_line(argv, _config_dir(argv))
+    if rerun.asked(overrides):
+        _rerun(flags, overrides, _config_dir(argv))
+        return
     sys.argv[1:] = [*flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them beside ours
     try:
