@@ -19,8 +19,9 @@ from typing import Any
 
 from core.comparison import Paired, mean_and_deviation
 from core.errors import ConfigError, VitrineError
+from core.messages import first_process
 from core.render import Cell, Column, Row, Table, emit, plot_differences, resolve_format
-from core.results import Compose, Results, Runner, composer, first_process, launcher
+from core.results import Compose, Results, Runner, composer, launcher
 
 BASE = "base"
 

@@ -15,8 +15,9 @@ from core.claim_store import ClaimStore, run_record
 from core.comparison import Paired
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, measure
+from core.messages import first_process
 from core.render import Column, Row, Table
-from core.results import Compose, Results, Runner, fingerprint, fingerprints, first_process, launcher
+from core.results import Compose, Results, Runner, fingerprint, fingerprints, launcher
 
 if TYPE_CHECKING:
     from core.tables import Options

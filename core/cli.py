@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -77,10 +78,14 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Calls a tool's `main` with the command line; the project's own errors end it with one clear message, status 2."""
     first_process_speaks()
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
     except VitrineError as error:
         stop(error)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; Python would complain when it flushes again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
 
 

@@ -74,13 +74,16 @@ def prose(text: str, width: int | None = None) -> str:
             paragraph.append(line.strip())
             continue
         fill()
-        blocks.append(line.rstrip() if len(line) <= width else _folded(line, width))
+        blocks.append(folded(line, width))
     fill()
     return "\n".join(blocks)
 
 
-def _folded(line: str, width: int) -> str:
-    """An indented line that is too long: what stands behind a gap stays there, or goes on lines of its own."""
+def folded(line: str, width: int | None = None) -> str:
+    """A line of its own (a command, an entry): what stands behind a gap stays there, or goes on lines of its own."""
+    width = terminal_width() if width is None else width
+    if len(line) <= width:
+        return line.rstrip()
     indent = line[: len(line) - len(line.lstrip())]
     head, _, tail = line.strip().partition("   ")
     column = len(line) - len(tail.lstrip())

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from core import sweep
 from core.config import CONFIGS, to_dict
 from core.config_check import checked, look_in_working_directory, some_experiments, stage_config
 from core.errors import ConfigError
@@ -51,6 +52,7 @@ def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     plain["run_dir"] = str(choose_run_dir(plain))
     if rank() == 0:
         point_latest(plain)
+    sweep.note(run_dir=plain["run_dir"])
     result = _run_stages(plain) if plain["stages"] else _run_once(plain)
     figure = objective(plain, result)
     if result.get("objective") != figure:

@@ -10,9 +10,13 @@ import os
 from pathlib import Path
 
 from core.progress import console_handlers
-from core.results import first_process
 
 _WARNINGS = "py.warnings"  # the logger of logging.captureWarnings
+
+
+def first_process() -> bool:
+    """Whether this process prints and writes: under torchrun or Slurm all of them run, one of them speaks."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def first_process_speaks() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,11 +36,6 @@ def to_stderr() -> Iterator[None]:
     """What runs and builders print goes to standard error: standard output belongs to the table."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
-
-
-def first_process() -> bool:
-    """Whether this process prints and writes: under torchrun or Slurm all of them run, one of them speaks."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def launcher(run: Runner, *, resume: bool = True, tool: str = "table") -> Runner:

@@ -180,7 +180,7 @@ def write_config(cfg: dict[str, Any]) -> None:
     (folder / "overrides.txt").write_text("".join(f"{o}\n" for o in cfg["overrides"]))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Writes JSON in one atomic replacement."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1, default=float))

@@ -1,14 +1,14 @@
 """Runs that follow each other: one that fails does not end the others, and what failed is reported at the end.
 
 `contained` serves every tool that trains several runs. `Sweep` is Hydra's part of it, a callback for multiruns that
-configs/train.yaml names: every job leaves ``job.json`` in its folder below the sweep's, with its overrides, how it
-ended, and its run's folder. Imports Hydra only, so that ``--help`` answers at once.
+configs/train.yaml names: every job leaves ``job.json`` in its folder below the sweep's, with its overrides, its status
+and its run's folder, from its beginning on; ``runs.json`` in the sweep's folder holds those of all jobs. Imports Hydra
+only, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,8 +22,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import VitrineError
+from core.messages import first_process
 
 RECORD = "job.json"
+RUNS = "runs.json"
 
 
 class RunFailed(VitrineError):
@@ -89,36 +91,88 @@ def run_job(cfg: DictConfig, run: Callable[[DictConfig], dict[str, Any]]) -> Any
         RunFailed: the run has failed. It holds a text alone, so that a launcher can send it between processes.
         core.signals.Interrupted: the run was asked to stop.
     """
+    global _job
+    _job = {"job": HydraConfig.get().job.num, "overrides": OmegaConf.to_container(cfg.overrides)}
+    note(status="running")
     from core.signals import Interrupted
 
-    record = {"job": HydraConfig.get().job.num, "overrides": OmegaConf.to_container(cfg.overrides)}
     try:
         result = contained(run, cfg)
+        note(status="finished", run_dir=result["run_dir"], objective=result["objective"])
+        return result["objective"]
     except Interrupted:
+        note(status="stopped")
         raise
     except VitrineError as error:
-        print(f"job {record['job']} failed, the multirun goes on: {error}", file=sys.stderr, flush=True)
-        _write({**record, "status": "failed", "error": str(error)})
+        print(f"job {_job['job']} failed, the multirun goes on: {error}", file=sys.stderr, flush=True)
+        note(status="failed", error=str(error))
         raise RunFailed(str(error)) from None
-    _write({**record, "status": "finished", "run_dir": result["run_dir"], "objective": result["objective"]})
-    return result["objective"]
+    except BaseException:  # Ctrl-C where nothing makes an Interrupted of it
+        note(status="stopped")
+        raise
+    finally:
+        _job = None
 
 
-def _write(record: dict[str, Any]) -> None:
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        (Path(HydraConfig.get().runtime.output_dir) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+_job: dict[str, Any] | None = None  # the record of the job that this process runs
+
+
+def note(**news: Any) -> None:
+    """Adds to the record of the multirun's job that this process runs; nothing outside of multiruns."""
+    if _job is not None:
+        _job.update(news)
+        if first_process():
+            from core.run_folder import write_json
+
+            write_json(Path(HydraConfig.get().runtime.output_dir) / RECORD, _job)
+
+
+def _records() -> list[dict[str, Any]]:
+    """What the jobs of the multirun that this process has started have noted; empty without one."""
+    if Sweep.folder is None or not Sweep.folder.is_dir():
+        return []
+    return sorted((json.loads(p.read_text()) for p in Sweep.folder.rglob(RECORD)), key=lambda record: record["job"])
 
 
 def report() -> str | None:
     """What failed in the multirun that this process has started, a line for each job; None when nothing did."""
-    if Sweep.folder is None or not Sweep.folder.is_dir():
-        return None
-    records = [json.loads(path.read_text()) for path in Sweep.folder.rglob(RECORD)]
-    failed = sorted((r for r in records if r["status"] == "failed"), key=lambda record: record["job"])
+    records = _records()
+    failed = [record for record in records if record["status"] == "failed"]
     if not failed:
         return None
     lines = [f"  job {r['job']} ({' '.join(r['overrides'])}): {_first_line(r['error'])}" for r in failed]
     return "\n".join([f"{len(failed)} of {len(records)} jobs failed, recorded in {Sweep.folder}:", *lines])
+
+
+def conclude() -> None:
+    """Writes ``runs.json`` of the multirun that this process has started, and prints which job is which run."""
+    records = _records()
+    if not records or not first_process():
+        return
+    from core.render import Column, Row, Table, emit
+    from core.run_folder import write_json
+
+    write_json(Sweep.folder / RUNS, records)
+    common = set.intersection(*(set(record["overrides"]) for record in records))
+    rows = [
+        Row(
+            {
+                **{key: record.get(key) for key in ("job", "status", "run_dir")},
+                "overrides": " ".join(word for word in record["overrides"] if word not in common),
+                "objective": _shown(record.get("objective")),
+            }
+        )
+        for record in records
+    ]
+    columns = [Column("job"), Column("status", align="left"), Column("overrides", align="left")]
+    if any(record.get("objective") is not None for record in records):
+        columns.append(Column("objective"))
+    columns.append(Column("run_dir", "run's folder", align="left"))
+    emit(Table("runs of the multirun", columns, rows, [f"Kept in {Sweep.folder / RUNS}."]))
+
+
+def _shown(objective: Any) -> Any:
+    return " ".join(f"{value:.4g}" for value in objective) if isinstance(objective, list) else objective
 
 
 def _first_line(text: str) -> str:

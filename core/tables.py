@@ -17,8 +17,9 @@ from core.claim_file import is_claim, load_claim
 from core.comparison import mean_and_deviation
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, Measured, measure
+from core.messages import first_process
 from core.render import Cell, Column, Row, Table, emit, resolve_format
-from core.results import Compose, Results, Runner, composer, fingerprint, first_process, launcher
+from core.results import Compose, Results, Runner, composer, fingerprint, launcher
 from core.table_file import ColumnSpec, RowSpec, TableSpec, load_table, table_id
 
 SHOW = ("both", "paper", "ours")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import traceback
@@ -21,7 +23,7 @@ from core.config import (
     explain_overrides,
     with_overrides,
 )
-from core.console import listing
+from core.console import folded, listing
 from core.errors import ConfigError, VitrineError
 
 _WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -63,6 +65,16 @@ def _list(argv: list[str]) -> None:
     print(listing(experiments(_config_dir(argv))))
 
 
+def _help() -> None:
+    """Hydra's help, in the terminal's width."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            train()
+    finally:
+        print("\n".join(folded(line) for line in said.getvalue().splitlines()))
+
+
 def _complete_experiment(argv: list[str]) -> bool:
     """Answers the shell for a word that begins with ``experiment=``: Hydra completes no names with a slash."""
     word = os.environ.get("COMP_LINE", "").rpartition(" ")[2]
@@ -91,6 +103,9 @@ def main(argv: list[str]) -> None:
         return
     if _complete_experiment(argv):
         return
+    if "--help" in argv or "-h" in argv:
+        _help()
+        return
     flags, overrides = command_line(argv, _config_dir(argv))
     if rerun.asked(overrides):
         _rerun(flags, overrides, _config_dir(argv))
@@ -110,6 +125,8 @@ def main(argv: list[str]) -> None:
         if (failed := sweep.report()) is not None:
             print(failed, file=sys.stderr)
         raise
+    finally:
+        sweep.conclude()
     if (failed := sweep.report()) is not None:
         raise VitrineError(failed)
 

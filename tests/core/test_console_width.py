@@ -2,10 +2,13 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
-from tiny_experiment import ROOT
+from tiny_experiment import ROOT, environment
 
 import core.tables
 from core.ablation import Options as AblateOptions
@@ -175,6 +178,25 @@ def test_lists_and_help_fit_the_terminal(width, monkeypatch, capsys):
 def teaching_text(tool):
     """A tool's docstring; importing the tool would run it."""
     return ast.get_docstring(ast.parse((ROOT / "tools" / f"{tool}.py").read_text()), clean=True)
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_help_of_the_training_tool_fits_the_terminal(width):
+    words = [sys.executable, "tools/train.py", "--help"]
+    environ = {**environment(), "COLUMNS": str(width)}
+    done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=True)
+    assert_fits(done.stdout, width)
+    assert "experiment/stvit: " in done.stdout and "--hydra-help" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["train.py", "--list"], ["prepare_data.py", "list"]])
+def test_a_reader_that_has_seen_enough_ends_a_tool_quietly(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, f"tools/{words[0]}", words[1]]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_every_experiment_is_listed_once_with_its_whole_purpose():

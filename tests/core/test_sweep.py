@@ -69,7 +69,9 @@ def program(user, tmp_path, monkeypatch, capsys):
             runpy.run_path(str(ROOT / "tools/train.py"), run_name="__main__")
         except SystemExit as left:
             status = left.code
-        return status, capsys.readouterr().err, returned
+        said = capsys.readouterr()
+        call.printed = said.out
+        return status, said.err, returned
 
     return call
 
@@ -106,11 +108,12 @@ def test_a_stop_ends_the_multirun_and_reports_what_failed_before(program, how):
     words = ("-m", f"custom_hooks={hooks}")
     if how == "stop":
         status, said, _ = program(*words)
-        assert status != 0 and "asked to stop" in said and "1 of 1 jobs failed" in said
+        assert status != 0 and "asked to stop" in said and "1 of 2 jobs failed" in said
     else:
         with pytest.raises(KeyboardInterrupt):
             program(*words)
-    assert list(records()) == [0]
+    assert {job: record["status"] for job, record in records().items()} == {0: "failed", 1: "stopped"}
+    assert json.loads(Path("sweep/runs.json").read_text()) == list(records().values())
 
 
 def test_a_multirun_without_failures_ends_well_and_returns_its_objectives(program):
@@ -121,6 +124,30 @@ def test_a_multirun_without_failures_ends_well_and_returns_its_objectives(progra
         result = json.loads((Path(record["run_dir"]) / "result.json").read_text())
         assert job.return_value == record["objective"] == result["objective"] == -result["val_metrics"]["accuracy"]
         assert result["seed"] == number
+
+
+def test_the_way_from_a_multiruns_job_to_its_run(program):
+    hooks = ",".join([fault("no"), "[{type: myfaults.Fials}]", fault("bug")])
+    program("-m", f"custom_hooks={hooks}", "objective=accuracy")
+    runs = json.loads(Path("sweep/runs.json").read_text())
+    assert [(r["job"], r["status"]) for r in runs] == [(0, "finished"), (1, "failed"), (2, "failed")]
+    hows = [next(word for word in r["overrides"] if word.startswith("custom_hooks=")) for r in runs]
+    assert ["how:no" in hows[0], "Fials" in hows[1], "how:bug" in hows[2]] == [True] * 3
+    for record in runs:  # a failed run has a folder as soon as it has begun
+        config = (Path(record["run_dir"]) / "config.yaml").read_text() if "run_dir" in record else ""
+        assert ("how: bug" in config) == (record["job"] == 2) and ("how: 'no'" in config) == (record["job"] == 0)
+    assert "objective" in runs[0] and "KeyError" in runs[2]["error"]
+    lines = program.printed[program.printed.index("runs of the multirun") :].splitlines()
+    joined = " ".join(" ".join(lines).split())
+    for record in runs:
+        assert record.get("run_dir", "") in joined
+    assert "runtime=cpu" not in joined  # what all jobs share says nothing
+    assert lines[-1] == "Kept in sweep/runs.json."
+
+
+def test_a_single_run_leaves_no_record_of_a_multirun(program):
+    status, _, _ = program()
+    assert status == 0 and not Path("sweep").exists() and "multirun" not in program.printed
 
 
 def test_sweepers_with_rules_of_their_own_and_other_launchers_get_the_exception(monkeypatch):
