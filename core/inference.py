@@ -46,7 +46,7 @@ def infer(overrides: list[str], options: Any) -> list[dict[str, Any]]:
     from core.checkpoint import write_text_atomic
     from core.config_check import checked
     from core.launch import build_trainer
-    from core.results import first_process
+    from core.messages import first_process
     from core.runner import pick_device
     from core.weights import load_weights
 
