@@ -50,4 +50,7 @@ def evaluate(
     plain["runs_dir"] = str(Path(plain["runs_dir"]) / "evaluations")  # apart from the runs that were trained
     plain["run_dir"] = str(choose_run_dir(plain))
     runner = make_runner(plain)
-    return runner.test() if split == "test" else runner.val()
+    try:
+        return runner.test() if split == "test" else runner.val()
+    finally:
+        runner.visualizer.close()

@@ -88,13 +88,14 @@ def _best(folder: Path, best: bool | str, selection: Mapping[str, Any]) -> Path:
     if found is not None:
         return found
     measured = sorted({name for step in store.steps() for name in store.metrics(step)})
-    known = f"measured there: {', '.join(measured)}" if measured else "none was evaluated"
+    known = f"kept there: {', '.join(measured)}" if measured else "no figures are kept there"
     if not store.ranking:
         raise ConfigError(
             f"best: no checkpoint of {folder} was judged, as it was trained without checkpoint.metric; set "
             f"checkpoint.metric=NAME checkpoint.direction=higher|lower ({known}), or take the newest"
         )
-    raise ConfigError(f"best: no whole checkpoint of {folder} was judged by {', '.join(store.ranking)} ({known})")
+    asked = best if isinstance(best, str) else next(iter(store.ranking))
+    raise ConfigError(f"best: no whole checkpoint of {folder} was judged by its {asked} ({known})")
 
 
 def rank() -> int:

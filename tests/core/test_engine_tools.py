@@ -1,13 +1,18 @@
 """tools/test.py and tools/infer.py on a run of a user's own package."""
 
 import json
+import math
+import signal
 
 import pytest
+import torch
 from PIL import Image
 from tiny_experiment import train
 
 from core.errors import ConfigError
 from core.inference import infer, input_files
+from core.run_folder import find_checkpoint
+from tools.infer import main as infer_tool
 
 INFER = """
 from core.trainer import Inference
@@ -18,6 +23,17 @@ from mypoints import *
 
 class Look(Classify):
     def infer(self, file):
+        if file.stem == "fault":
+            return self.no_such_thing
+        if file.stem == "interrupt":
+            raise KeyboardInterrupt
+        if file.stem == "terminate":
+            import os, signal
+            os.kill(os.getpid(), signal.SIGTERM)
+        if file.stem == "odd":
+            return Inference({"path": file})
+        if file.stem == "shape":
+            return Inference({}, {"still": np.zeros((3, 3, 7), dtype=np.uint8)})
         pixels = np.asarray(Image.open(file).convert("RGB"))
         logits = self.network(torch.zeros(1, 8))
         return Inference(
@@ -99,3 +115,91 @@ def test_a_trainer_without_inference_says_so(user, trained, tmp_path, monkeypatc
         infer(words, options)
     with pytest.raises(ConfigError, match="give input=FILE_OR_FOLDER"):
         infer(words, Options(checkpoint=str(trained), input=None, output=str(tmp_path / "out")))
+
+
+@pytest.fixture
+def look(user, trained, tmp_path, monkeypatch):
+    """Calls tools/infer.py on pictures of these names; returns its records as they were written."""
+    monkeypatch.syspath_prepend(str(user))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*names, words=(), checkpoint=trained):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        for name in names:
+            Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "in" / f"{name}.png")
+        infer_tool([f"checkpoint={checkpoint}", "input=in", "output=out", "device=cpu", *words])
+        return written()
+
+    def written():
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    call.written = written
+    return call
+
+
+def test_whatever_fails_on_a_file_is_in_its_record_and_the_others_go_on(look, capsys):
+    records = look("a", "fault", "odd", "shape", "z")
+    found = {record["file"]: record.get("error") for record in records}
+    assert list(found) == [f"in/{name}.png" for name in ("a", "fault", "odd", "shape", "z")]
+    assert found["in/a.png"] is found["in/z.png"] is None
+    assert found["in/fault.png"].startswith("AttributeError: 'Look' object has no attribute 'no_such_thing'")
+    assert found["in/odd.png"].startswith("TypeError") and found["in/shape.png"].startswith(("TypeError", "ValueError"))
+    shown = capsys.readouterr()
+    assert [json.loads(line)["file"] for line in shown.out.splitlines()] == list(found)
+    assert "3 of 5 files failed, see out/results.json" in shown.err
+    assert "no_such_thing" in shown.err, "a fault of the code is shown with its place"
+
+
+def test_nothing_that_works_is_an_error_with_the_first_reason(look):
+    with pytest.raises(
+        ConfigError, match=r"none of 2 could be processed, see out/results\.json: AttributeError: 'Look'"
+    ):
+        look("fault", "odd")
+    assert len(look.written()) == 2
+
+
+@pytest.mark.parametrize("name", ["interrupt", "terminate"])
+def test_an_interruption_leaves_the_records_until_then(look, name):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
+        look("a", "b", name, "z")
+    assert [record["file"] for record in look.written()] == ["in/a.png", "in/b.png"]
+    assert name == "interrupt" or caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_weights_with_nan_answer_nothing(look, trained, tmp_path):
+    from tools.test import main as evaluate_tool
+
+    state = torch.load(find_checkpoint(trained), weights_only=True)["model"]
+    state["network.head.bias"][1] = math.nan
+    torch.save(state, tmp_path / "nan.pt")
+    words = ["experiment=mine/tiny", f"config_dir={trained.parent / 'configs'}", "model.type=mylook.Look"]
+    with pytest.raises(ConfigError, match=r"NaN or infinity in 1 of 14 tensors \(network\.head\.bias\)"):
+        look("a", checkpoint="nan.pt", words=words)
+    with pytest.raises(ConfigError, match=r"NaN or infinity in 1 of 14 tensors \(network\.head\.bias\)"):
+        evaluate_tool(["checkpoint=nan.pt", "runtime=cpu", *words])
+    assert not (tmp_path / "out" / "results.json").exists()
+    (record,) = look("a", checkpoint="nan.pt", words=[*words, "finite=false"])
+    assert record["mean"] == 9
+
+
+def test_options_of_loading_are_those_of_load_from(look, trained, tmp_path):
+    state = torch.load(find_checkpoint(trained), weights_only=True)["model"]
+    stem = {f"their.{k.removeprefix('network.')}": v for k, v in state.items() if k.startswith("network.stem")}
+    torch.save({"deep": {"ema": {**stem, "their.other": torch.ones(1)}}}, tmp_path / "part.pt")
+    words = ["experiment=mine/tiny", f"config_dir={trained.parent / 'configs'}", "model.type=mylook.Look"]
+    options = ["key=deep.ema", "prefix=their.stem.", "into=network.stem"]
+    assert look("a", checkpoint="part.pt", words=[*words, *options])
+    with pytest.raises(ConfigError, match=r"no submodule 'network\.stme': did you mean 'network\.stem'"):
+        look("a", checkpoint="part.pt", words=[*words, *options[:2], "into=network.stme"])
+    assert look("a", checkpoint="part.pt", words=[*words, "key=deep.ema", "prefix=their.", "strict=false"])
+    ignored = ["key=deep.ema", "prefix=their.", "into=network", "ignore=blocks.*,norm.*,head.*,other"]
+    assert look("a", checkpoint="part.pt", words=[*words, *ignored])
+
+
+def test_several_processes_print_the_figures_once(user, trained):
+    words = ["checkpoint=for_tools", "output=twice.json"]
+    done = train(user, "--config_dir=configs", *words, tool="test.py", torchrun=2)
+    assert json.loads(done.stdout) == json.loads((user / "twice.json").read_text())
+    assert json.loads(done.stdout)["seen"] == 21
