@@ -243,10 +243,11 @@ def read_state(
     """
     from torch import Tensor
 
+    from core.latest import LATEST
     from core.run_folder import find_checkpoint
     from core.weights import read, state_in
 
-    path = find_checkpoint(src) if Path(src).is_dir() else Path(src)
+    path = find_checkpoint(src) if Path(src).is_dir() or Path(src).name == LATEST else Path(src)
     content = read(path, allow or ())
     try:
         state, aside = state_in(content, path, key=key)

@@ -1,9 +1,9 @@
 """What `tools/infer.py` writes: samples, completed pictures, predictions of codes, and reconstructions.
 
-python tools/infer.py experiment=... checkpoint=RUN output=out                       # samples of all classes
-python tools/infer.py experiment=... checkpoint=RUN output=out input=labels.txt      # of these classes
-python tools/infer.py experiment=... checkpoint=RUN output=out input=request.json    # {"labels": [1], "count": 8}
-python tools/infer.py experiment=... checkpoint=RUN output=out input=photos          # completes pictures
+python tools/infer.py checkpoint=RUN output=out                       # samples of all classes
+python tools/infer.py checkpoint=RUN output=out input=labels.txt      # of these classes
+python tools/infer.py checkpoint=RUN output=out input=request.json    # {"labels": [1], "count": 8}
+python tools/infer.py checkpoint=RUN output=out input=photos          # completes pictures
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Runs a trained model on your own files, and shows why it says what it says.
 
-  python tools/infer.py checkpoint=runs/stvit/digits/latest input=a.png output=out     the newest run, its own config
+  python tools/infer.py checkpoint=runs/stvit/digits/latest input=a.png output=out
   python tools/infer.py checkpoint=RUN input=folder output=out best=true
-  python tools/infer.py experiment=stvit/digits checkpoint=weights.safetensors input=folder output=out
+  python tools/infer.py experiment=stvit/digits checkpoint=weights.pt input=folder output=out
 
 `input` is a file or a folder (images and videos below it). For every file `output` gets pictures (PNG, GIF) that
 explain the result, and `results.json` holds one record per file. Models that generate need no input: what they make is

@@ -1,21 +1,22 @@
 """Evaluates a checkpoint on its experiment's test split.
 
-  python tools/test.py checkpoint=runs/stvit/digits/latest                      the newest run; its config is read there
-  python tools/test.py checkpoint=runs/stvit/digits/2026-01-31_12-00-00 best=true split=val
-  python tools/test.py checkpoint=RUN test_dataloader.batch_size=64             an override of the run's config
-  python tools/test.py checkpoint=RUN/stage_0_tokenizer                         of a run with stages, not the last
-  python tools/test.py experiment=stvit/digits checkpoint=latest                as the first line
-  python tools/test.py experiment=stvit/digits checkpoint=weights.safetensors   a file needs the experiment's name
-  torchrun --nproc-per-node 8 tools/test.py checkpoint=RUN                      no sample is counted twice
+  python tools/test.py checkpoint=runs/stvit/digits/latest              the newest run, with its config
+  python tools/test.py checkpoint=RUN best=true split=val
+  python tools/test.py checkpoint=RUN test_dataloader.batch_size=64     an override of that config
+  python tools/test.py checkpoint=RUN/stage_0_tokenizer                 a stage that is not the last
+  python tools/test.py experiment=stvit/digits checkpoint=latest        the same as the first line
+  python tools/test.py experiment=stvit/digits checkpoint=weights.pt    a file needs an experiment
+  torchrun --nproc-per-node 8 tools/test.py checkpoint=RUN              no sample is counted twice
 
-`checkpoint` is a run's folder (its newest whole checkpoint, or best=true), a checkpoint in one, or a file of weights:
-.pt, .pth, .safetensors or .npz, such as tools/convert.py writes. Weights of the network alone find their place by their
-names and shapes; where several places fit, into= chooses. into, prefix, strict, ignore, key, averaged and finite mean
-the same in a config's load_from={path: FILE, into: ..., ...}, which also gives what a file of a part lacks.
+`checkpoint` is a run's folder (its newest whole checkpoint, or best=true), a checkpoint in one, or
+a file of weights: .pt, .pth, .safetensors or .npz, such as tools/convert.py writes. Weights of the
+network alone find their place by their names and shapes; where several places fit, into= chooses.
+into, prefix, strict, ignore, key, averaged and finite mean the same in a config's load_from={path:
+FILE, into: ..., ...}, which also gives what a file of a part lacks.
 
-experiment= together with a run: that of the run changes nothing; another one is built and given the run's weights.
-Every other key=value is an override of the config. The metrics go to standard output, as JSON; the rest to standard
-error.
+experiment= together with a run: that of the run changes nothing; another one is built and given the
+run's weights. Every other key=value is an override of the config. The metrics go to standard
+output, as JSON, the rest to standard error.
 """
 
 from __future__ import annotations
