@@ -18,6 +18,7 @@ from core.config import CONFIGS, compose, get, to_dict
 from core.config_check import stage_config
 from core.errors import ConfigError
 from core.latest import LATEST
+from core.messages import first_process
 from core.run_folder import find_checkpoint, stage_folders, stage_of
 
 # What a stored config says of its own run, and means nothing to another one.
@@ -65,14 +66,19 @@ def configured(
         raise ConfigError(f"{newest} does not lie in a run's folder with a config.yaml: name its experiment=")
     if stored is not None and (composed is None or composed.get("name") == stored.get("name")):
         cfg = laid_over(stored, [word for word in overrides if word not in named], config_dir, options)
-        print(f"config: {folder / 'config.yaml'} ({' '.join(cfg['overrides']) or cfg['name']})", file=sys.stderr)
+        _say(f"config: {folder / 'config.yaml'} ({' '.join(cfg['overrides']) or cfg['name']})")
     else:
         if stored is not None:
-            print(f"{folder} is a run of {stored['name']}; its weights go into {composed.name}", file=sys.stderr)
+            _say(f"{folder} is a run of {stored['name']}; its weights go into {composed.name}")
         cfg = stage_for(composed, newest, stage)
     if not best or path.is_file():
         return cfg, newest
     return cfg, find_checkpoint(folder, best=best, selection=cfg["checkpoint"])
+
+
+def _say(text: str) -> None:
+    if first_process():
+        print(text, file=sys.stderr)
 
 
 def stage_for(cfg: DictConfig | dict[str, Any], checkpoint: Path | None, stage: str | None = None) -> dict[str, Any]:

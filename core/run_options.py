@@ -50,7 +50,7 @@ class LoadOptions:
 
 
 @dataclass(kw_only=True)
-class TestOptions(LoadOptions):
+class EvaluationOptions(LoadOptions):
     """What to evaluate."""
 
     split: str = field(default="test", metadata={"help": "test or val"})

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 
 from core.cli import parse, run
-from core.run_options import TestOptions as Options
+from core.run_options import EvaluationOptions as Options
 
 
 def main(argv: list[str]) -> None:
