@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from core.console import prose, wrapped
 from core.errors import ConfigError, VitrineError
 from core.messages import first_process_speaks
+from core.signals import StopRequest
 
 T = TypeVar("T")
 
@@ -75,13 +76,17 @@ def parse(
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Calls a tool's `main` with the command line; the project's own errors end it with one clear message, status 2."""
+    """Calls a tool's `main` with the command line.
+
+    The project's own errors end it with one clear message and status 2, as Ctrl-C and SIGTERM do at any moment.
+    """
     first_process_speaks()
     try:
-        try:
-            main(sys.argv[1:])
-        finally:
-            sys.stdout.flush()
+        with StopRequest():
+            try:
+                main(sys.argv[1:])
+            finally:
+                sys.stdout.flush()
     except VitrineError as error:
         stop(error)
     except BrokenPipeError:  # the reader (`| head`) has seen enough; Python would complain when it flushes again

@@ -31,6 +31,7 @@ from core.run_folder import (
     write_config,
     write_json,
 )
+from core.signals import StopRequest
 
 
 def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -47,19 +48,23 @@ def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
             the run's metrics turn out not to have is found at the end, when ``result.json`` is written.
         core.signals.Interrupted: a signal asked to stop; the state is saved.
     """
-    plain = checked(to_dict(cfg))
-    set_up_process(plain["runtime"])
-    plain["run_dir"] = str(choose_run_dir(plain))
-    if rank() == 0:
-        point_latest(plain)
-    sweep.note(run_dir=plain["run_dir"])
-    result = _run_stages(plain) if plain["stages"] else _run_once(plain)
-    figure = objective(plain, result)
-    if result.get("objective") != figure:
-        result = {**result, "objective": figure}
+    plain = to_dict(cfg)
+    kept = "; go on with resume=auto" if plain.get("resume") else ""
+    with StopRequest(f"stopped before training {'went on' if kept else 'began'}: nothing is lost{kept}") as stop:
+        plain = checked(plain)
+        set_up_process(plain["runtime"])
+        plain["run_dir"] = str(choose_run_dir(plain))
         if rank() == 0:
-            write_json(Path(plain["run_dir"]) / "result.json", result)
-    return result
+            point_latest(plain)
+        sweep.note(run_dir=plain["run_dir"])
+        result = _run_stages(plain) if plain["stages"] else _run_once(plain)
+        stop.defer()
+        figure = objective(plain, result)
+        if result.get("objective") != figure:
+            result = {**result, "objective": figure}
+            if rank() == 0:
+                write_json(Path(plain["run_dir"]) / "result.json", result)
+        return result
 
 
 def build_trainer(cfg: DictConfig | dict[str, Any], device: str = "cpu") -> Any:
@@ -165,18 +170,31 @@ def _run_once(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> dict[s
             print(f"{cfg['name']}: already finished in {cfg['run_dir']}", flush=True)
         return result
     cfg = {**cfg, "resume_from": (lambda p: str(p) if p else None)(checkpoint_to_resume(cfg))}
-    if rank() == 0:
-        write_config(cfg)
-    started = time.perf_counter()
-    runner = make_runner(cfg, test)
-    _train(runner, cfg)
-    result = _result(runner, cfg, time.perf_counter() - started)
-    if rank() == 0:
-        done = Path(cfg["run_dir"]) / "result.json"
-        write_json(done, result)
-        runner.logger.info(f"{cfg['name']}: {_brief(result['metrics'])} -> {done}")
-    runner.visualizer.close()
+    with StopRequest(_before_training(cfg)) as stop:  # deferred from the first step on, to the end of this context
+        stop.check()
+        if rank() == 0:
+            write_config(cfg)
+        started = time.perf_counter()
+        runner = make_runner(cfg, test)
+        _train(runner, cfg)
+        stop.defer()
+        result = _result(runner, cfg, time.perf_counter() - started)
+        if rank() == 0:
+            done = Path(cfg["run_dir"]) / "result.json"
+            write_json(done, result)
+            runner.logger.info(f"{cfg['name']}: {_brief(result['metrics'])} -> {done}")
+        runner.visualizer.close()
     return result
+
+
+def _before_training(cfg: dict[str, Any]) -> str:
+    """What is said when a run is stopped while it starts."""
+    if cfg["train_dataloader"] is None:
+        return "stopped before the result was there"
+    if cfg["resume_from"]:
+        return "stopped before training went on: nothing is lost; go on with resume=auto"
+    kept = ", finished stages are kept; go on with resume=auto" if cfg.get("stage_of") else ""
+    return f"stopped before training began: nothing is lost{kept}"
 
 
 def make_runner(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> Any:

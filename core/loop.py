@@ -5,6 +5,7 @@ They keep mmengine's hook points and counters, so its hooks work in them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from mmengine.runner import BaseLoop
 
+from core.data.batch import Batch
 from core.data.prefetch import DevicePrefetcher
 from core.errors import ConfigError
 from core.hooks.finite import FiniteCheck
@@ -70,6 +72,7 @@ class TrainLoop(BaseLoop):
         self._iter = self._epoch = self.batches_taken = 0
         self.skipped_samples = 0
         self._evaluated_at = -1
+        self.evaluation_due = False
         self.stop_training = False
         self.stop_reason: str | None = None  # of the hook that sets `stop_training`, for the result
 
@@ -103,13 +106,15 @@ class TrainLoop(BaseLoop):
         return self._iter
 
     def state_dict(self) -> dict[str, int]:
-        """The position."""
+        """The position, and whether these weights are still to be evaluated: they are saved before they are."""
         return {
             "iter": self._iter,
             "epoch": self._epoch,
             "batches_taken": self.batches_taken,
             "skipped_samples": self.skipped_samples,
             "evaluated_at": self._evaluated_at,
+            "evaluation_due": self.evaluation_due,
+            "stop_training": bool(self.stop_training),
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -117,6 +122,8 @@ class TrainLoop(BaseLoop):
         self._iter, self._epoch = state["iter"], state["epoch"]
         self.batches_taken, self.skipped_samples = state["batches_taken"], state["skipped_samples"]
         self._evaluated_at = state["evaluated_at"]
+        self.evaluation_due = state.get("evaluation_due", False)
+        self.stop_training = state.get("stop_training", False)
 
     def run(self) -> torch.nn.Module:
         """Trains to the end.
@@ -124,19 +131,38 @@ class TrainLoop(BaseLoop):
         Raises:
             Interrupted: a signal asked to stop; the state is saved.
         """
-        self.runner.call_hook("before_train")
-        self._finite = FiniteCheck(self.runner)
-        try:
-            with StopRequest() as self._stop:
+        runner = self.runner
+        runner.call_hook("before_train")
+        self._finite = FiniteCheck(runner)
+        with contextlib.ExitStack() as stack:
+            self._stop = StopRequest.current() or stack.enter_context(StopRequest())
+            if runner.world_size > 1:
+                self._stop.defer()
+            try:
+                self._evaluate_first()
                 while self._iter < self._max_steps and not self.stop_training:
                     self._run_epoch()
                 self._finite.flush()
-        finally:
-            if hasattr(self.dataloader, "close"):
-                self.dataloader.close()
-        self._evaluate(due=True)
+            finally:
+                if hasattr(self.dataloader, "close"):
+                    self.dataloader.close()
+            self._end()
+        return runner.model
+
+    def _evaluate_first(self) -> None:
+        """Where the run was stopped between saving a state and evaluating it: hooks draw what they would have drawn."""
+        if self.evaluation_due:
+            self.runner.restore_random_state()
+            self._evaluate()
+            self.runner.keep_random_state()  # making the data iterator may draw
+
+    def _end(self) -> None:
+        """The last weights are saved, evaluated if they have not been, and training is over."""
+        self._stop.defer()
+        self.evaluation_due = self._evaluated_at != self._iter and self.runner.val_loop is not None
+        self.runner.call_hook("before_last_evaluation")
+        self._evaluate()
         self.runner.call_hook("after_train")
-        return self.runner.model
 
     def _run_epoch(self) -> None:
         runner = self.runner
@@ -152,12 +178,14 @@ class TrainLoop(BaseLoop):
                 exhausted = self.steps_per_epoch == self.batches_taken
                 break
         if exhausted or self.steps_per_epoch is None:
+            self._stop.defer()
             runner.call_hook("after_train_epoch")
             self._epoch += 1
             self.batches_taken = 0
             if self.val_every_epochs:
-                self._evaluate(due=self._epoch >= self.val_begin and self._epoch % self.val_every_epochs == 0)
+                self._note_due(self._epoch, self.val_every_epochs)
             runner.call_hook("after_epoch_state")
+            self._evaluate()
 
     def _batches(self) -> Iterator[Any]:
         loader = self.dataloader
@@ -167,6 +195,7 @@ class TrainLoop(BaseLoop):
 
     def _run_step(self, fetched: Any) -> None:
         runner, index = self.runner, self.batches_taken
+        self._stop.defer()  # until the first batch is there, nothing is lost by leaving at once
         batch = self.runner.place(fetched.data)
         self._report(fetched.errors)
         runner.message_hub.update_info("iter", self._iter)
@@ -178,22 +207,28 @@ class TrainLoop(BaseLoop):
         self._iter += 1
         self.batches_taken += 1
         if self.val_every_steps:
-            self._evaluate(due=self._iter >= self.val_begin and self._iter % self.val_every_steps == 0)
+            self._note_due(self._iter, self.val_every_steps)
         runner.call_hook("after_step")
-        if self._stop.requested(self._iter):
+        self._evaluate()
+        if self._stop.requested():
             self._finite.flush()
-            path = runner.save_state()
-            raise Interrupted(f"stopped at step {self._iter}; saved {path}; go on with resume=auto")
+            runner.save_state(interim=True)
+            raise Interrupted(runner.farewell(f"at step {self._iter}"))
 
     def _report(self, errors: Sequence[Any]) -> None:
         for error in errors:
             self.skipped_samples += 1
             self.runner.logger.warning(f"sample left out ({self.skipped_samples} so far): {error}")
 
-    def _evaluate(self, due: bool) -> None:
-        if due and self.runner.val_loop is not None and self._evaluated_at != self._iter:
-            self._evaluated_at = self._iter
+    def _note_due(self, count: int, every: int) -> None:
+        """Whether these weights are to be evaluated: known before they are saved, done after."""
+        due = count >= self.val_begin and count % every == 0
+        self.evaluation_due = due and self._evaluated_at != self._iter and self.runner.val_loop is not None
+
+    def _evaluate(self) -> None:
+        if self.evaluation_due:
             self.runner.val_loop.run()
+            self._evaluated_at, self.evaluation_due = self._iter, False
             self.runner.model.train()
 
 
@@ -250,23 +285,51 @@ class EvalLoop(BaseLoop):
         return self.metrics
 
     def _run_batches(self) -> int:
+        """Every process takes equally many rounds, so that all of them agree on stopping after each."""
         runner, split = self.runner, self.split
         skipped, batch = 0, None
-        own = 0
-        for own, fetched in enumerate(self._batches(), start=1):
+        batches = iter(self._batches())
+        for index in range(self._rounds()):
+            fetched = next(batches, Batch(None, []))
             for error in fetched.errors:
                 skipped += 1
                 runner.logger.warning(f"sample left out of the evaluation ({skipped} so far): {error}")
             if fetched.data is None:
-                continue
-            batch = runner.place(fetched.data)
-            runner.call_hook(f"before_{split}_iter", batch_idx=own - 1, data_batch=batch)
-            with runner.autocast():
-                outputs = runner.model.val_step(batch)
-            self._process(batch, outputs)
-            runner.call_hook(f"after_{split}_iter", batch_idx=own - 1, data_batch=batch, outputs=outputs)
-        self._keep_company(own, batch)
+                self._keep_company(batch)
+            else:
+                batch = runner.place(fetched.data)
+                runner.call_hook(f"before_{split}_iter", batch_idx=index, data_batch=batch)
+                with runner.autocast():
+                    outputs = runner.model.val_step(batch)
+                self._process(batch, outputs)
+                runner.call_hook(f"after_{split}_iter", batch_idx=index, data_batch=batch, outputs=outputs)
+            self._stop_if_asked(first=index == 0)
+        if next(batches, None) is not None:
+            raise ConfigError(f"{split}_dataloader has more batches than the {len(self.dataloader)} that it says")
         return skipped
+
+    def _rounds(self) -> int:
+        """Batches of the process that has most.
+
+        Raises:
+            ConfigError: the loader never ends.
+        """
+        try:
+            own = len(self.dataloader)
+        except TypeError as error:
+            raise ConfigError(f"{self.split}_dataloader: {error}; an evaluation comes to an end") from None
+        most = torch.tensor([own], device=self.runner.device)
+        if dist.is_initialized():
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most.item())
+
+    def _stop_if_asked(self, first: bool) -> None:
+        stop = StopRequest.current()
+        if stop is not None and stop.deferring and stop.requested(afresh=first):
+            step = self.runner.iter
+            raise Interrupted(
+                self.runner.farewell(f"in the validation of step {step}" if self.split == "val" else "in the test")
+            )
 
     def _batches(self) -> Iterable[Any]:
         self.dataloader.set_epoch(0)
@@ -279,13 +342,9 @@ class EvalLoop(BaseLoop):
         else:
             self.evaluator.process(data_samples=outputs, data_batch=batch)
 
-    def _keep_company(self, own: int, batch: Any) -> None:
+    def _keep_company(self, batch: Any) -> None:
         """Sharded networks gather parameters in every forward pass, so all processes must run equally many."""
-        if not self.runner.sharded:
-            return
-        most = torch.tensor([own], device=self.runner.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        for _ in range(int(most.item()) - own):
+        if self.runner.sharded:
             if batch is None:
                 raise ConfigError("a process got no sample to evaluate: use fewer processes or a larger split")
             self.runner.model.val_step(batch)

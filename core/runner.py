@@ -63,6 +63,7 @@ class Runner(MMRunner):
         self._random_state: dict[str, Any] | None = None
         self._resumed_from: Path | None = None
         self._begun = False
+        self._saved: tuple[int, Path] | None = None  # step and file of the newest checkpoint
         self.evaluated_step: int | None = None  # of the weights in the final evaluation; None: the last step
         self._beginning: Beginning | None = None
         checkpoint = CheckpointHook(**cfg["checkpoint"])
@@ -352,12 +353,12 @@ class Runner(MMRunner):
             "versions": versions(),
         }
 
-    def save_state(self, metrics: dict[str, float] | None = None, must: bool = False) -> Path | None:
-        """Writes a checkpoint; a full disk leaves the earlier ones intact and is reported.
+    def save_state(self, must: bool = False, interim: bool = False) -> Path | None:
+        """Writes a checkpoint, once for a step; a full disk leaves the earlier ones intact and is reported.
 
         Args:
-            metrics: figures of exactly these weights.
             must: not being able to write is an error instead of a warning.
+            interim: the checkpoint stays until the next one is written (see `core.checkpoint.CheckpointStore.save`).
 
         Returns:
             The file, on every process; None when it could not be written.
@@ -365,11 +366,15 @@ class Runner(MMRunner):
         Raises:
             CheckpointWriteError: with `must`.
         """
+        if self._saved is not None and self._saved[0] == self.iter:
+            if self.rank == 0 and not interim:
+                self.store.keep(self.iter)
+            return self._saved[1]
         state = self.state()
         outcome: list[Any] = [None]
         if state is not None:
             try:
-                outcome = [self.store.save(state, step=self.iter, metrics=metrics)]
+                outcome = [self.store.save(state, step=self.iter, interim=interim)]
             except CheckpointWriteError as error:
                 newest = self.store.newest()
                 self.logger.error(f"checkpoint of step {self.iter} not written: {error}; the newest whole is {newest}")
@@ -380,7 +385,23 @@ class Runner(MMRunner):
             if must:
                 raise outcome[0]
             return None
+        self._saved = self.iter, outcome[0]
         return outcome[0]
+
+    def annotate_state(self, metrics: dict[str, Any]) -> None:
+        """Adds figures of exactly these weights to their checkpoint, where there is one."""
+        if self.rank == 0 and self._saved is not None and self._saved[0] == self.iter:
+            self.store.annotate(self.iter, metrics)
+
+    def farewell(self, where: str) -> str:
+        """What a stopped run says: where it was, what is saved, how it goes on."""
+        if self._train_loop is None:
+            return f"stopped {where}"
+        if self._saved is None:
+            return f"stopped {where}; the state could not be saved (see run.log)"
+        step, path = self._saved
+        older = "" if step == self.iter else f", the state of step {step} (later ones could not be written)"
+        return f"stopped {where}; saved {path}{older}; go on with resume=auto"
 
     def save_debug_state(self, step: int, terms: dict[str, float], batch: Any) -> Path:
         """What there is to look at after a non-finite loss: weights, optimizer, batch and terms of `step`."""
@@ -420,6 +441,8 @@ class Runner(MMRunner):
         self.train_loop.load_state_dict(state["position"])
         self._random_state = state["random"][self.rank % len(state["random"])]
         self._resumed_from = path
+        if path.resolve() == self.store.path(self.iter).resolve():
+            self._saved = self.iter, path
         self.logger.info(f"resumed from {path} at step {self.iter}")
 
     def _restore_model(self, state: dict[str, Any]) -> None:
@@ -475,6 +498,10 @@ class Runner(MMRunner):
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
+
+    def keep_random_state(self) -> None:
+        """Lets `restore_random_state` put the generators where they are now."""
+        self._random_state = random_state()
 
     def _load_initial_weights(self, model: nn.Module) -> None:
         """Gives the model the weights that the run begins with, or, where it goes on, those that it began with.

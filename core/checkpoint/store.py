@@ -60,14 +60,22 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep_last, self.keep_best = keep_last, keep_best
         self.ranking = ranking(metric, direction)
+        self._written: Path | None = None  # by this object, and so known to be whole
 
-    def save(self, state: Mapping[str, Any], step: int, metrics: Mapping[str, float] | None = None) -> Path:
+    def save(
+        self,
+        state: Mapping[str, Any],
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        interim: bool = False,
+    ) -> Path:
         """Writes the checkpoint of a step, then removes what need not stay.
 
         Args:
             state: see `core.checkpoint.save_atomic`.
             step: training steps done.
             metrics: of an evaluation at this step, if there was one.
+            interim: stays until the next is written, whatever `keep_last` says (unless it is one of the best).
 
         Raises:
             CheckpointWriteError: the disk is full or the like; all earlier checkpoints are as they were.
@@ -81,8 +89,10 @@ class CheckpointStore:
             "size": record.size,
             "sha256": record.sha256,
             "metrics": _figures(metrics or {}),
+            **({"interim": True} if interim else {}),
         }
         self._write_index(index)
+        self._written = path
         self._prune(index, whole=path)
         return path
 
@@ -99,7 +109,13 @@ class CheckpointStore:
         entry = index.setdefault(path.name, {"step": step, "metrics": {}})
         entry["metrics"] = {**entry["metrics"], **_figures(metrics)}
         self._write_index(index)
-        self._prune(index)
+        self._prune(index, whole=path if path == self._written else None)
+
+    def keep(self, step: int) -> None:
+        """Makes an interim checkpoint one of those that `keep_last` counts."""
+        index = self._index()
+        if index.get(self.path(step).name, {}).pop("interim", False):
+            self._write_index(index)
 
     def path(self, step: int) -> Path:
         """The file of a step, whether it exists or not."""
@@ -154,11 +170,10 @@ class CheckpointStore:
 
     def _prune(self, index: dict[str, dict], whole: Path | None = None) -> list[Path]:
         """Removes what need not stay; `whole` is a checkpoint that was written just now."""
-        if self.keep_last is None:
-            return []
         existing = self._descending()
         sound = [p for p in existing if p == whole or self._seems_whole(p, index)]
-        keep = {*sound[: self.keep_last], *([whole] if whole else [])}
+        lasting = [p for p in sound if not index.get(p.name, {}).get("interim")]
+        keep = {*lasting[: self.keep_last], *sound[:1], *([whole] if whole else [])}
         for metric in self.ranking:
             keep.update([p for p in self._ranked(index, metric) if p in sound][: self.keep_best])
         if not keep:

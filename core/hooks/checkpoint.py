@@ -15,7 +15,9 @@ from core.selection import Direction, Metric, ranking
 class CheckpointHook(Hook):
     """Saves the whole state every `every_steps` steps, or at the end of every n-th epoch, and always at the end.
 
-    With a `metric`, every evaluated state is saved too, since it may be the best.
+    What is evaluated is saved first, so that no evaluation can lose training; the metrics then join the checkpoint's
+    entry in ``checkpoints/index.json``. A checkpoint that was written for that alone stays until the next one, unless
+    it is one of the best.
 
     Args:
         every_steps: steps from one checkpoint to the next; None: at ends of epochs.
@@ -55,42 +57,31 @@ class CheckpointHook(Hook):
         self.keep_last, self.keep_best = keep_last, keep_best
         self.metric, self.direction = metric, direction
         self.ranking = ranking(metric, direction)
-        self._saved_at = self._evaluated_at = -1
-        self._metrics: dict[str, float] = {}
+
+    def after_step(self, runner: Any) -> None:
+        """The engine's own hook point: the step is counted, and not evaluated yet."""
+        self._save(runner, self.every_steps is not None and runner.iter % self.every_steps == 0)
+
+    def after_epoch_state(self, runner: Any) -> None:
+        """The engine's own hook point: the epoch is counted, and not evaluated yet."""
+        self._save(runner, self.every_epochs is not None and runner.epoch % self.every_epochs == 0)
+
+    def _save(self, runner: Any, due: bool) -> None:
+        if due or runner.train_loop.evaluation_due:
+            runner.save_state(interim=not due)
+
+    def before_last_evaluation(self, runner: Any) -> None:
+        """The engine's own hook point: the last state is always kept, and not being able to write it is an error."""
+        runner.save_state(must=True)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Notes the figures that the state of this step is judged by.
+        """Adds the figures to the checkpoint that holds these weights.
 
         Raises:
             ConfigError: a `metric` is not among them.
         """
-        self._metrics = dict(metrics or {})
-        if self.ranking:
-            numbers = sorted(k for k, v in self._metrics.items() if isinstance(v, int | float))
-            for metric in self.ranking:
-                if metric not in numbers:
-                    raise ConfigError(f"checkpoint.metric '{metric}' is none of {numbers}")
-            self._evaluated_at = runner.iter
-
-    def after_step(self, runner: Any) -> None:
-        """The engine's own hook point: everything else of the step is done."""
-        if (self.every_steps and runner.iter % self.every_steps == 0) or self._evaluated_at == runner.iter:
-            self._save(runner)
-
-    def after_epoch_state(self, runner: Any) -> None:
-        """The engine's own hook point: the epoch is counted and evaluated."""
-        due = self.every_epochs is not None and runner.epoch % self.every_epochs == 0
-        if due or self._evaluated_at == runner.iter:
-            self._save(runner)
-
-    def after_train(self, runner: Any) -> None:
-        """The last state is always kept, and not being able to write it is an error."""
-        self._save(runner, must=True)
-
-    def _save(self, runner: Any, must: bool = False) -> None:
-        judged = self._evaluated_at == runner.iter
-        if self._saved_at == runner.iter and not (judged and self._metrics):
-            return
-        if runner.save_state(metrics=self._metrics if judged else None, must=must) is not None:
-            self._saved_at = runner.iter
-            self._metrics = {}
+        numbers = sorted(k for k, v in (metrics or {}).items() if isinstance(v, int | float))
+        for metric in self.ranking:
+            if metric not in numbers:
+                raise ConfigError(f"checkpoint.metric '{metric}' is none of {numbers}")
+        runner.annotate_state(metrics or {})

@@ -120,6 +120,19 @@ def test_metrics_that_come_later(tmp_path):
         store.annotate(9, {"a": 1})
 
 
+@pytest.mark.parametrize(("keep_last", "stay"), [(None, [1, 2, 3, 4, 5, 7]), (2, [2, 4, 5, 7])])
+def test_an_interim_checkpoint_stays_until_the_next_one_unless_it_is_the_best(tmp_path, keep_last, stay):
+    store = CheckpointStore(tmp_path, keep_last=keep_last, keep_best=1, metric="a")
+    for step in range(1, 8):
+        store.save({"step": step}, step, interim=step in (2, 6, 7))
+        assert store.newest() == store.path(step)
+        store.annotate(step, {"a": 9 if step == 2 else 1})
+    assert store.steps() == stay
+    store.keep(7)
+    store.save({"step": 8}, 8)
+    assert 7 in store.steps()
+
+
 def test_a_damaged_best_gives_way_to_the_next(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=None, metric="a")
     for step, value in [(1, 1), (2, 3), (3, 2)]:
