@@ -23,6 +23,9 @@ from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope, Registry
 
 from core.errors import ConfigError
+from core.installed import check_mmengine
+
+check_mmengine()  # here, since whatever the engine builds comes by this file
 
 SCOPE = "vitrine"
 
