@@ -2,8 +2,8 @@
 
   python tools/ablate.py experiment=stvit/digits dry_run=true            the runs, done and to do
   python tools/ablate.py experiment=stvit/digits                         all declared components, three seeds
-  python tools/ablate.py experiment=stvit/digits components=pooling,global_centres seeds=5
-  python tools/ablate.py experiment=stvit/digits metric=accuracy/top1 train_cfg.max_epochs=2 runtime=cpu
+  python tools/ablate.py experiment=stvit/digits components=semantic_init,base_depth seeds=5
+  python tools/ablate.py experiment=stvit/digits metric=top1 train_cfg.max_epochs=2 runtime=cpu
   python tools/ablate.py experiment=stvit/digits format=md output=ablation.md
 
 Runs go one after the other; finished ones (same resolved config, same seed) are not repeated, and an interrupted one

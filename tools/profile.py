@@ -1,7 +1,7 @@
 """What an experiment costs: parameters, multiply-accumulates, time, memory, loader, and where the time goes.
 
   python tools/profile.py experiment=stvit/deit_small
-  python tools/profile.py experiment=stvit/stvit_deit_small vs=stvit/deit_small batch=64 what=macs,forward
+  python tools/profile.py experiment=stvit/deit_small vs=stvit/deit_small_full batch=64 what=macs,forward
   python tools/profile.py experiment=stvit/digits vs='stvit/digits model.network.token_grid=3' what=macs,forward
   python tools/profile.py experiment=stvit/digits what=forward,train threads=1 repeats=30
   python tools/profile.py experiment=stvit/digits model.network.token_grid=3 what=macs format=json
