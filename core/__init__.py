@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy(
         "trainer": "Trainer",
         "runner": "Runner",
         "loop": "TrainLoop EvalLoop",
+        "eval_sets_loop": "EvalSetsLoop",
         "optim": "OptimWrapper OptimWrapperDict",
         "param_groups": "OptimConstructor",
         "schedules": "Schedule",

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from core import eval_sets
 from core.config import CONFIGS, displaced, experiments, merge
 from core.errors import ConfigError
 from core.hook_configs import hook_configs
@@ -37,6 +38,7 @@ def checked(cfg: dict[str, Any]) -> dict[str, Any]:
     _check_components(cfg)
     _check_variables(cfg)
     hook_configs(cfg["custom_hooks"])
+    _check_sets(cfg)
     _check_selection(cfg)
     from core.registry import check
 
@@ -46,6 +48,7 @@ def checked(cfg: dict[str, Any]) -> dict[str, Any]:
     for index, stage in enumerate(cfg["stages"]):
         staged = stage_config(cfg, stage)
         hook_configs(staged["custom_hooks"])
+        _check_sets(staged)
         check({k: v for k, v in staged.items() if k not in _NOT_BUILT}, f"stages[{index}]")
     cfg["paper"] = cfg["paper"] or cfg["name"].partition("/")[0]
     return cfg
@@ -84,6 +87,26 @@ def _check_variables(cfg: dict[str, Any]) -> None:
             )
 
 
+def _datasets(cfg: dict[str, Any], split: str) -> list[Any]:
+    where = f"{split}_dataloader"
+    return [loader.get("dataset") for loader in eval_sets.loaders(cfg[where], where).values()]
+
+
+def _check_sets(cfg: dict[str, Any]) -> None:
+    """Several evaluation sets: every one as it will be, with what is shared."""
+    from core.registry import check
+
+    for split in ("val", "test"):
+        where = f"{split}_dataloader"
+        loaders = eval_sets.loaders(cfg[where], where)
+        judge = f"{split}_evaluator" if cfg[f"{split}_evaluator"] is not None else "val_evaluator"
+        if loaders:
+            eval_sets.evaluators(cfg[judge], list(loaders), judge)
+        for name, loader in loaders.items():
+            if name:
+                check(loader, f"{where}.{eval_sets.KEY}.{name}")
+
+
 def _check_selection(cfg: dict[str, Any]) -> None:
     if cfg["evaluate"] not in ("last", "best"):
         raise ConfigError(f"evaluate={cfg['evaluate']}: last or best")
@@ -91,8 +114,8 @@ def _check_selection(cfg: dict[str, Any]) -> None:
     if cfg["evaluate"] == "best":
         if not ranked:
             raise ConfigError("evaluate=best needs checkpoint.metric")
-        val, test = cfg["val_dataloader"], cfg["test_dataloader"]
-        if val and test and val.get("dataset") == test.get("dataset") and not cfg["select_on_test"]:
+        val, test = (_datasets(cfg, split) for split in ("val", "test"))
+        if any(dataset in test for dataset in val) and not cfg["select_on_test"]:
             raise ConfigError(
                 "evaluate=best would select the checkpoint on the test split: give val_dataloader a split of its own, "
                 "or say select_on_test=true"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core import eval_sets
 from core.errors import ConfigError
 from core.trainer import Batch, Inference, Trainer
 
@@ -113,7 +114,8 @@ class Detector(Trainer):
         self.network = network
         self.show_above = show_above
         loaders = (cfg.get(f"{split}_dataloader") for split in ("test", "val", "train"))
-        self.dataset: Mapping[str, Any] = next((loader["dataset"] for loader in loaders if loader), {})
+        first = (one for loader in loaders for one in eval_sets.loaders(loader, "dataloader").values())
+        self.dataset: Mapping[str, Any] = next((loader["dataset"] for loader in first), {})
 
     # ------------------------------------------------------------------ steps
     def losses(self, batch: Batch) -> dict[str, Tensor]:

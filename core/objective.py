@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from core import eval_sets
 from core.errors import ConfigError
 
 
@@ -61,8 +62,9 @@ def check_objective(cfg: Mapping[str, Any]) -> None:
     """
     if cfg["objective"] is None:
         return
-    val = _reported(cfg["val_evaluator"]) if cfg["val_dataloader"] else set()
-    tested = _reported(cfg["test_evaluator"] or cfg["val_evaluator"]) if cfg["test_dataloader"] else val
+    val = _of_split(cfg, "val", "val_evaluator")
+    tested = _of_split(cfg, "test", "test_evaluator" if cfg["test_evaluator"] else "val_evaluator")
+    tested = tested if cfg["test_dataloader"] else val
     for name in _names(cfg["objective"]):
         metric = name.removeprefix("-")
         if not (cfg["val_dataloader"] or cfg["test_dataloader"]):
@@ -75,6 +77,17 @@ def check_objective(cfg: Mapping[str, Any]) -> None:
 
             names = ", ".join(sorted(known))
             raise ConfigError(f"objective: no metric is called '{metric}'{nearest(metric, known)} (there are: {names})")
+
+
+def _of_split(cfg: Mapping[str, Any], split: str, judge: str) -> set[str] | None:
+    """What `_reported` gives of a split, with the names of its sets where it has several."""
+    found: set[str] = set()
+    names = list(eval_sets.loaders(cfg[f"{split}_dataloader"], f"{split}_dataloader"))
+    for name, evaluator in eval_sets.evaluators(cfg[judge], names, judge).items():
+        if (reported := _reported(evaluator)) is None:
+            return None
+        found |= {f"{name}/{figure}" if name else figure for figure in reported}
+    return found
 
 
 def _reported(evaluator: Any) -> set[str] | None:

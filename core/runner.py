@@ -23,6 +23,7 @@ from mmengine.runner import Runner as MMRunner
 from mmengine.structures import BaseDataElement
 from torch import nn
 
+from core import eval_sets
 from core.checkpoint import CheckpointStore, CheckpointWriteError, load, load_state, save_atomic
 from core.data.loader import build_loader
 from core.data.seeds import preserved_random_state, seed_sample
@@ -241,8 +242,9 @@ class Runner(MMRunner):
     def _build_eval_loop(self, loop: Any, split: str, dataloader: Any, evaluator: Any) -> Any:
         if isinstance(loop, BaseLoop):
             return loop
-        cfg = {"type": "core.EvalLoop", **loop}
-        if cfg["type"] == "core.EvalLoop":
+        several = isinstance(dataloader, dict) and eval_sets.KEY in dataloader
+        cfg = {"type": "core.EvalSetsLoop" if several else "core.EvalLoop", **loop}
+        if cfg["type"] in ("core.EvalLoop", "core.EvalSetsLoop"):
             cfg["split"] = split
         return build(cfg, LOOPS, runner=self, dataloader=dataloader, evaluator=evaluator)
 
@@ -547,11 +549,15 @@ class Runner(MMRunner):
 def build_test(cfg: dict[str, Any]) -> dict[str, Any]:
     """`test_dataloader` and `test_evaluator` of a config with data set and evaluator built, for a `Runner` to come."""
     loader = cfg["test_dataloader"]
+    loaders = eval_sets.loaders(loader, "test_dataloader")
+    judges = eval_sets.evaluators(_test_evaluator(cfg), list(loaders), "test_evaluator")
     with preserved_random_state():
         seed_sample(cfg["seed"])
-        dataset = build(loader["dataset"], DATASETS)
-        built = build_evaluator(copy.deepcopy(_test_evaluator(cfg)))
-    return {"test_dataloader": {**loader, "dataset": dataset}, "test_evaluator": built}
+        built = {name: {**one, "dataset": build(one["dataset"], DATASETS)} for name, one in loaders.items()}
+        judges = {name: build_evaluator(copy.deepcopy(one)) for name, one in judges.items()}
+    if "" in built:
+        return {"test_dataloader": built[""], "test_evaluator": judges[""]}
+    return {"test_dataloader": {eval_sets.KEY: built}, "test_evaluator": {eval_sets.KEY: judges}}
 
 
 def _test_evaluator(cfg: dict[str, Any]) -> Any:

@@ -73,13 +73,26 @@ class MediaHook(Hook):
         """Keeps the first samples."""
         self.after_val_iter(runner, batch_idx, data_batch, outputs)
 
+    def after_val_set(self, runner: Any, name: str) -> None:
+        """Of several evaluation sets (`core.eval_sets`), one is over: its media bear its name."""
+        if self._due(runner):
+            self._show(runner, f"{name}_")
+        self._batch = None
+
+    def after_test_set(self, runner: Any, name: str) -> None:
+        """Of several test sets, one is over."""
+        self._show(runner, f"test_{name}_")
+
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Writes the media when they are due."""
+        if self._due(runner):
+            self._show(runner)
         self._evaluations += 1
+
+    def _due(self, runner: Any) -> bool:
         loop = getattr(runner, "_train_loop", None)
         last = self.interval is None and runner.iter >= getattr(loop, "max_iters", 0)
-        if last or self._evaluations % (self.interval or _tenth(loop)) == 0:
-            self._show(runner)
+        return last or (self._evaluations + 1) % (self.interval or _tenth(loop)) == 0
 
     def after_test_epoch(self, runner: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Writes the media."""
