@@ -15,6 +15,7 @@ from core.hook_configs import hook_configs
 from core.objective import check_objective
 from core.selection import ranking
 
+_WRITTEN = ("resume_from", "stage_of", "forked_from", "resume_history")  # what a run adds to its config.yaml
 _NOT_BUILT = ("stages", "components", "vars")  # keys in which a `type` names nothing that is built
 
 
@@ -28,7 +29,7 @@ def checked(cfg: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"choose an experiment: experiment=... ({some_experiments()})")
     if not cfg["name"]:
         raise ConfigError("the experiment sets no `name` (its id, e.g. stvit/digits)")
-    known = {*_root_defaults(), "runtime", "visualizer", "log_every", "resume_from", "stage_of"}
+    known = {*_root_defaults(), "runtime", "visualizer", "log_every", *_WRITTEN}
     for key in cfg:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,18 @@ from omegaconf import DictConfig
 
 from core import sweep
 from core.config import CONFIGS, to_dict
-from core.config_check import checked, look_in_working_directory, some_experiments, stage_config
+from core.config_check import checked, look_in_working_directory, some_experiments
 from core.errors import ConfigError
 from core.latest import point_latest
 from core.messages import first_process_speaks
 from core.objective import objective
+from core.processes import first_decides
 from core.results import fingerprint
-from core.run_folder import (
-    checkpoint_to_resume,
-    choose_run_dir,
-    find_checkpoint,
-    finished,
-    rank,
-    write_config,
-    write_json,
-)
+from core.resume import Origin
+from core.run_folder import finished, rank, unwritable, writable, write_json
+from core.run_start import Start, enter, opened, plan
 from core.signals import StopRequest
+from core.stages import from_stage, plan_stages, stage_configs
 
 
 def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -53,17 +48,17 @@ def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     with StopRequest(f"stopped before training {'went on' if kept else 'began'}: nothing is lost{kept}") as stop:
         plain = checked(plain)
         set_up_process(plain["runtime"])
-        plain["run_dir"] = str(choose_run_dir(plain))
-        if rank() == 0:
-            point_latest(plain)
-        sweep.note(run_dir=plain["run_dir"])
-        result = _run_stages(plain) if plain["stages"] else _run_once(plain)
-        stop.defer()
-        figure = objective(plain, result)
-        if result.get("objective") != figure:
-            result = {**result, "objective": figure}
+        with opened(plain) as source:
             if rank() == 0:
-                write_json(Path(plain["run_dir"]) / "result.json", result)
+                point_latest(plain)
+            sweep.note(run_dir=plain["run_dir"])
+            result = _run_stages(plain, source) if plain["stages"] else _run_whole(plain, source)
+            stop.defer()
+            figure = objective(plain, result)
+            if result.get("objective") != figure:
+                result = {**result, "objective": figure}
+                if rank() == 0:
+                    write_json(Path(plain["run_dir"]) / "result.json", result)
         return result
 
 
@@ -113,72 +108,59 @@ def set_up_process(runtime: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------- running
-def _run_stages(cfg: dict[str, Any]) -> dict[str, Any]:
+def _run_whole(cfg: dict[str, Any], source: Origin | None) -> dict[str, Any]:
+    """A run without stages."""
+    elsewhere = source is not None and source.is_elsewhere(Path(cfg["run_dir"]))
+    return _run_once(cfg, first_decides(lambda: plan(cfg, source, source.folder if elsewhere else None)))
+
+
+def _run_stages(cfg: dict[str, Any], source: Origin | None) -> dict[str, Any]:
     """Every stage in a folder of its own; finished ones are skipped, later ones start from an earlier one's weights.
 
     What later stages are tested with is built before the first one trains, so that a wrong setting shows at once.
     """
     from core.runner import build_test
 
-    if rank() == 0:
-        write_config(cfg)
+    folder, stages = Path(cfg["run_dir"]), stage_configs(cfg)
+    places, plans = first_decides(lambda: plan_stages(cfg, stages, source))
+    if all(start.result is not None for start in plans.values()) and (result := finished(folder)) is not None:
+        return _already(cfg, result)
+    later = [name for name in list(stages)[1:] if stages[name]["test_dataloader"] and plans[name].result is None]
+    tests = {name: build_test(stages[name]) for name in later}
     results: dict[str, dict[str, Any]] = {}
-    names = [stage.get("name") for stage in cfg["stages"]]
-    if None in names or len(set(names)) != len(names):
-        raise ConfigError(f"stages need distinct names, not {names}")
-    stages = [stage_config(cfg, stage) for stage in cfg["stages"]]
-    for index, (name, staged) in enumerate(zip(names, stages, strict=True)):
-        staged["run_dir"] = str(Path(cfg["run_dir"]) / f"stage_{index}_{name}")
-        staged["stage_of"] = cfg["run_dir"]
-    later = [staged for staged in stages[1:] if staged["test_dataloader"] and finished(staged) is None]
-    tests = {staged["run_dir"]: build_test(staged) for staged in later}
-    for index, (name, staged) in enumerate(zip(names, stages, strict=True)):
-        goes_on = bool(cfg["resume"]) and (Path(staged["run_dir"]) / "checkpoints").is_dir()
-        staged["load_from"] = _from_stage(staged["load_from"], cfg, names[:index], goes_on=goes_on)
-        results[name] = _run_once(staged, tests.pop(staged["run_dir"], None))
-    last = dict(results[names[-1]])
+    for name, staged in stages.items():
+        start = first_decides(lambda staged=staged, name=name: plan(staged, source, places.get(name)))
+        earlier = {done: stages[done]["run_dir"] for done in results}
+        if start.result is None:
+            goes_on = start.checkpoint is not None
+            staged["load_from"] = from_stage(staged["load_from"], earlier, goes_on=goes_on)
+        results[name] = _run_once(staged, start, tests.pop(name, None))
+    last = dict(results[name])
     last["stages"] = {name: result["metrics"] for name, result in results.items()}
     last["seconds"] = sum(result["seconds"] for result in results.values())
     last["run_dir"] = cfg["run_dir"]
     if rank() == 0:
-        write_json(Path(cfg["run_dir"]) / "result.json", last)
+        write_json(folder / "result.json", last)
     return last
 
 
-def _from_stage(load_from: Any, cfg: dict[str, Any], earlier: list[str], *, goes_on: bool) -> Any:
-    """`load_from` with the files of earlier stages in place of their names."""
-    if isinstance(load_from, list):
-        return [_from_stage(one, cfg, earlier, goes_on=goes_on) for one in load_from]
-    if not isinstance(load_from, dict) or "stage" not in load_from:
-        return load_from
-    name = load_from["stage"]
-    if name not in earlier:
-        raise ConfigError(f"load_from.stage '{name}' is no earlier stage ({', '.join(earlier) or 'there is none'})")
-    folder = Path(cfg["run_dir"]) / f"stage_{earlier.index(name)}_{name}"
-    options = {k: v for k, v in load_from.items() if k not in ("stage", "best")}
-    try:
-        return {"path": str(find_checkpoint(folder, best=load_from.get("best", False))), **options}
-    except ConfigError:
-        if not goes_on:
-            raise
-        return {"path": str(folder / "checkpoints"), **options}  # gone since: the runner says what it does without it
+def _already(cfg: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    if rank() == 0:
+        print(f"{cfg['name']}: already finished in {cfg['run_dir']}, this is its result", flush=True)
+    return result
 
 
-def _run_once(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> dict[str, Any]:
-    if (result := finished(cfg)) is not None:
-        if rank() == 0:
-            print(f"{cfg['name']}: already finished in {cfg['run_dir']}", flush=True)
-        return result
-    cfg = {**cfg, "resume_from": (lambda p: str(p) if p else None)(checkpoint_to_resume(cfg))}
-    with StopRequest(_before_training(cfg)) as stop:  # deferred from the first step on, to the end of this context
-        stop.check()
-        if rank() == 0:
-            write_config(cfg)
-        started = time.perf_counter()
+def _run_once(cfg: dict[str, Any], start: Start, test: dict[str, Any] | None = None) -> dict[str, Any]:
+    if start.result is not None:
+        return _already(cfg, start.result)
+    resume_from = None if start.checkpoint is None else str(start.checkpoint)
+    with StopRequest(_before_training({**cfg, "resume_from": resume_from})) as stop:
+        stop.check()  # deferred from the first step on, to the end of this context
+        cfg = {**first_decides(lambda: enter(cfg, start)), "resume_from": resume_from}
         runner = make_runner(cfg, test)
         _train(runner, cfg)
         stop.defer()
-        result = _result(runner, cfg, time.perf_counter() - started)
+        result = _result(runner, cfg)
         if rank() == 0:
             done = Path(cfg["run_dir"]) / "result.json"
             write_json(done, result)
@@ -201,8 +183,16 @@ def make_runner(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> Any:
     """The Runner of a checked config, in its folder."""
     from core.runner import Runner
 
-    Path(cfg["run_dir"]).mkdir(parents=True, exist_ok=True)
-    return Runner(cfg, test)
+    folder = Path(cfg["run_dir"])
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Runner(cfg, test)
+    except OSError as error:
+        if not unwritable(error, folder):
+            raise
+        with writable(folder):  # logs are opened there
+            raise
 
 
 def _train(runner: Any, cfg: dict[str, Any]) -> None:
@@ -216,7 +206,7 @@ def _train(runner: Any, cfg: dict[str, Any]) -> None:
         runner.val()
 
 
-def _result(runner: Any, cfg: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _result(runner: Any, cfg: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from core.runner import versions
@@ -251,7 +241,7 @@ def _result(runner: Any, cfg: dict[str, Any], seconds: float) -> dict[str, Any]:
         "skipped_samples": runner.train_loop.skipped_samples if trained else 0,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "seconds": round(seconds, 2),
+        "seconds": round(runner.seconds, 2),
         "resumed_from": cfg.get("resume_from"),
         "peak_memory_mb": round(peak, 1),
         "device": torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else _cpu_name(),

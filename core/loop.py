@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 from mmengine.runner import BaseLoop
 
+from core.checkpoint.files import storable
 from core.data.batch import Batch
 from core.data.prefetch import DevicePrefetcher
 from core.errors import ConfigError
 from core.hooks.finite import FiniteCheck
+from core.position import joint_batch, place
 from core.randomness import fixed_randomness
 from core.registry import LOOPS
+from core.results import digest
 from core.signals import Interrupted, StopRequest
 
 EVALUATION_SEED = 20230308  # any constant: evaluation that samples repeats from run to run
@@ -59,6 +62,7 @@ class TrainLoop(BaseLoop):
             raise ConfigError("train_cfg: give exactly one of max_epochs and max_steps")
         if val_every_epochs is not None and val_every_steps is not None:
             raise ConfigError("train_cfg: give val_every_epochs or val_every_steps, not both")
+        given_epochs = max_epochs is not None
         self.steps_per_epoch = self._steps_per_epoch()
         if max_epochs is not None:
             if self.steps_per_epoch is None:
@@ -66,6 +70,7 @@ class TrainLoop(BaseLoop):
             max_steps = max_epochs * self.steps_per_epoch
         elif self.steps_per_epoch is not None:
             max_epochs = -(-max_steps // self.steps_per_epoch)
+        self._in_epochs = given_epochs
         self._max_steps, self._max_epochs = max_steps, max_epochs or 1
         self.val_every_epochs, self.val_every_steps, self.val_begin = val_every_epochs, val_every_steps, val_begin
         self.val_interval = val_every_epochs or val_every_steps or self._max_steps  # mmengine's hooks read it
@@ -105,25 +110,52 @@ class TrainLoop(BaseLoop):
         """Finished steps."""
         return self._iter
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, and whether these weights are still to be evaluated: they are saved before they are."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position, whether these weights are still to be evaluated (they are saved before), the last figures."""
+        val = getattr(self.runner, "_val_loop", None)
         return {
             "iter": self._iter,
             "epoch": self._epoch,
             "batches_taken": self.batches_taken,
+            "steps_per_epoch": self.steps_per_epoch,
+            "joint_batch": joint_batch(self.dataloader),
             "skipped_samples": self.skipped_samples,
             "evaluated_at": self._evaluated_at,
             "evaluation_due": self.evaluation_due,
             "stop_training": bool(self.stop_training),
+            "max_steps": self._max_steps,
+            "val_metrics": storable(getattr(val, "metrics", {})),
+            "evaluation": self._evaluation(),
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a position."""
-        self._iter, self._epoch = state["iter"], state["epoch"]
-        self.batches_taken, self.skipped_samples = state["batches_taken"], state["skipped_samples"]
-        self._evaluated_at = state["evaluated_at"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position; figures of another evaluation than this run's are forgotten.
+
+        Raises:
+            ConfigError: more is done than the run is long.
+        """
+        self._iter, self.skipped_samples = state["iter"], state["skipped_samples"]
+        self._epoch, self.batches_taken, said = place(state, self.dataloader, self.steps_per_epoch)
+        if said:
+            self.runner.logger.warning(said)
+        if self._in_epochs:
+            left = (self._max_epochs - self._epoch) * self.steps_per_epoch - self.batches_taken
+            self._max_steps = self._iter + left
+        if self._iter > self._max_steps:
+            raise ConfigError(
+                f"train_cfg: {self._iter} steps are done, and the run has {self._max_steps}: make it longer"
+            )
+        if state.get("max_steps", self._max_steps) == self._max_steps:
+            self.stop_training = state.get("stop_training", False)
         self.evaluation_due = state.get("evaluation_due", False)
-        self.stop_training = state.get("stop_training", False)
+        if state.get("evaluation", self._evaluation()) == self._evaluation():
+            self._evaluated_at = state["evaluated_at"]
+            if hasattr(self.runner.val_loop, "metrics"):
+                self.runner.val_loop.metrics = dict(state.get("val_metrics") or {})
+
+    def _evaluation(self) -> str:
+        """A digest of what the run is evaluated with."""
+        return digest({key: self.runner.settings[key] for key in ("val_dataloader", "val_evaluator", "val_cfg")})
 
     def run(self) -> torch.nn.Module:
         """Trains to the end.
@@ -140,7 +172,7 @@ class TrainLoop(BaseLoop):
                 self._stop.defer()
             try:
                 self._evaluate_first()
-                while self._iter < self._max_steps and not self.stop_training:
+                while not self._is_over():
                     self._run_epoch()
                 self._finite.flush()
             finally:
@@ -148,6 +180,10 @@ class TrainLoop(BaseLoop):
                     self.dataloader.close()
             self._end()
         return runner.model
+
+    def _is_over(self) -> bool:
+        """Whether no step is left, and no epoch whose last step is done has still to be ended."""
+        return (self.stop_training or self._iter >= self._max_steps) and self.batches_taken != self.steps_per_epoch
 
     def _evaluate_first(self) -> None:
         """Where the run was stopped between saving a state and evaluating it: hooks draw what they would have drawn."""

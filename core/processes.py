@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from core.errors import VitrineError
+
+T = TypeVar("T")
+
+
+def first_decides(decide: Callable[[], T]) -> T:
+    """What `decide` returns on the first process, on all of them; no other process calls it.
+
+    Raises:
+        VitrineError: the first process's, on all of them.
+    """
+    outcome: list = [None, None]
+    own: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = [decide(), None]
+        except Exception as error:  # the others must not wait for what does not come
+            own = error
+            said = f"the first process failed: {type(error).__name__}: {error}"
+            outcome = [None, error if isinstance(error, VitrineError) else VitrineError(said)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if own is not None:
+        raise own
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 @contextmanager

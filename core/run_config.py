@@ -22,8 +22,8 @@ from core.messages import first_process
 from core.run_folder import find_checkpoint, stage_folders, stage_of
 
 # What a stored config says of its own run, and means nothing to another one.
-_OF_THE_RUN = {"run_dir": None, "resume": False, "overrides": []}
-_LAUNCHED = ("resume_from", "stage_of")
+_OF_THE_RUN = {"run_dir": None, "resume": False, "resume_changes": [], "overrides": []}
+_LAUNCHED = ("resume_from", "stage_of", "forked_from", "resume_history")
 
 
 def configured(

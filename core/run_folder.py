@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from core.errors import ConfigError
-from core.results import fingerprint
+from core.errors import ConfigError, VitrineError
+from core.processes import first_decides
+
+LOCK = ".lock"
 
 _STAGE = re.compile(r"stage_(\d+)_(.+)")
 
@@ -106,39 +109,18 @@ def rank() -> int:
 
 
 def choose_run_dir(cfg: dict[str, Any]) -> Path:
-    """The same folder on every process."""
-    import torch.distributed as dist
+    """A new folder for what is no training (an evaluation), or the one given; the same on every process."""
 
-    chosen: list[Any] = [None]
-    if rank() == 0:
-        try:
-            chosen = [str(_run_dir(cfg))]
-        except ConfigError as error:
-            chosen = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen, src=0)
-    if isinstance(chosen[0], ConfigError):
-        raise chosen[0]
-    return Path(chosen[0])
+    def choose() -> str:
+        with writable(None):
+            return str(cfg["run_dir"] or new_folder(cfg))
+
+    return Path(first_decides(choose))
 
 
-def _run_dir(cfg: dict[str, Any]) -> Path:
-    resume = cfg["resume"]
-    if cfg["run_dir"]:
-        return Path(cfg["run_dir"])
+def new_folder(cfg: dict[str, Any]) -> Path:
+    """Makes a folder ``runs_dir/name/time`` that nothing else has."""
     home = Path(cfg["runs_dir"]) / cfg["name"]
-    if resume == "auto" or resume is True:
-        mine = fingerprint(cfg)
-        runs = (p.parent for p in home.glob("*/config.yaml") if not p.parent.is_symlink())
-        for folder in sorted(runs, key=lambda p: p.name, reverse=True):
-            if fingerprint(yaml.safe_load((folder / "config.yaml").read_text())) == mine:
-                return folder
-    elif resume:
-        path = Path(resume)
-        folder = path.parent.parent if path.is_file() else path
-        if not folder.is_dir():
-            raise ConfigError(f"resume={resume}: no such run folder or checkpoint")
-        return folder
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for number in range(1000):
         folder = home / (stamp if number == 0 else f"{stamp}_{number}")
@@ -150,35 +132,100 @@ def _run_dir(cfg: dict[str, Any]) -> Path:
     raise ConfigError(f"cannot find a free folder name in {home}")
 
 
-def checkpoint_to_resume(cfg: dict[str, Any]) -> Path | None:
-    """Where a run goes on: the checkpoint that was named, or its folder's newest whole one."""
-    resume, folder = cfg["resume"], Path(cfg["run_dir"]) / "checkpoints"
-    if not resume:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(
-                f"{cfg['run_dir']} already holds checkpoints: resume=auto goes on, another run_dir starts anew"
-            )
-        return None
-    if isinstance(resume, str) and Path(resume).is_file():
-        return Path(resume)
+def holds_run(folder: Path) -> bool:
+    """Whether something was trained or evaluated there: checkpoints, also those of stages, or a result."""
+    places = (folder, *folder.glob("stage_*"))
+    return any((place / "result.json").is_file() or any(place.glob("checkpoints/step_*.pt")) for place in places)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run or stage; None where nothing was saved yet.
+
+    Raises:
+        ConfigError: there are checkpoints, and all of them are damaged.
+    """
     from core.checkpoint import CheckpointStore
 
-    return CheckpointStore(folder).newest() if folder.is_dir() else None
+    store = CheckpointStore(folder / "checkpoints")
+    found, steps = store.newest(), store.steps()
+    if found is None and steps:
+        raise ConfigError(
+            f"all {len(steps)} checkpoints in {store.folder} are damaged, so that the run cannot go on: copy them "
+            f"again if they were copied; otherwise remove {store.folder} to start from the first step, or give "
+            "another run_dir"
+        )
+    return found
 
 
-def finished(cfg: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a run that goes on where there is nothing left to do."""
-    done = Path(cfg["run_dir"]) / "result.json"
-    result = json.loads(done.read_text()) if cfg["resume"] and done.is_file() else {}
-    return result if result.get("status") == "finished" else None
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("status") == "finished" else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config that a run was begun with.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    path = folder / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not {"name", "seed", "model"} <= content.keys():
+        raise ConfigError(f"{path} is empty or cut off")
+    return content
+
+
+def known_config(folder: Path | None) -> dict[str, Any] | None:
+    """`read_config`, or None."""
+    try:
+        return None if folder is None else read_config(folder)
+    except ConfigError:
+        return None
 
 
 def write_config(cfg: dict[str, Any]) -> None:
-    """``config.yaml`` and ``overrides.txt`` in the run's folder."""
+    """``config.yaml`` and ``overrides.txt`` in the run's folder, each in one atomic replacement.
+
+    Raises:
+        CheckpointWriteError: the disk is full, read-only, or the like.
+    """
+    from core.checkpoint import write_text_atomic
+
     folder = Path(cfg["run_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
-    (folder / "overrides.txt").write_text("".join(f"{o}\n" for o in cfg["overrides"]))
+    write_text_atomic("".join(f"{o}\n" for o in cfg["overrides"]), folder / "overrides.txt")
+    write_text_atomic(yaml.safe_dump(cfg, sort_keys=False), folder / "config.yaml")
+
+
+def unwritable(error: OSError, folder: Path) -> bool:
+    """Whether an error says that a file of a run's folder could not be written."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+    return error.errno in full or Path(str(error.filename or "")).is_relative_to(folder)
+
+
+@contextlib.contextmanager
+def writable(folder: Path | None) -> Iterator[None]:
+    """Turns what a disk answers into one clear error.
+
+    Raises:
+        VitrineError: the folder (or one like it) cannot be made or written.
+    """
+    try:
+        yield
+    except VitrineError:
+        raise
+    except OSError as error:
+        place = error.filename or folder or "the run's folder"
+        raise VitrineError(
+            f"cannot write {place}: {error.strerror or error}. Free some space, or give run_dir= or runs_dir= on a "
+            "disk that can be written"
+        ) from None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from core.messages import log_warnings
 from core.optim import autocast
 from core.parallel import full_model_state, load_full_model_state, shard
 from core.randomness import random_state, set_random_state
+from core.regime import regime, restore_regime, scheduler_states
 from core.registry import DATASETS, LOOPS, build, nearest
 from core.trainer import DataParallelTrainer, Trainer, unwrap
 
@@ -62,6 +64,7 @@ class Runner(MMRunner):
         self.runtime = runtime
         self.settings = cfg
         self._random_state: dict[str, Any] | None = None
+        self._started, self._seconds_before = time.perf_counter(), 0.0
         self._resumed_from: Path | None = None
         self._begun = False
         self._saved: tuple[int, Path] | None = None  # step and file of the newest checkpoint
@@ -346,14 +349,21 @@ class Runner(MMRunner):
             "position": self.train_loop.state_dict(),
             "model": model_state,
             "optim": optim_state,
-            "schedulers": self._scheduler_states(),
+            "schedulers": scheduler_states(self.param_schedulers),
+            "regime": regime(self),
             "hooks": hooks,
             "random": states,
+            "seconds": self.seconds,
             "beginning": self._beginning.state_dict() if self._beginning else None,
             "name": self.settings["name"],
             "seed": self.seed,
             "versions": versions(),
         }
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken, those of earlier processes up to the checkpoint included."""
+        return self._seconds_before + time.perf_counter() - self._started
 
     def save_state(self, must: bool = False, interim: bool = False) -> Path | None:
         """Writes a checkpoint, once for a step; a full disk leaves the earlier ones intact and is reported.
@@ -412,12 +422,6 @@ class Runner(MMRunner):
         save_atomic(state, path)
         return path
 
-    def _scheduler_states(self) -> Any:
-        schedulers = self.param_schedulers
-        if isinstance(schedulers, dict):
-            return {name: [s.state_dict() for s in group] for name, group in schedulers.items()}
-        return [s.state_dict() for s in schedulers or []]
-
     def load_or_resume(self) -> None:
         """Goes on from `settings.resume_from` when the launcher found a checkpoint to resume."""
         path = self.settings.get("resume_from")
@@ -435,12 +439,12 @@ class Runner(MMRunner):
                 "it goes on, but random draws differ from an uninterrupted run"
             )
         self._restore_model(state)
-        self.optim_wrapper.load_state_dict(state["optim"])
-        self._restore_schedulers(state["schedulers"])
+        self.train_loop.load_state_dict(state["position"])
+        restore_regime(self, state)
         for hook in self.hooks:
             if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:
                 hook.load_state_dict(state["hooks"][type(hook).__name__])
-        self.train_loop.load_state_dict(state["position"])
+        self._seconds_before = state.get("seconds", 0.0)
         self._random_state = state["random"][self.rank % len(state["random"])]
         self._resumed_from = path
         if path.resolve() == self.store.path(self.iter).resolve():
@@ -484,16 +488,6 @@ class Runner(MMRunner):
                 return
             self._begun = True
         super().call_hook(fn_name, **kwargs)
-
-    def _restore_schedulers(self, states: Any) -> None:
-        schedulers = self.param_schedulers
-        pairs = (
-            [(s, t) for name, group in schedulers.items() for s, t in zip(group, states[name], strict=True)]
-            if isinstance(schedulers, dict)
-            else list(zip(schedulers or [], states, strict=True))
-        )
-        for scheduler, saved in pairs:
-            scheduler.load_state_dict(saved)
 
     def restore_random_state(self) -> None:
         """Puts the random generators where the resumed run had them; once, when the data iterator exists."""

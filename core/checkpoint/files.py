@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import pickle
 import shutil
@@ -135,6 +136,17 @@ def write_text_atomic(text: str, path: str | os.PathLike[str]) -> FileRecord:
 def is_temporary(name: str) -> bool:
     """Whether a file name is one that an interrupted write leaves behind."""
     return name.startswith(".") and name.endswith(".tmp")
+
+
+def storable(value: Any) -> Any:
+    """A value as numbers, texts, lists and dictionaries of them; None where it is something else."""
+    if isinstance(value, Mapping):
+        return {str(key): storable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(inner) for inner in value]
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return value.item() if math.prod(value.shape) == 1 else value.tolist()
+    return value if value is None or isinstance(value, bool | int | float | str) else None
 
 
 def _replace(path: Path, write: Callable[[_HashingWriter], Any], needed: int) -> FileRecord:
