@@ -36,6 +36,8 @@ def evaluate(
         ConfigError: no such split or file, or weights that hold NaN or infinity.
         core.checkpoint.StateMismatch: the weights do not fit the model.
     """
+    if split not in ("test", "val"):
+        raise ConfigError(f"split={split}: test or val")
     file = None if checkpoint is None else find_checkpoint(checkpoint)
     plain = checked(stage_for(cfg, file, stage))
     set_up_process(plain["runtime"])

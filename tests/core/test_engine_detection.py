@@ -24,7 +24,7 @@ from core.launch import build_trainer, run
 from core.profile_experiment import Options, profile_experiment
 from core.registry import build, check
 from core.run_folder import find_checkpoint
-from core.weights import model_state
+from core.weights import load_weights, model_state
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["low", "tall"]
@@ -289,6 +289,21 @@ def test_initial_weights_come_after_initialisation(boxes, trained, site):
     fresh = model_state(find_checkpoint(boxes(*overrides)["run_dir"]))
     # mmdet's own initialisation was done: normal(0, 0.01) in the RPN, where a Conv2d of 16 channels would draw +-0.08.
     assert 0.005 < fresh["rpn_head.rpn_conv.weight"].std() < 0.015
+
+
+def test_a_file_of_the_backbone_goes_into_a_detectors_backbone_in_training_and_in_tools(boxes, trained, site, tmp_path):
+    whole = model_state(find_checkpoint(site / trained["run_dir"]))
+    part = {key.removeprefix("backbone."): value for key, value in whole.items() if key.startswith("backbone.")}
+    torch.save(part, tmp_path / "backbone.pt")
+    detector = build_trainer(cfg(site))
+    said = load_weights(detector, tmp_path / "backbone.pt")
+    assert f"into backbone: all {len(part)} keys" in said and "left as built: neck, rpn_head, roi_head" in said
+    own = detector.state_dict()
+    assert all(torch.equal(own[f"backbone.{key}"], value) for key, value in part.items())
+    assert load_weights(detector, tmp_path / "backbone.pt", into="backbone") == said
+    frozen = ("train_cfg.max_steps=1", "optim_wrapper.optimizer.lr=0", "val_dataloader=null")
+    after = model_state(find_checkpoint(boxes(*frozen, f"load_from={tmp_path}/backbone.pt")["run_dir"]))
+    assert all(torch.equal(after[f"backbone.{key}"], value) for key, value in part.items())
 
 
 def test_compiled_parts_are_backbone_and_neck(site, boxes):

@@ -123,6 +123,8 @@ def test_a_run_needs_no_experiment_and_keeps_its_overrides(trained, capsys):
     assert half["seen"] == 11 == json.loads(Path("f.json").read_text())["seen"]
     with pytest.raises(ConfigError, match=r"'val_dataloader.dataset.cuont'.*'val_dataloader.dataset.count'"):
         printed(capsys, f"checkpoint={folder}", "val_dataloader.dataset.cuont=11")
+    with pytest.raises(ConfigError, match="split=train: test or val"):
+        printed(capsys, f"checkpoint={folder}", "split=train")
     assert not (folder.parent / "evaluations").exists() and Path("runs/evaluations/mine/tiny").is_dir()
 
 
