@@ -6,7 +6,6 @@ like any mmengine model. `Detector` shows it to the tools (inference, profiling)
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from core import eval_sets
+from core.data.files import check_records, read_json
 from core.errors import ConfigError
 from core.trainer import Batch, Inference, Trainer
 
@@ -250,7 +250,9 @@ class Detector(Trainer):
         path = Path(self.dataset.get("data_root") or "", self.dataset.get("ann_file") or "")
         if not path.is_file():
             return {}
-        return {entry["name"]: entry["id"] for entry in json.loads(path.read_text()).get("categories", ())}
+        categories = read_json(path).get("categories", [])
+        check_records(path, "categories", categories, {"name": str, "id": (int, str)})
+        return {entry["name"]: entry["id"] for entry in categories}
 
     def _draw(self, image: np.ndarray, found: Any, classes: Sequence[str]) -> np.ndarray:
         from torchvision.transforms.functional import resize

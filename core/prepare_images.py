@@ -9,9 +9,11 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
+from core.data.files import files_below, is_folder, listed, read_json, read_lines, reading
 from core.errors import VitrineError
 from core.prepare import preparer
 from core.progress import Progress
@@ -57,7 +59,7 @@ def imagenet(
 
 def _unpack_train(archive: Path, output: Path) -> int:
     count = 0
-    with tarfile.open(archive) as outer:
+    with _unpacking(archive), tarfile.open(archive) as outer:
         members = [m for m in outer.getmembers() if m.isfile()]
         if not members or any(not m.name.endswith(".tar") for m in members):
             raise PreparationError(
@@ -74,7 +76,7 @@ def _unpack_train(archive: Path, output: Path) -> int:
 
 def _unpack_val(archive: Path, devkit: Path, output: Path) -> int:
     classes = _validation_classes(devkit)
-    with tarfile.open(archive) as images:
+    with _unpacking(archive), tarfile.open(archive) as images:
         members = sorted((m for m in images.getmembers() if m.isfile()), key=lambda m: m.name)
         if len(members) != len(classes):
             raise PreparationError(
@@ -94,7 +96,7 @@ def _validation_classes(devkit: Path) -> list[str]:
     """The wnid of every validation image, in the order of their names."""
     from scipy.io import loadmat
 
-    with tarfile.open(devkit) as kit:
+    with _unpacking(devkit), tarfile.open(devkit) as kit:
         names = {Path(m.name).name: m for m in kit.getmembers() if m.isfile()}
         try:
             meta = loadmat(io.BytesIO(kit.extractfile(names["meta.mat"]).read()), squeeze_me=True)["synsets"]
@@ -136,8 +138,7 @@ def image_zip(root: Path, output: Path, splits: list[str] | None = None) -> str:
         listing = output / f"{split}_map.txt"
         if not listing.exists():
             _write_zip(root / split, output / f"{split}.zip", listing)
-        with open(listing, encoding="utf-8") as lines:
-            done.append(f"{split}: {sum(1 for _ in lines)} images")
+        done.append(f"{split}: {len(read_lines(listing))} images")
     return f"{output}: {', '.join(done)}"
 
 
@@ -193,7 +194,7 @@ def image_shards(root: Path, output: Path, split: str = "train", per_shard: int 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Shards of two different orders would hold some images twice and others never."""
     if path.exists():
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if found != settings:
             raise PreparationError(
                 f"'{path}' says that the shards were made with {found}: remove them, or use the same"
@@ -226,8 +227,7 @@ def _labelled_images(root: Path) -> list[tuple[Path, int]]:
     found = [
         (path, label)
         for label, name in enumerate(_folders(root))
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in _IMAGES and path.is_file()
+        for path in sorted(root / name / file for file in files_below(root / name, _IMAGES))
     ]
     if not found:
         raise PreparationError(f"'{root}' holds no images: one folder per class is expected, with {', '.join(_IMAGES)}")
@@ -237,7 +237,11 @@ def _labelled_images(root: Path) -> list[tuple[Path, int]]:
 def _folders(root: Path) -> list[str]:
     if not root.is_dir():
         raise PreparationError(f"there is no folder '{root}'")
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [entry.name for entry in listed(root) if is_folder(entry)]
+
+
+def _unpacking(archive: Path) -> AbstractContextManager[None]:
+    return reading(archive, "It should be the archive as it was published: copy or download it again.")
 
 
 def _file(path: Path) -> Path:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from core.cli import parse, run
 from core.data import load_image
+from core.data.files import files_below, reading
 from core.data.images import IMAGE_EXTENSIONS
 from core.errors import ConfigError
 from core.progress import Progress
@@ -62,7 +63,7 @@ class Pictures:
         self.array: np.ndarray | None = None
         self.files: list[Path] = []
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
+            found = sorted(path / name for name in files_below(path, IMAGE_EXTENSIONS))
             overviews = _overviews(found)
             for file in overviews:
                 print(f"{key}: {file} is left out: it shows pictures that lie beside it")
@@ -71,7 +72,7 @@ class Pictures:
                 more = " besides overviews: give the .npz file beside them" if overviews else ""
                 raise ConfigError(f"{key}={path}: no pictures in it{more} ({', '.join(IMAGE_EXTENSIONS)})")
         elif path.is_file() and path.suffix == ".npz":
-            with np.load(path) as arrays:
+            with reading(path), np.load(path, allow_pickle=False) as arrays:
                 self.array = arrays.get("arr_0")
             if self.array is not None and (self.array.dtype != np.uint8 or self.array.shape[3:] != (3,)):
                 raise ConfigError(f"{key}={path}: arr_0 is {self.array.dtype} {self.array.shape}: uint8 (N, H, W, 3)")

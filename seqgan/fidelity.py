@@ -18,6 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
+from core.data.files import reading
 from core.errors import ConfigError
 from core.weights import model_state
 
@@ -137,10 +138,13 @@ def precision_recall(made: Tensor, real: Tensor, neighbours: int = 3) -> tuple[f
 
 def read_statistics(file: str | PathLike[str]) -> Statistics | None:
     """Statistics `mu` and `sigma` of an NPZ file, e.g. one of ADM's reference batches; None: it has none."""
-    with np.load(file) as arrays:
-        if "mu" not in arrays or "sigma" not in arrays:
-            return None
-        mean, covariance = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
+    with reading(file, "It should hold arrays mu and sigma: make or copy it again."):
+        with np.load(file, allow_pickle=False) as arrays:
+            if "mu" not in arrays or "sigma" not in arrays:
+                return None
+            mean, covariance = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+            raise ValueError(f"mu is {tuple(mean.shape)} and sigma {tuple(covariance.shape)}")
     return Statistics(mean, covariance)
 
 

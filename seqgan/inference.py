@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.data import load_image
+from core.data.files import read_text
 from core.errors import ConfigError
 from core.registry import nearest
 from core.trainer import Inference
@@ -81,7 +82,7 @@ def read_request(file: Path, base: SampleRequest) -> SampleRequest:
     Raises:
         ConfigError: neither, or an unknown field.
     """
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     try:
         changes = {"labels": [int(word) for word in text.split()]} if file.suffix == ".txt" else json.loads(text)
     except ValueError as error:

@@ -8,7 +8,6 @@ The file is what `tools/table.py seqgan/claim_alphas run=true` writes.
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from core.cli import parse, run
+from core.data.files import read_json
 from core.errors import ConfigError
 
 #: What is drawn against alpha: name of the figure, its title.
@@ -45,7 +45,7 @@ def curve(path: Path) -> dict[float, list[dict[str, float]]]:
     if not path.is_file():
         raise ConfigError(f"results={path}: no such file; tools/table.py seqgan/claim_alphas run=true writes it")
     found: dict[float, list[dict[str, float]]] = {}
-    for row in json.loads(path.read_text())["rows"]:
+    for row in read_json(path, keys=("rows",), what="a stored claim")["rows"]:
         word, _, value = row["label"].partition(" ")
         if word == "alpha" and row["runs"]:
             found[float(value)] = [one["metrics"] for one in row["runs"]]

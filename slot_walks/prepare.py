@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from core.data import MissingDataError
-from core.data.files import replacing
+from core.data import DataFileError, MissingDataError
+from core.data.files import read_json, reading, replacing
 from core.errors import ConfigError
 from core.prepare import preparer
 from core.progress import Progress
@@ -41,7 +41,7 @@ def movi(source: Path, output: Path, level: str = "C", splits: list[str] | None 
 
     Raises:
         MissingDataError: no such files.
-        ValueError: records that are no clips of MOVi; names file and number.
+        DataFileError: records that are no clips of MOVi; names file and number.
     """
     lines = []
     for split in splits or ["train", "validation"]:
@@ -71,13 +71,13 @@ def _write_clip(record: bytes, folder: Path, clip: str, place: str, quality: int
         if len(pictures) != len(labels) or not pictures:
             raise ValueError(f"{len(pictures)} frames and {len(labels)} segmentations")
     except (ValueError, KeyError) as error:
-        raise ValueError(f"record {place}: no clip of MOVi ({error})") from error
+        raise DataFileError(f"record {place}: no clip of MOVi ({error}); copy the file again") from error
     for kind in ("seg", "rgb"):  # pictures last: their folder says that a clip is whole
         part = folder / kind / f".{clip}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for frame, encoded in enumerate(pictures if kind == "rgb" else labels):
-            with Image.open(io.BytesIO(encoded)) as picture:
+            with reading(f"record {place}"), Image.open(io.BytesIO(encoded)) as picture:
                 if kind == "rgb":
                     picture.convert("RGB").save(part / f"{frame:05d}.jpg", quality=quality, subsampling=0)
                 else:
@@ -126,7 +126,7 @@ def _sbd_labels(path: Path) -> np.ndarray:
     try:
         return np.asarray(variables["GTcls"]["Segmentation"][0, 0], dtype=np.uint8)
     except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise OSError(f"{path} does not hold SBD's labels (GTcls.Segmentation)") from error
+        raise DataFileError(f"{path} does not hold SBD's labels (GTcls.Segmentation): download it again") from error
 
 
 @preparer("blobworld")
@@ -247,8 +247,8 @@ def _save(picture: Image.Image, path: Path) -> None:
 def _claim(root: Path, name: str, settings: dict[str, Any]) -> None:
     """Notes in a root with what it is written; an error where it holds something else."""
     note = root / name
-    if note.is_file() and json.loads(note.read_text()) != settings:
-        raise ConfigError(f"{note} says that {root} was written with {note.read_text()}: give an empty root=")
+    if note.is_file() and (found := read_json(note)) != settings:
+        raise ConfigError(f"{note} says that {root} was written with {found}: give an empty root=")
     if not note.is_file() and root.is_dir() and any(root.iterdir()):
         raise ConfigError(f"{root} holds other files: give an empty root=")
     _write_text(note, json.dumps(settings))

@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from core.checkpoint import load
 from core.trainer import Batch, Inference, Trainer
 from slot_walks.cache import FeatureCache
 from slot_walks.data.transforms import WholePicture
@@ -21,9 +22,12 @@ from slot_walks.draws import sample_noise
 from slot_walks.inference import infer_picture, scenes_picture
 from slot_walks.losses import WalkLoss, reconstruction_loss
 from slot_walks.models import SlotWalker, WalkerOutput
+from slot_walks.models import weights as weight_files
 from slot_walks.models.weights import untrained
 from slot_walks.precision import full_precision
 from slot_walks.walks import region_vectors, segments, transitions
+
+weight_files.read_file = load  # models import nothing of the engine
 
 MASK_SOURCES = ("walk", "attention", "product", "decoder")
 

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from core.data import MissingDataError, data_root, load_image
+from core.data.files import listed
 from stvit.losses import IGNORE
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,7 +55,7 @@ class ADE20K(Dataset):
             raise ValueError(f"ADE20K has no split {split!r}: use training or validation")
         base = data_root(root, what="ADE20K", layout=_LAYOUT)
         images = data_root(base / "images" / split, what=f"ADE20K {split} images", layout=_LAYOUT)
-        self.files = sorted(p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        self.files = [Path(entry) for entry in listed(images) if entry.name.lower().endswith((".jpg", ".jpeg", ".png"))]
         self.masks = [base / "annotations" / split / f"{p.stem}.png" for p in self.files]
         missing = [path for path in self.masks if not path.is_file()]
         if missing or not self.files:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from core.data.files import replacing
+from core.data.files import read_json, replacing
 from core.errors import ConfigError
 from core.prepare import preparer
 from core.progress import Progress
@@ -64,7 +64,7 @@ def glyph_coco(
 def _is_there(annotations: Path, settings: dict[str, Any], images: Path) -> bool:
     if not annotations.is_file():
         return False
-    content = json.loads(annotations.read_text())
+    content = read_json(annotations)
     if "glyph_coco" not in content.get("info", {}):
         raise ConfigError(f"{annotations} belongs to another data set: give an empty root=")
     whole = all((images / entry["file_name"]).is_file() for entry in content["images"])

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from core.data.files import replacing
+from core.data.files import read_json, replacing
 from core.errors import ConfigError
 from core.media import write_media
 from core.prepare import preparer
@@ -48,8 +48,8 @@ def moving_glyphs(
         raise ConfigError("moving_glyphs: train, val, size and frames are at least 1")
     settings = {"size": size, "frames": frames, "shapes": shapes, "fps": fps, "seed": seed}
     note = root / "moving_glyphs.json"
-    if note.is_file() and json.loads(note.read_text()) != settings:
-        raise ConfigError(f"{note} says that {root} was written with {note.read_text()}: give an empty root=")
+    if note.is_file() and (found := read_json(note)) != settings:
+        raise ConfigError(f"{note} says that {root} was written with {found}: give an empty root=")
     if not note.is_file() and any(root.glob("*")):
         raise ConfigError(f"{root} holds other files: give an empty root=")
     _write(note, json.dumps(settings))

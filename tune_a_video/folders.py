@@ -6,7 +6,6 @@ every part is loaded by its class. Nothing is downloaded.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,12 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from core.checkpoint import load, load_official
+from core.data.files import read_json
 from core.errors import VitrineError
+from tune_a_video.models import weights as weight_files
+
+weight_files.read_file = load  # models import nothing of the engine
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _LAYOUT = "model_index.json, vae/, text_encoder/, tokenizer/, unet/, scheduler/"
@@ -57,6 +61,8 @@ def read_parts(folder: Path, *, variant: str | None = None, torch_dtype: torch.d
     import transformers
 
     index = _index(folder)
+    for part in ("vae", "text_encoder"):
+        check_pickles(folder / part)
     dtype = torch_dtype or torch.float32
     tokenizer_class = getattr(transformers, index.get("tokenizer", _CLASSES["tokenizer"]))
     parts: dict[str, Any] = {"tokenizer": tokenizer_class.from_pretrained(folder / "tokenizer", local_files_only=True)}
@@ -66,8 +72,19 @@ def read_parts(folder: Path, *, variant: str | None = None, torch_dtype: torch.d
         options = {"variant": variant} if has_variant else {}
         name = "torch_dtype" if library is diffusers else "dtype"
         parts[part] = kind.from_pretrained(folder / part, local_files_only=True, **{name: dtype}, **options).eval()
-    parts["scheduler"] = ddim(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+    parts["scheduler"] = ddim(read_json(folder / "scheduler" / "scheduler_config.json"))
     return parts
+
+
+def check_pickles(folder: Path) -> None:
+    """Reads a folder's `.bin` files, where it has no safetensors, before a library does: with our errors and bounds.
+
+    Raises:
+        core.checkpoint.CheckpointReadError: one is damaged, or asks for more than data.
+    """
+    if not any(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("*.bin")):
+            load_official(file)
 
 
 def ddim(config: dict[str, Any]) -> DDIMScheduler:
@@ -86,6 +103,6 @@ def _index(folder: Path) -> dict[str, str]:
     path = folder / "model_index.json"
     if not path.is_file():
         return {}
-    index = json.loads(path.read_text())
+    index = read_json(path)
     named = {part: value for part, value in index.items() if isinstance(value, list) and len(value) == 2}
     return {part: value[1] for part, value in named.items() if value[1] is not None}

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_a_video.models.weights import read_tensors
+from tune_a_video.models.weights import read_json, read_tensors
 
 _WEIGHTS = ("adapter_model", "pytorch_lora_weights")
 _CONFIG = "adapter_config.json"
@@ -170,13 +170,16 @@ def _settings(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"adapter": {}}
     config = path.parent / _CONFIG
     if path.stem == _WEIGHTS[0] and config.is_file():
-        found["adapter"][None] = json.loads(config.read_text())
+        found["adapter"][None] = read_json(config)
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        packed = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+        try:
+            packed = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+        except ValueError as error:
+            raise LoRAFileError(f"{path}: its lora_adapter_metadata is not JSON ({error})") from error
         for key, value in packed.items():
             part, _, name = key.partition(".")
             found["adapter"].setdefault(part, {})[name] = value

@@ -20,6 +20,7 @@ from diffusers.loaders.single_file_utils import (
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from core.checkpoint import load_official
 from tune_a_video.folders import NotAPipeline, check_folder
 
 _FILES = ("*.json", "*.txt", "**/*.json", "**/*.txt")
@@ -43,6 +44,8 @@ def read_single_file(
         ValueError: the file holds no such model, or another one than the folder says.
     """
     path = Path(path)
+    if path.suffix != ".safetensors":
+        load_official(path)  # before a library does: with our errors and bounds
     folder = check_folder(config) if config is not None else _cached_folder(path)
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "local_files_only": True}
     try:

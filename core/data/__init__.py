@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = lazy(
         "batch": "Batch Collate collate",
         "batching": "ResumableBatchSampler",
         "cache": "CorruptCacheError DerivedCache IncompleteCacheError StaleCacheError",
-        "errors": "MissingDataError SampleError SampleFault data_root",
+        "errors": "DataFileError MissingDataError SampleError SampleFault data_root",
         "folder": "ImageFolder",
         "image_zip": "ImageZip",
         "images": "load_image to_pil",

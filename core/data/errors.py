@@ -11,6 +11,11 @@ class MissingDataError(VitrineError, FileNotFoundError):
     """Data that the config points to is not there, or not laid out as expected."""
 
 
+class DataFileError(VitrineError, OSError, ValueError):
+    """A file or folder of a data set that is there, but cannot be read as what it should be: damaged, of another
+    kind or encoding, or without the right to read it. The message names it and the remedy."""
+
+
 class SampleError(VitrineError, RuntimeError):
     """A sample that cannot be made. The message names the dataset, the index and, where known, the file."""
 
@@ -59,10 +64,14 @@ def data_root(
 
     Raises:
         MissingDataError: naming the config key, the layout and the command.
+        DataFileError: a place that may not be looked at.
     """
     path = None if root is None else Path(root).expanduser()
-    if path is not None and (path.is_dir() if kind == "folder" else path.is_file()):
-        return path
+    try:
+        if path is not None and (path.is_dir() if kind == "folder" else path.is_file()):
+            return path
+    except OSError as error:
+        raise DataFileError(f"{what}: {str(path)!r} cannot be looked at: {error.strerror}. Check its rights.") from None
     lines = [f"{what}: no {kind} is configured" if path is None else f"{what}: there is no {kind} {str(path)!r}"]
     lines.append(f"  set      train_dataloader.dataset.{key} (val_, test_dataloader alike) to a {kind} laid out as")
     lines += [f"             {line}" for line in layout.strip("\n").splitlines()]

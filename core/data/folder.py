@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data.errors import MissingDataError, data_root
-from core.data.files import replacing
+from core.data.files import files_below, is_folder, listed, read_arrays, replacing
 from core.data.images import IMAGE_EXTENSIONS, load_image, to_uint8
 from core.data.packed import PackedStrings
 
@@ -35,6 +35,8 @@ class ImageFolder(Dataset):
     Raises:
         MissingDataError: no such folder (with the config key, the layout, the command), a class without images, or a
             name in ``classes`` without a folder.
+        DataFileError: a folder that may not be read, a link that leads back to a folder it lies in, a name that is not
+            UTF-8.
     """
 
     def __init__(
@@ -100,8 +102,7 @@ class ImageFolder(Dataset):
 
 
 def _class_folders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return [entry.name for entry in listed(root) if is_folder(entry)]
 
 
 def _scan(root: Path, classes: Sequence[str], extensions: tuple[str, ...]) -> dict[str, Any]:
@@ -110,22 +111,12 @@ def _scan(root: Path, classes: Sequence[str], extensions: tuple[str, ...]) -> di
     labels: list[int] = []
     folders: dict[str, int] = {}
     for label, name in enumerate(classes):
-        found: list[str] = []
-        pending = [name]
-        while pending:
-            folder = pending.pop()
-            folders[folder] = os.stat(root / folder).st_mtime_ns
-            with os.scandir(root / folder) as entries:
-                for entry in entries:
-                    path = f"{folder}/{entry.name}"
-                    if entry.name.startswith("."):
-                        continue
-                    # The name alone decides where it can: asking the file system for a type may cost a call per file.
-                    if entry.name.lower().endswith(extensions):
-                        found.append(path)
-                    elif entry.is_dir():
-                        pending.append(path)
-        files += sorted(found)
+
+        def visit(folder: str, status: os.stat_result, name: str = name) -> None:
+            folders[f"{name}/{folder}" if folder else name] = status.st_mtime_ns
+
+        found = files_below(root / name, extensions, visit)
+        files += [f"{name}/{path}" for path in found]
         labels += [label] * len(found)
     return {"files": PackedStrings(files), "labels": np.array(labels, dtype=np.int32), "folders": folders}
 
@@ -148,24 +139,18 @@ def _load_index(
     path: str | os.PathLike | None, root: Path, classes: Sequence[str], extensions: tuple[str, ...]
 ) -> dict[str, Any] | None:
     """The kept file list; None when there is none, or when it is not that of these folders as they are now."""
-    if path is None or not os.path.isfile(path):
-        return None
+    arrays = None if path is None else read_arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = dict(stored)
         unpacked = {
             key: PackedStrings.from_arrays(arrays[f"{key}_data"], arrays[f"{key}_offsets"])
             for key in ("classes", "folders", "files")
         }
         same = int(arrays["version"]) == _INDEX_VERSION and str(arrays["extensions"]) == " ".join(extensions)
-    except (OSError, ValueError, KeyError, EOFError):
-        return None
-    if not same or list(unpacked["classes"]) != list(classes):
-        return None
-    for folder, changed in zip(unpacked["folders"], arrays["changed"], strict=True):
-        try:
+        if not same or list(unpacked["classes"]) != list(classes) or len(unpacked["files"]) != len(arrays["labels"]):
+            return None
+        for folder, changed in zip(unpacked["folders"], arrays["changed"], strict=True):
             if os.stat(root / folder).st_mtime_ns != changed:
                 return None
-        except FileNotFoundError:
-            return None
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # no index, a broken one, a folder that is gone
+        return None
     return {"files": unpacked["files"], "labels": arrays["labels"]}

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data.errors import MissingDataError, data_root
-from core.data.files import FilePool
+from core.data.files import FilePool, read_labels, reading
 from core.data.images import load_image, to_uint8
 from core.data.packed import PackedStrings
 
@@ -28,6 +28,7 @@ class ImageZip(Dataset):
     Raises:
         MissingDataError: no archive or no list, a malformed line (with its number), or listed images that the archive
             does not hold.
+        DataFileError: an archive or a list that cannot be read.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ImageZip(Dataset):
             data_root(path, what=f"ImageZip split {split!r}", layout=layout, prepare=prepare, kind="file")
         self.archive = str(archive)
         self.transform = transform
-        names, self.labels = _read_listing(listing)
+        names, self.labels = read_labels(listing, "\t", "path<TAB>class index", "image")
         self.files = PackedStrings(names)
         self._entries = _locate(self.archive, names, listing)
         self._pool = FilePool()
@@ -75,29 +76,10 @@ class ImageZip(Dataset):
         return data
 
 
-def _read_listing(path: Path) -> tuple[list[str], np.ndarray]:
-    names, labels = [], []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            name, tab, label = line.rstrip("\r\n").rpartition("\t")
-            if not tab or not label.strip().isdigit():
-                raise MissingDataError(f"{path}, line {number}: expected path<TAB>class index: {line.strip()!r}")
-            names.append(name)
-            labels.append(int(label))
-    if not names:
-        raise MissingDataError(f"{path} lists no image")
-    return names, np.array(labels, dtype=np.int32)
-
-
 def _locate(archive: str, names: list[str], listing: Path) -> np.ndarray:
     """(N, 4) of every name: offset of its local header, stored size, compression method, checksum."""
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            directory = {entry.filename: entry for entry in opened.infolist()}
-    except zipfile.BadZipFile as error:
-        raise MissingDataError(f"{archive} is no zip archive: {error}") from error
+    with reading(archive, "Copy or make the archive again."), zipfile.ZipFile(archive) as opened:
+        directory = {entry.filename: entry for entry in opened.infolist()}
     missing = [name for name in names if name not in directory]
     if missing:
         raise MissingDataError(

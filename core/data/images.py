@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.data.errors import DataFileError, MissingDataError
+
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -21,18 +23,19 @@ def load_image(source: str | os.PathLike | bytes, mode: str = "RGB", name: str |
         name: what to call ``source`` in errors, for bytes.
 
     Raises:
-        FileNotFoundError: no such file.
-        OSError: not an image, or a broken one; the message names it.
+        MissingDataError: no such file.
+        DataFileError: not an image, or a broken one; the message names it.
     """
     name = name or ("encoded image" if isinstance(source, bytes) else os.fspath(source))
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image.convert(mode)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        raise MissingDataError(f"there is no image {name!r}") from error
+    except MemoryError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # PIL reports broken files under several types, of which only some name the file.
-        raise OSError(f"cannot decode {name}: {error}") from error
+    except Exception as error:  # PIL reports broken files under many types, of which only some name the file
+        raise DataFileError(f"cannot decode {name}: {error}") from error
 
 
 def to_pil(image: Any, mode: str = "RGB") -> Image.Image:

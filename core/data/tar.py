@@ -20,7 +20,7 @@ from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
 from core.data.errors import MissingDataError
-from core.data.files import FilePool, replacing
+from core.data.files import FilePool, read_arrays, reading, replacing
 from core.data.images import load_image
 from core.data.packed import PackedStrings
 
@@ -72,7 +72,8 @@ class TarShards(Dataset):
             index is used as long as its shard has the same size and time of change.
 
     Raises:
-        MissingDataError: shards that are not there, compressed or broken ones, shards without samples.
+        MissingDataError: shards that are not there, shards without samples.
+        DataFileError: compressed or broken shards.
     """
 
     def __init__(
@@ -173,7 +174,8 @@ def _expand(urls: str | Sequence[str], root: str | os.PathLike | None) -> list[s
 
 def _index(shard: str, folder: str | os.PathLike | None) -> dict[str, Any]:
     """Keys and offsets of one shard, from the kept index while that is valid."""
-    status = os.stat(shard)
+    with reading(shard):
+        status = os.stat(shard)
     stamp = np.array([_INDEX_VERSION, status.st_size, status.st_mtime_ns])
     path = _index_path(shard, folder)
     index = _load_index(path, stamp)
@@ -195,21 +197,17 @@ def _index_path(shard: str, folder: str | os.PathLike | None) -> Path | None:
 
 def _build_index(shard: str) -> dict[str, Any]:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        # "r:" refuses compressed archives, in which nothing can be found by its offset.
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                key, extension = _split(member.name)
-                if not member.isreg() or not extension or _is_meta(member.name):
-                    continue
-                sample = samples.setdefault(key, {})
-                if extension in sample:
-                    raise MissingDataError(f"{shard}: {member.name!r} is in the shard twice")
-                sample[extension] = (member.offset_data, member.size)
-    except tarfile.ReadError as error:
-        raise MissingDataError(
-            f"{shard} cannot be read as an uncompressed tar file ({error}); unpack a compressed one (gunzip) first"
-        ) from error
+    # "r:" refuses compressed archives, in which nothing can be found by its offset.
+    remedy = "It should be an uncompressed tar file: unpack a compressed one (gunzip) first, or copy it again."
+    with reading(shard, remedy), tarfile.open(shard, "r:") as archive:
+        for member in archive:
+            key, extension = _split(member.name)
+            if not member.isreg() or not extension or _is_meta(member.name):
+                continue
+            sample = samples.setdefault(key, {})
+            if extension in sample:
+                raise MissingDataError(f"{shard}: {member.name!r} is in the shard twice")
+            sample[extension] = (member.offset_data, member.size)
     if not samples:
         raise MissingDataError(f"{shard} holds no samples: no member is called <key>.<extension>")
     extensions = sorted({extension for sample in samples.values() for extension in sample})
@@ -246,11 +244,8 @@ def _save_index(path: Path, stamp: np.ndarray, index: dict[str, Any]) -> None:
 
 
 def _load_index(path: Path | None, stamp: np.ndarray) -> dict[str, Any] | None:
-    if path is None or not path.is_file():
-        return None
+    arrays = None if path is None else read_arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = dict(stored)
         if not np.array_equal(arrays["stamp"], stamp):
             return None
         unpacked = {
@@ -258,5 +253,5 @@ def _load_index(path: Path | None, stamp: np.ndarray) -> dict[str, Any] | None:
             for key in ("keys", "extensions")
         }
         return {**unpacked, "members": arrays["members"], "bounds": arrays["bounds"]}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (KeyError, TypeError):  # no index, or a broken one
         return None

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.data.errors import DataFileError, MissingDataError
+
 Mode = Literal["uniform", "segments", "dense", "stride"]
 
 
-class VideoError(OSError):
+class VideoError(DataFileError):
     """A video that cannot be decoded; the message names the file."""
 
 
@@ -121,7 +123,7 @@ class VideoReader:
             decoded frame to learn the size.
 
     Raises:
-        FileNotFoundError: no such file.
+        MissingDataError: no such file.
         VideoError: not a video, or a broken one.
     """
 
@@ -136,7 +138,7 @@ class VideoReader:
             raise ValueError("give width and height, or short_side, or none of them")
         self.path = os.fspath(path)
         if not os.path.isfile(self.path):
-            raise FileNotFoundError(2, "no such video", self.path)
+            raise MissingDataError(f"no such video: {self.path!r}")
         if short_side is not None:
             frame_height, frame_width = self._open(None, None)[0].shape[:2]
             # The longer side is cut to whole pixels, as torchvision's Resize does.

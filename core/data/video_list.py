@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from core.data.errors import MissingDataError, data_root
+from core.data.errors import data_root
+from core.data.files import read_labels
 from core.data.packed import PackedStrings
 from core.data.video import Mode, VideoReader, sample_indices
 
@@ -34,6 +34,7 @@ class VideoList(Dataset):
 
     Raises:
         MissingDataError: no list, no root, or a malformed line (with its number).
+        DataFileError: a list in another encoding than UTF-8, or that cannot be read.
     """
 
     def __init__(
@@ -59,20 +60,8 @@ class VideoList(Dataset):
         self.transform = transform
         self.short_side = short_side
         self.short = short
-        names, labels = [], []
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                parts = line.strip().rsplit(maxsplit=1)
-                if len(parts) < 2 or not parts[1].isdigit():
-                    raise MissingDataError(f"{path}, line {number}: expected 'path label': {line.strip()!r}")
-                names.append(parts[0])
-                labels.append(int(parts[1]))
-        if not names:
-            raise MissingDataError(f"{path} lists no video")
+        names, self.labels = read_labels(path, None, "'path label'", "video")
         self.files = PackedStrings(names)
-        self.labels = np.array(labels, dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.checkpoint.files import one_line
+from core.checkpoint.reading import existing
 from core.errors import VitrineError
 
 # Extension types of Flax: an array, and a scalar of numpy, which is packed like one.
@@ -32,18 +33,18 @@ def read_flax(path: str | PathLike[str]) -> dict[str, Tensor]:
     """All arrays of a file by the path to them, joined by dots: `params.encoder.Conv_0.kernel`.
 
     Raises:
-        FileNotFoundError: no such file.
+        core.checkpoint.CheckpointReadError: no such file.
         FlaxFileError: it is damaged or something else.
     """
-    data = Path(path).read_bytes()
+    data = existing(path).read_bytes()
     try:
         reader = _Reader(data)
         content = reader.value()
         if reader.position != len(data):
             raise ValueError(f"{len(data) - reader.position} bytes are left over")
         found = dict(_arrays(content, ""))
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError, struct.error) as error:
-        raise FlaxFileError(f"'{path}' is damaged, or no file of Flax: {error}") from error
+    except Exception as error:  # damage shows as any error at all
+        raise FlaxFileError(one_line(f"'{path}' is damaged, or not a file of Flax: {error}")) from error
     if not found:
         raise FlaxFileError(f"'{path}' holds no arrays: give the file of a checkpoint")
     return found

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, data_root, load_image
+from core.data.files import files_below, read_lines
 from seqgan.data.transforms import TokenizerTransform
 
 SPLITS = ("train", "val", "all")
@@ -86,18 +87,14 @@ class FFHQ(Dataset):
 def _pictures(root: Path) -> dict[str, str]:
     """Names relative to the root by stem, in order of their numbers."""
     found: dict[str, str] = {}
-    for folder, inside, names in os.walk(root):
-        inside.sort()
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix.lower() not in _FILES:
-                continue
-            if path.stem in found:
-                raise MissingDataError(
-                    f"FFHQ: {path} and {root / found[path.stem]} have the same number: keep one size of the pictures "
-                    "below the root"
-                )
-            found[path.stem] = path.relative_to(root).as_posix()
+    for name in files_below(root, _FILES):
+        stem = Path(name).stem
+        if stem in found:
+            raise MissingDataError(
+                f"FFHQ: {root / name} and {root / found[stem]} have the same number: keep one size of the pictures "
+                "below the root"
+            )
+        found[stem] = name
     return dict(sorted(found.items()))
 
 
@@ -107,7 +104,7 @@ def _listed(found: dict[str, str], list_file: Path, root: Path) -> list[str]:
             f"FFHQ: there is no list {list_file}: set train_dataloader.dataset.list_file to a text file with a picture "
             "a line, or to null to split by number"
         )
-    stems = [Path(line.strip()).stem for line in list_file.read_text().splitlines() if line.strip()]
+    stems = [Path(line).stem for _, line in read_lines(list_file)]
     missing = [stem for stem in stems if stem not in found]
     if missing or not stems:
         what = f"{len(missing)} pictures of it are not below {root}, first {missing[0]}" if missing else "it is empty"

@@ -12,6 +12,9 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.data.errors import DataFileError
+from core.data.files import reading
+
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _HEADER = 16  # bytes of a page's header on 64-bit machines
 _BRANCH, _LEAF, _META = 0x01, 0x02, 0x08
@@ -19,7 +22,7 @@ _BIG, _SPECIAL = 0x01, 0x02 | 0x04  # value on other pages; a database inside, o
 _NO_ROOT = 2**64 - 1
 
 
-class LMDBError(OSError):
+class LMDBError(DataFileError):
     """A file that is damaged or something else; the message names it."""
 
 
@@ -32,7 +35,7 @@ class LMDBReader:
         path: the environment's folder, or its `data.mdb`.
 
     Raises:
-        FileNotFoundError: no such file.
+        core.data.MissingDataError: no such file.
         LMDBError: it is no LMDB file, was cut off, or was written on another kind of machine.
     """
 
@@ -42,7 +45,7 @@ class LMDBReader:
         self._open()
 
     def _open(self) -> None:
-        with open(self.path, "rb") as file:
+        with reading(self.path), open(self.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 2 * 4096:
                 raise LMDBError(f"{self.path}: {size} bytes are no LMDB file; download or unpack it again")

@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, PackedStrings, data_root, load_image
+from core.data.files import files_below
 from seqgan.data.lmdb import LMDBError, LMDBReader
 from seqgan.data.transforms import TokenizerTransform
 
@@ -70,8 +71,7 @@ class LSUN(Dataset):
                 lengths.append(length)
             self._names, self._starts, self._lengths = PackedStrings(keys), np.array(starts), np.array(lengths)
         else:
-            found = (p for p in self.path.rglob("*") if p.suffix.lower() in _FILES)
-            self._names = PackedStrings(sorted(p.relative_to(self.path).as_posix() for p in found))
+            self._names = PackedStrings(files_below(self.path, _FILES))
         total = len(self._names)
         if total == 0:
             raise MissingDataError(f"LSUN: {self.path} holds no picture; unpack or download it again")

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from core.data import MissingDataError, data_root, load_image
+from core.data import DataFileError, MissingDataError, data_root, load_image
+from core.data.files import reading
 from slot_walks.data.files import check_size, load_foreground, read_table
 from slot_walks.data.transforms import Square, bird_window
 
@@ -63,7 +64,7 @@ class Birds(Dataset):
         splits = read_table(self.root / "train_val_test_split.txt", 1, "Birds")
         odd = [number for number in names if number not in boxes or number not in splits]
         if odd:
-            raise ValueError(
+            raise DataFileError(
                 f"{self.root}: picture {odd[0]} of images.txt is not in bounding_boxes.txt and "
                 f"train_val_test_split.txt (nor are {len(odd) - 1} others): the lists are not of one release"
             )
@@ -74,7 +75,8 @@ class Birds(Dataset):
             )
         self.names = [names[number][0].rsplit(".", 1)[0] for number in chosen]
         # The released code drops fractions of pixels.
-        self.boxes = [[int(float(v)) for v in boxes[number]] for number in chosen]
+        with reading(self.root / "bounding_boxes.txt", "Every line should hold a number and a box of four."):
+            self.boxes = [[int(float(v)) for v in boxes[number]] for number in chosen]
         self.files = [self.root / "images" / names[number][0] for number in chosen]
         self.transform = Square() if transform is None else transform
         self.masks = split != "train" if masks is None else masks

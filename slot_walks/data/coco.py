@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, data_root, load_image
+from core.data.files import check_records, read_json
 from slot_walks.data.transforms import CropTrain, OfficialEval, StandardEval
 
 _LAYOUT = """\
@@ -42,7 +42,7 @@ class COCO(Dataset):
     Raises:
         MissingDataError: no such folder or file.
         ValueError: unknown split or protocol.
-        OSError: an annotation file that cannot be read.
+        DataFileError: an annotation file that cannot be read.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class COCO(Dataset):
         if not path.is_file():
             raise MissingDataError(f"COCO: there is no file {str(path)!r}; expected\n{_LAYOUT}\nprepare  {_PREPARE}")
         self.folder = data_root(base / f"{split}2017", what="COCO pictures", layout=_LAYOUT, prepare=_PREPARE)
-        content = _read(path)
-        self.files = [entry["file_name"] for entry in content["images"]]
         self.masks = split == "val" if masks is None else masks
+        content = _read(path, self.masks)
+        self.files = [entry["file_name"] for entry in content["images"]]
         self.protocol = protocol
         self.annotations: list[list[dict[str, Any]]] = []
         if self.masks:
@@ -148,11 +148,11 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
     return pixels
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-        if not {"images", "annotations", "categories"} <= content.keys():
-            raise ValueError("it lacks images, annotations or categories")
-    except (ValueError, AttributeError) as error:
-        raise OSError(f"cannot read the annotations in {path}: {error}") from error
+def _read(path: Path, masks: bool) -> dict[str, Any]:
+    content = read_json(path, keys=("images", "annotations", "categories"), what="an annotation file of COCO")
+    check_records(path, "images", content["images"], {"id": (int, str), "file_name": str})
+    if masks:
+        check_records(path, "categories", content["categories"], {"id": (int, str)})
+        fields = {"image_id": (int, str), "category_id": (int, str), "segmentation": (list, dict)}
+        check_records(path, "annotations", content["annotations"], fields)
     return content

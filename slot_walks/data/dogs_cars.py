@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, data_root, load_image
+from core.data.files import reading
 from slot_walks.data.files import check_size, load_foreground
 from slot_walks.data.transforms import Square
 
@@ -115,10 +116,8 @@ class Cars(_SelectedPictures):
 def _read_ids(path: Path, name: str) -> list[str]:
     if not path.is_file():
         raise MissingDataError(f"{name}: there is no list {str(path)!r}, which names the pictures that are used")
-    try:
+    with reading(path, "It should be a numpy array of ids: copy or download it again."):
         ids = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise OSError(f"cannot read the list {path}: {error}") from error
-    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iuUS":
-        raise ValueError(f"{path} holds {ids.dtype} of shape {ids.shape}; a list of ids is expected")
-    return [i.decode() if isinstance(i, bytes) else str(i) for i in ids.tolist()]
+        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iuUS":
+            raise ValueError(f"it holds {getattr(ids, 'dtype', 'several arrays')} of shape {getattr(ids, 'shape', ())}")
+        return [i.decode() if isinstance(i, bytes) else str(i) for i in ids.tolist()]

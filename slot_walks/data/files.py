@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from core.data import MissingDataError
+from core.data import DataFileError, MissingDataError, files
+from core.data.files import reading
 
 #: Label of pixels that nobody labelled, in the files of VOC and COCO-Stuff.
 VOID = 255
@@ -19,18 +20,14 @@ def load_labels(path: str | os.PathLike) -> np.ndarray:
     """A label map `(H, W)` int32: the numbers in the file, whether it has a palette, grey values or 16 bits.
 
     Raises:
-        FileNotFoundError: no such file.
-        OSError: no picture, a broken one, or one of colours; names the file.
+        MissingDataError: no such file.
+        DataFileError: not a picture, a broken one, or one of colours; names the file.
     """
-    try:
-        with Image.open(path) as picture:
-            if picture.mode not in ("P", "L", "I", "I;16", "1"):
-                raise OSError(f"its mode is {picture.mode}; labels are stored with a palette or as grey values")
-            return np.array(picture).astype(np.int32)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read the labels in {path}: {error}") from error
+    remedy = "Labels are pictures with a palette or of grey values: copy or make it again."
+    with reading(path, remedy), Image.open(path) as picture:
+        if picture.mode not in ("P", "L", "I", "I;16", "1"):
+            raise ValueError(f"its mode is {picture.mode}")
+        return np.array(picture).astype(np.int32)
 
 
 def load_foreground(path: str | os.PathLike, dither: bool = False) -> np.ndarray:
@@ -41,17 +38,12 @@ def load_foreground(path: str | os.PathLike, dither: bool = False) -> np.ndarray
         dither: PIL's rule for black-and-white pictures instead, which turns grey areas into dots.
 
     Raises:
-        OSError: see `load_labels`.
+        MissingDataError, DataFileError: see `load_labels`.
     """
-    try:
-        with Image.open(path) as picture:
-            if dither:
-                return np.array(picture.convert("1")).astype(np.int32)
-            return (np.array(picture.convert("L")) >= 128).astype(np.int32)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read the mask in {path}: {error}") from error
+    with reading(path), Image.open(path) as picture:
+        if dither:
+            return np.array(picture.convert("1")).astype(np.int32)
+        return (np.array(picture.convert("L")) >= 128).astype(np.int32)
 
 
 def load_mat(path: Path, what: str) -> dict[str, Any]:
@@ -59,16 +51,14 @@ def load_mat(path: Path, what: str) -> dict[str, Any]:
 
     Raises:
         MissingDataError: no such file.
-        OSError: a broken one; names it.
+        DataFileError: a broken one; names it.
     """
     from scipy.io import loadmat
 
     if not path.is_file():
         raise MissingDataError(f"{what}: there is no file {str(path)!r}")
-    try:
+    with reading(path):
         return loadmat(path)
-    except Exception as error:  # scipy has error types of its own for broken files, with no common base
-        raise OSError(f"cannot read {path}: {error}") from error
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -76,10 +66,11 @@ def read_lines(path: Path, what: str) -> list[str]:
 
     Raises:
         MissingDataError: no such file, or an empty one.
+        core.data.DataFileError: it is not UTF-8, or cannot be read.
     """
     if not path.is_file():
         raise MissingDataError(f"{what}: there is no list {str(path)!r}")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for _, line in files.read_lines(path)]
     if not lines:
         raise MissingDataError(f"{what}: the list {str(path)!r} is empty")
     return lines
@@ -90,13 +81,13 @@ def read_table(path: Path, columns: int, what: str) -> dict[str, list[str]]:
 
     Raises:
         MissingDataError: no such file.
-        ValueError: a line of another length; names file and line.
+        DataFileError: a line of another length; names file and line.
     """
     table = {}
     for number, line in enumerate(read_lines(path, what), start=1):
         first, *others = line.split()
         if len(others) != columns:
-            raise ValueError(f"{path}, line {number}: {line!r} should have {columns + 1} columns")
+            raise DataFileError(f"{path}, line {number}: {line[:200]!r} should have {columns + 1} columns")
         table[first] = others
     return table
 

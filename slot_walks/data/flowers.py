@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
-from core.data import data_root, load_image
+from core.data import DataFileError, data_root, load_image
+from core.data.files import reading
 from slot_walks.data.files import check_size, load_mat
 from slot_walks.data.transforms import Square
 
@@ -89,5 +90,6 @@ class Flowers(Dataset):
 def _read_split(path: Path, key: str) -> list[int]:
     lists = load_mat(path, "Flowers")
     if key not in lists or not lists[key].size:
-        raise ValueError(f"{path} has no list '{key}'")
-    return [int(number) for number in np.ravel(lists[key])]
+        raise DataFileError(f"{path} has no list '{key}': download it again")
+    with reading(path):
+        return [int(number) for number in np.ravel(lists[key])]

@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, data_root, load_image
+from core.data.files import is_folder, listed
 from core.data.images import IMAGE_EXTENSIONS
 from slot_walks.data.files import check_size, load_labels
 from slot_walks.data.transforms import CropTrain, Square
@@ -65,8 +66,8 @@ class MOVi(Dataset):
         if frames is None and split == "train":
             frames = 9
         self.frames: list[str] = []
-        for clip in sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir()):
-            names = sorted(e.name for e in os.scandir(self.folder / clip) if e.name.lower().endswith(IMAGE_EXTENSIONS))
+        for clip in [entry.name for entry in listed(self.folder) if is_folder(entry)]:
+            names = [e.name for e in listed(self.folder / clip) if e.name.lower().endswith(IMAGE_EXTENSIONS)]
             self.frames += [f"{clip}/{name}" for name in chosen_frames(names, frames, clip, seed)]
         if not self.frames:
             raise MissingDataError(f"MOVi: {self.folder} holds no frame; expected\n{_LAYOUT}\nprepare  {_PREPARE}")

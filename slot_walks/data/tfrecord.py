@@ -10,9 +10,11 @@ import os
 import struct
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import numpy as np
+
+from core.data.errors import DataFileError
+from core.data.files import reading
 
 Feature = list[bytes] | np.ndarray
 
@@ -27,19 +29,21 @@ def read_records(path: str | os.PathLike) -> Iterator[bytes]:
     inside bring their own.
 
     Raises:
-        OSError: the file ends within a record, or is no TFRecord file; names file and place.
+        core.data.DataFileError: the file ends within a record, or is not a TFRecord file; names file and place.
     """
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while header := file.read(12):
             place = file.tell() - len(header)
             if len(header) < 12:
-                raise OSError(f"{path} ends within a record, at byte {place}: is it a partial download?")
+                raise DataFileError(f"{path} ends within a record, at byte {place}: is it a partial download?")
             length, checksum = struct.unpack("<QI", header)
             if _masked_crc(header[:8]) != checksum:
-                raise OSError(f"{path} is no TFRecord file, or damaged at byte {place} (checksum of a record's length)")
+                raise DataFileError(
+                    f"{path} is no TFRecord file, or damaged at byte {place} (checksum of a record's length)"
+                )
             if place + 16 + length > size:
-                raise OSError(f"{path} ends within a record, at byte {place}: is it a partial download?")
+                raise DataFileError(f"{path} ends within a record, at byte {place}: is it a partial download?")
             yield file.read(length)
             file.read(4)
 
@@ -108,6 +112,8 @@ def _varint(message: bytes, place: int) -> tuple[int, int]:
     while True:
         byte = message[place]
         place += 1
+        if shift > 63:
+            raise TypeError("a number of more than 64 bits")
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, place

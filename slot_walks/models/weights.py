@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +53,16 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"no backbone file {path}: download the checkpoint, then set backbone.weights to its path"
         )
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = read_file(path)
+    except ValueError:
+        raise
+    except Exception as error:  # torch and safetensors have many; their advice is not ours
+        raise ValueError(
+            f"{path} is damaged, or not a file of weights ({type(error).__name__}): get it again"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not weights by name: choose another file")
     for container in _CONTAINERS:
         if isinstance(state.get(container), dict):
             state = state[container]
@@ -65,4 +71,19 @@ def _read(path: Path) -> dict[str, Tensor]:
         if any(name.startswith(prefix) for name in state):
             # Whole models keep other parts beside their backbone.
             state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        raise ValueError(f"{path} does not hold tensors by name: choose the file of a backbone")
     return state
+
+
+def _plain_read(path: Path) -> Any:
+    """The content of a safetensors or torch file, which consists of tensors, numbers and texts."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+#: Reads a file of weights. The engine puts a reader here whose time and memory are bounded, see `slot_walks.trainer`.
+read_file: Callable[[Path], Any] = _plain_read

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from core.data import (
+    DataFileError,
     ImageFolder,
     ImageNet,
     ImageZip,
@@ -178,7 +179,7 @@ def test_mistakes_in_an_archive_are_named(archive):
         ImageZip(archive, "val")
     (archive / "train.zip").write_bytes(b"no archive")
     listing.write_text(good)
-    with pytest.raises(MissingDataError, match="is no zip archive"):
+    with pytest.raises(DataFileError, match=r"train\.zip' cannot be read: File is not a zip file\. Copy or make"):
         ImageZip(archive, "train")
 
 

@@ -247,5 +247,5 @@ def test_mistakes_in_lists_are_named(listed, tmp_path):
     with pytest.raises(MissingDataError, match=r"bad.txt, line 2: expected 'path label': 'b.mp4'"):
         VideoList(bad)
     bad.write_text("gone.mp4 0\n")
-    with pytest.raises(SampleError, match=r"VideoList\[0\] \(.*gone.mp4\): FileNotFoundError"):
+    with pytest.raises(SampleError, match=r"VideoList\[0\] \(.*gone.mp4\): MissingDataError: no such video"):
         SeededDataset(VideoList(bad))[0]

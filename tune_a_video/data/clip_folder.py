@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, data_root
+from core.data.files import listed, read_json, read_lines
 from core.registry import nearest
 from tune_a_video.data.frames import Pad, Resize, as_size, check_multiple, clip_indices, is_clip, open_frames, to_float
 from tune_a_video.data.one_shot import read_sized
@@ -55,7 +55,7 @@ class ClipFolder(Dataset):
         multiple: int = 8,
     ) -> None:
         self.root = data_root(root, what=type(self).__name__, layout=_LAYOUT)
-        there = _named(path for path in self.root.iterdir() if is_clip(path))
+        there = _named(path for path in map(Path, listed(self.root)) if is_clip(path))
         if not there:
             raise MissingDataError(f"{self.root} holds no clip; expected\n{_LAYOUT}")
         known = captions if captions is None or isinstance(captions, Mapping) else read_captions(captions)
@@ -124,7 +124,7 @@ class DAVIS(ClipFolder):
                 base / "ImageSets" / str(year) / f"{split}.txt", what="DAVIS split", layout=_DAVIS, kind="file"
             )
             # The lists of 2016 name pictures (/JPEGImages/480p/bear/00000.jpg ...), those of 2017 clips.
-            lines = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+            lines = [line.split()[0] for _, line in read_lines(path)]
             clips = [Path(line).parent.name if Path(line).suffix else line for line in lines]
             options["names"] = list(dict.fromkeys(clips))
         super().__init__(frames, **options)
@@ -135,22 +135,20 @@ def read_captions(path: str | os.PathLike) -> dict[str, str]:
 
     Raises:
         MissingDataError: no such file, or a line that is no such pair (with its number).
+        core.data.DataFileError: not UTF-8, not JSON, or it cannot be read.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise MissingDataError(f"there is no file of captions {str(path)!r}: JSON, or lines of 'clip caption'")
-    text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json":
-        found = json.loads(text)
-        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        found = read_json(path, what="an object of clip and caption")
+        if not all(isinstance(v, str) for v in found.values()):
             raise MissingDataError(f"{path}: a JSON object of clip and caption is expected")
         return found
     captions = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        parts = line.strip().split(maxsplit=1)
+    for number, line in read_lines(path):
+        parts = line.split(maxsplit=1)
         if len(parts) < 2:
-            raise MissingDataError(f"{path}, line {number}: expected 'clip caption': {line.strip()!r}")
+            raise MissingDataError(f"{path}, line {number}: expected 'clip caption': {line[:200]!r}")
         captions[parts[0]] = parts[1]
     return captions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, data_root, derive_seed
-from core.data.files import replacing
+from core.data.files import read_text, reading, replacing
 from core.errors import ConfigError
 from core.registry import nearest
 from tune_a_video.data.frames import Pad, Resize, as_size, check_multiple, clip_indices, open_frames, to_float
@@ -151,8 +152,8 @@ def read_table(root: Path) -> list[TGVEClip]:
     beside = root.parent / _TABLE
     path = beside if beside.is_file() else root / _TABLE
     path = data_root(path, what="table of LOVEU-TGVE-2023", layout=_LAYOUT, kind="file")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+    with reading(path, "It should be the benchmark's table as CSV: copy or download it again."):
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
         columns = {(name or "").strip(): name for name in reader.fieldnames or []}
         missing = [name for name in (_NAME, _CAPTION, *_EDITS.values()) if name not in columns]
         if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,19 @@ import torch
 from torch import Tensor
 
 CONFIG_NAME = "config.json"
+
+
+def _plain_read(path: Path) -> Any:
+    """The content of a safetensors or torch file, which consists of tensors, numbers and texts."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+#: Reads a file of weights. The engine puts a reader here whose time and memory are bounded, see `tune_a_video.folders`.
+read_file: Callable[[Path], Any] = _plain_read
 _STEM = "diffusion_pytorch_model"
 
 
@@ -26,7 +39,22 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no {CONFIG_NAME} in {Path(folder)}: give the folder of a diffusers network (a pipeline has it in unet/)"
         )
-    return json.loads(path.read_text())
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file holds something else, or is cut off; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not whole JSON in UTF-8 ({error}): copy or download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object: copy or download it again")
+    return content
 
 
 def read_network(
@@ -51,7 +79,10 @@ def read_network(
         if not file.is_file():
             continue
         if name.endswith(".index.json"):
-            shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+            places = read_json(file).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+                raise ValueError(f"{file} has no weight_map of names and files: copy or download it again")
+            shards = sorted(set(places.values()))
             state: dict[str, Tensor] = {}
             for shard in shards:
                 state |= read_tensors(folder / shard)
@@ -65,16 +96,19 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else than tensors by name.
+        ValueError: it holds something else than tensors by name, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = read_file(path)
+    except ValueError:
+        raise
+    except Exception as error:  # torch and safetensors have many; their advice is not ours
+        raise ValueError(
+            f"{path} is damaged, or not a file of weights ({type(error).__name__}): get it again"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no tensors by name")
     return dict(state)
@@ -101,4 +135,4 @@ def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     if not path.is_file() and path.with_suffix(".safetensors").is_file():
         path = path.with_suffix(".safetensors")
     about = path.with_suffix(".json")
-    return read_tensors(path), json.loads(about.read_text()) if about.is_file() else {}
+    return read_tensors(path), read_json(about) if about.is_file() else {}

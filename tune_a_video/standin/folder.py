@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from core.checkpoint import load, save_atomic, write_text_atomic
 from core.data import MissingDataError
+from core.data.files import read_json
 from core.errors import ConfigError
 from tune_a_video.standin.networks import Judge, TinyCLIP, make_tokenizer, token_ids
 from tune_a_video.standin.training import make_scheduler, train_clip, train_judge, train_unet
@@ -102,7 +103,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The folder's note; an error where the folder is something else."""
     path = output / NOTE
     if path.is_file():
-        note = json.loads(path.read_text())
+        note = read_json(path, keys=("settings", "checks"))
         if note["settings"] != settings:
             raise ConfigError(
                 f"{path} says that it was made with {note['settings']}, not {settings}: give an empty output="
@@ -169,7 +170,7 @@ def load_judge(folder: str | os.PathLike) -> Judge:
 
 
 def _width(folder: Path) -> float:
-    return json.loads((folder / "config.json").read_text())["width"]
+    return read_json(folder / "config.json", keys=("width",))["width"]
 
 
 def _part(folder: str | os.PathLike, name: str) -> Path:
