@@ -102,7 +102,7 @@ class Outcome:
 
     def fault(self, reason: str) -> str | None:
         """What is wrong with the refusal, or None."""
-        lines = self.errors.strip().splitlines()
+        lines = [line for line in self.errors.strip().splitlines() if " - mmengine - INFO - " not in line]
         if self.status != 2:
             return f"status {self.status}: {' | '.join(lines[-3:])}"
         if len(lines) != 1 or not lines[0].startswith("error: "):
