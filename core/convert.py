@@ -127,7 +127,7 @@ def convert_state(
         result, sources = trace(lambda tensors: convert(tensors, **options), state)
     except VitrineError:
         raise
-    except (ValueError, KeyError, RuntimeError, IndexError) as error:
+    except Exception as error:  # a foreign state can be wrong in any way
         reason = f"there is no entry {error}" if isinstance(error, KeyError) else str(error)
         raise ConversionError(f"the converter refuses the state: {reason}") from error
     wrong = [name for name, value in result.items() if not isinstance(value, Tensor)]
@@ -206,10 +206,32 @@ def convert_file(
         if diff.without(counters):
             name = options.experiment + (f" ({options.into})" if options.into else "")
             raise StateMismatch(f"the result does not fit {name}; nothing was written.\n{diff}", diff)
-    save_atomic({name: value.detach().contiguous().clone() for name, value in converted.items()}, dst)
+    save_atomic(_own_copies(converted, dst), dst)
     if options.report:
         Path(options.report).write_text(json.dumps(asdict(report), indent=1) + "\n")
     return report
+
+
+def _own_copies(state: Mapping[str, Tensor], dst: Path) -> dict[str, Tensor]:
+    """The tensors without what else their storages hold; names of one tensor keep sharing it.
+
+    Raises:
+        ConversionError: written one by one, as safetensors are, they would take many times the memory that they share.
+    """
+    copies: dict[str, Tensor] = {}
+    result = {}
+    for name, value in state.items():
+        view = repr((value.data_ptr(), value.dtype, value.shape, value.stride())) if value.numel() else name
+        if view not in copies:
+            copies[view] = value.detach().contiguous().clone()
+        result[name] = copies[view]
+    shared = sum(value.nbytes for value in copies.values())
+    if dst.suffix == ".safetensors" and sum(value.nbytes for value in result.values()) > 8 * shared + (64 << 20):
+        raise ConversionError(
+            f"{len(result)} names share {len(copies)} tensors of {shared / 1e6:,.1f} MB, and safetensors would hold "
+            f"them once for each name: write a .pt file instead of {dst}"
+        )
+    return result
 
 
 def find_converter(paper: str, *, reverse: bool = False) -> tuple[Callable[..., Mapping[str, Tensor]], dict[str, str]]:
@@ -253,8 +275,8 @@ def read_state(
         state, aside = state_in(content, path, key=key)
     except ConfigError as error:
         raise ConversionError(str(error)) from None
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    return {name: value for name, value in state.items() if name not in others}, [*aside, *others]
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return tensors, [*aside, *(name for name in state if name not in tensors)]
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -82,15 +82,12 @@ def state_in(
         ConfigError: nothing at `key`, or no tensors there.
     """
     if key is None and isinstance(content, Mapping) and {"model", "hooks", "position"} <= content.keys():
-        model = dict(content["model"])
-        if averaged and "EMAHook" in content["hooks"]:
-            model.update(content["hooks"]["EMAHook"]["average"])
-        return model, sorted(set(content) - {"model"})
+        return _model_of_run(content, path, averaged), sorted(set(content) - {"model"})
     weights, aside = _container(content, path, key)
     state: dict[str, Any] = {}
     for name, value in weights.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-            value = torch.from_numpy(np.ascontiguousarray(value))
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.dtype.itemsize <= 16:
+            value = torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
         if isinstance(value, Tensor):
             state[str(name)] = value.detach()
         elif str(name).endswith("_extra_state"):
@@ -100,6 +97,18 @@ def state_in(
     if not any(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"'{path}' holds no tensors{f' under key={key}' if key else ''}{_places(content)}")
     return state, aside
+
+
+def _model_of_run(content: Mapping[str, Any], path: Path, averaged: bool) -> dict[str, Any]:
+    """The weights in a run's checkpoint, with the averages laid over them where there are."""
+    hooks = content["hooks"]
+    ema = hooks.get("EMAHook") if isinstance(hooks, Mapping) else None
+    parts = [content["model"]]
+    if averaged and ema is not None:
+        parts.append(ema.get("average") if isinstance(ema, Mapping) else None)
+    if not isinstance(hooks, Mapping) or not all(isinstance(part, Mapping) for part in parts):
+        raise ConfigError(f"'{path}' is not a whole checkpoint of a run: its model or hooks are of a wrong kind")
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def read(path: Path, allow: Iterable[str] = ()) -> Any:

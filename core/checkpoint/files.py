@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from core.errors import VitrineError
+from core.errors import VitrineError, one_line
 
 # What `core.checkpoint.load` gives back, so that nothing is written that could not be read again.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.device, torch.dtype)
@@ -47,15 +47,6 @@ class CheckpointReadError(VitrineError, ValueError):
 
 class UnsafeCheckpointError(CheckpointReadError, pickle.UnpicklingError):
     """A file asks for more than data; nothing of it was executed."""
-
-
-def one_line(text: str, limit: int = 1200) -> str:
-    """`text` without line breaks, control characters and lone surrogates; its middle is left out beyond `limit`."""
-    text = text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-    text = " ".join(line.strip() for line in text.splitlines())
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text
 
 
 @dataclass(frozen=True)

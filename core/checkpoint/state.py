@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.checkpoint.files import one_line, unusual
-from core.errors import VitrineError
+from core.checkpoint.files import unusual
+from core.errors import VitrineError, one_line
 
 Rename = Callable[[str], str | None] | Mapping[str, str]
 _SHOWN = 12

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.checkpoint.files import one_line
 from core.checkpoint.reading import existing
-from core.errors import VitrineError
+from core.errors import VitrineError, one_line
 
 # Extension types of Flax: an array, and a scalar of numpy, which is packed like one.
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3

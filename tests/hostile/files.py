@@ -53,9 +53,9 @@ from tests.hostile.builders import (
 )
 
 #: Every way to read weights.
-READERS = ("load", "load_official", "load_weights", "convert", "infer", "test")
+READERS = ("load", "load_official", "load_weights", "convert", "infer", "test", "train")
 # What is read as data, but holds no weights that fit a model.
-_USERS = ("load_weights", "convert", "infer", "test")
+_USERS = ("load_weights", "convert", "infer", "test", "train")
 
 
 @dataclass(frozen=True)
@@ -376,11 +376,10 @@ _add("lists 100 000 deep", lambda: torch_zip(state((text("w"), b"]" * 100_000 + 
 
 # --- content without weights -----------------------------------------------------------------------------------------
 
-_add("a list", lambda: saved([torch.ones(2)]), readers=("load", "load_weights", "infer", "test", "convert"))
-_add("a number", lambda: saved(7), readers=("load", "load_weights", "infer", "test", "convert"))
+_add("a list", lambda: saved([torch.ones(2)]), readers=("load", *_USERS))
+_add("a number", lambda: saved(7), readers=("load", *_USERS))
 _add("a dictionary of numbers", lambda: saved({"epoch": 3, "lr": 0.1}), readers=_USERS)
 _add("an empty dictionary", lambda: saved({}), readers=_USERS)
-_add("names that are numbers", lambda: saved({1: torch.ones(2), 2: torch.ones(3)}), readers=("load_weights", "test"))
 _add("a run's checkpoint without its model", lambda: saved({"hooks": {}, "position": {}}), readers=_USERS)
 _add("a run's checkpoint of wrong parts", lambda: saved({"hooks": 1, "position": 2, "model": 3}), readers=_USERS)
 _add("texts in place of weights", lambda: saved({"state_dict": {"w": "text"}}), readers=_USERS)

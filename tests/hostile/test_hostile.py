@@ -11,8 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from core.checkpoint import CheckpointReadError, CheckpointStore, UnsafeCheckpointError, load, load_official
+from core.checkpoint import (
+    CheckpointReadError,
+    CheckpointStore,
+    StateMismatch,
+    UnsafeCheckpointError,
+    load,
+    load_official,
+    load_state,
+    save_atomic,
+)
 from core.checkpoint.limits import Budget
+from core.errors import ConfigError
 from tests.hostile.builders import (
     call,
     pickled,
@@ -155,3 +165,64 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         load(tmp_path / ("a" * 300))
     with pytest.raises(CheckpointReadError, match="no file"):
         load("a\0b")
+
+
+# --- what users do with weights --------------------------------------------------------------------------------------
+
+
+def test_a_conversion_copies_what_many_names_share_once(tmp_path, monkeypatch):
+    from core.convert import ConversionError, Options, convert_file
+
+    shared = torch.arange(1 << 20, dtype=torch.float32)
+    (tmp_path / "a.pt").write_bytes(saved({f"layers.{i}.weight": shared for i in range(40)}))
+    monkeypatch.setattr("core.convert.find_converter", lambda paper, reverse: (lambda state: dict(state), {}))
+    convert_file(Options("stvit", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")))
+    loaded = load(tmp_path / "b.pt")
+    assert torch.equal(loaded["layers.39.weight"], shared) and (tmp_path / "b.pt").stat().st_size < 5 << 20
+    with pytest.raises(ConversionError, match="40 names share 1 tensors of 4.2 MB"):
+        convert_file(Options("stvit", str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"hooks": {}, "position": 2, "model": 3},
+        {"hooks": 1, "position": 2, "model": {}},
+        {"hooks": {"EMAHook": 3}, "position": 2, "model": {}},
+        {"hooks": {"EMAHook": {}}, "position": 2, "model": {}},
+    ],
+)
+def test_a_run_of_wrong_parts_holds_no_weights(tmp_path, content):
+    from core.weights import load_weights
+
+    (tmp_path / "a.pt").write_bytes(saved(content))
+    with pytest.raises(ConfigError, match=r"a\.pt' is not a whole checkpoint of a run"):
+        load_weights(torch.nn.Linear(1, 1), tmp_path / "a.pt")
+
+
+def test_states_that_are_no_weights_are_refused_before_anything_changes():
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.clone()
+    for state, reason in (
+        ({1: torch.ones(2)}, "its key '1' \\(int\\) is not a name"),
+        ({"weight": torch.ones(2, 2, device="meta"), "bias": torch.ones(2)}, "meta"),
+        ({"weight": torch.ones(2, 2).to_sparse(), "bias": torch.ones(2)}, "sparse"),
+        ({"weight\x1b[2J" + "a" * 5000: torch.ones(2)}, r"weight\\x1b\[2Ja+ \.\.\. a+ "),
+    ):
+        with pytest.raises(StateMismatch, match=reason) as caught:
+            load_state(model, state)
+        assert all(line.isprintable() for line in str(caught.value).splitlines())
+        assert torch.equal(model.weight, before)
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    for value in (torch.ones(2, device="meta"), torch.ones(2).to_sparse()):
+        with pytest.raises(TypeError, match=r"state\['a'\]\[1\] is a (meta|sparse coo) tensor"):
+            save_atomic({"a": [1, value]}, tmp_path / "a.pt")
+    marked = {"conj": torch.tensor([1 + 2j]).conj(), "neg": torch.tensor([1 + 2j]).conj().imag}
+    small = {str(kind): torch.ones(3).to(kind) for kind in (torch.float8_e4m3fn, torch.uint16, torch.complex64)}
+    save_atomic({**marked, **small}, tmp_path / "a.pt")
+    loaded = load(tmp_path / "a.pt")
+    assert all(
+        torch.equal(loaded[k].to(torch.complex64), v.to(torch.complex64)) for k, v in {**marked, **small}.items()
+    )
