@@ -56,8 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
         f"at most {seconds:.2f} s ({slowest}) and {megabytes} MB ({largest})"
     )
     if not options.words and not options.no_record:
-        _RECORD.write_text(json.dumps({**summary, "each": figures}, indent=1) + "\n")
+        _RECORD.write_text(json.dumps({**summary, "seconds_and_megabytes": _short(figures)}, indent=1) + "\n")
     return 0 if refused == len(figures) and not executed else 1
+
+
+def _short(figures: dict[str, dict]) -> dict[str, str]:
+    return {name: f"{entry['seconds']:.2f} {entry['megabytes']}" for name, entry in figures.items()}
 
 
 def _read_all(folder: Path, names: list[str]) -> dict[str, dict]:
