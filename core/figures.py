@@ -51,9 +51,10 @@ class Figures:
         Raises:
             ConfigError: nothing computes that figure for this experiment; names the nearest that exist.
         """
-        from core.results import fingerprint
+        from core.config import to_dict
+        from core.results import digest
 
-        key = fingerprint(cfg)
+        key = digest(to_dict(cfg))  # not the fingerprint: what changes no result, as an input's shape, changes counts
         if key not in self._cache:
             trainer = self._build(cfg, "meta")
             self._cache[key] = _cheap_figures(trainer, cfg)
