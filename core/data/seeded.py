@@ -1,7 +1,7 @@
 """A dataset whose samples are made under their own seed, and what becomes of broken samples."""
 
 import traceback
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -29,9 +29,9 @@ class SeededDataset(Dataset):
 
     Args:
         dataset: map-style.
-        on_error: ``"raise"`` a SampleError for a sample that cannot be made, or ``"skip"`` it: in training the next
-            index takes its place under the same seed, in evaluation it is left out. Skipped samples travel with
-            their batch as :class:`SampleFault`.
+        on_error: ``"raise"`` a SampleError for a sample that cannot be made (one that is None or empty is none), or
+            ``"skip"`` it: in training the next index takes its place under the same seed, in evaluation it is left
+            out. Skipped samples travel with their batch as :class:`SampleFault`.
         training: see above.
         max_substitutes: broken samples in a row that training passes over before it raises after all.
     """
@@ -122,7 +122,13 @@ class SeededDataset(Dataset):
             seed = derive_seed(_EVALUATION, candidate)
         if seed is not None:
             seed_sample(seed)
-        return self.dataset[candidate]
+        sample = self.dataset[candidate]
+        if sample is None or (isinstance(sample, Mapping | list | tuple) and not len(sample)):
+            raise ValueError(
+                f"__getitem__ returned {sample!r}, which is not a sample (raise an error where one cannot be made; "
+                "on_error: skip leaves out and counts those that are known to be broken)"
+            )
+        return sample
 
     def _fault(self, index: int, error: Exception) -> SampleFault:
         message = f"{type(error).__name__}: {error}".strip().removesuffix(":")
