@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "trainer": "Trainer",
         "runner": "Runner",
-        "loop": "TrainLoop EvalLoop",
+        "loop": "TrainLoop",
+        "eval_loop": "EvalLoop",
         "eval_sets_loop": "EvalSetsLoop",
         "optim": "OptimWrapper OptimWrapperDict",
         "param_groups": "OptimConstructor",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core import eval_sets
-from core.loop import EVALUATION_SEED, EvalLoop
+from core.eval_loop import EVALUATION_SEED, EvalLoop
 from core.randomness import fixed_randomness
 from core.registry import LOOPS
 

@@ -1,7 +1,7 @@
 """The base of every paper's trainer: what one step is.
 
 A trainer owns its networks as plain submodules and says, in methods of tensors, what a loss and a prediction are. The
-engine around it (core.runner, core.loop) decides where and how often they are called.
+engine around it (core.runner, core.loop, core.eval_loop) decides where and how often they are called.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def test_a_wrapper_that_hands_on_none_is_named():
         return torch.utils.data.Subset(data, range(5, 9))
 
     with pytest.raises(SampleError, match=r"Subset\[1\]: .*returned None"):
-        batches({6: None}, training, wrap=wrap)
+        batches({6: None}, True, wrap=wrap)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
