@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from mmengine.runner import BaseLoop
 
 from core.data.batch import Batch
 from core.data.prefetch import DevicePrefetcher
 from core.errors import ConfigError
+from core.processes import largest, total
 from core.randomness import fixed_randomness
 from core.registry import LOOPS
 from core.signals import Interrupted, StopRequest
@@ -58,7 +58,7 @@ class EvalLoop(BaseLoop):
         runner.call_hook(f"before_{split}_epoch")
         runner.model.eval()
         with fixed_randomness(EVALUATION_SEED):
-            skipped = self._run_batches()
+            skipped = total(self._run_batches())
             self.metrics = self._compute()
         if skipped:
             self.metrics["skipped_samples"] = skipped
@@ -98,13 +98,9 @@ class EvalLoop(BaseLoop):
             ConfigError: the loader never ends.
         """
         try:
-            own = len(self.dataloader)
+            return largest(len(self.dataloader))
         except TypeError as error:
-            raise ConfigError(f"{self.split}_dataloader: {error}; an evaluation comes to an end") from None
-        most = torch.tensor([own], device=self.runner.device)
-        if dist.is_initialized():
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most.item())
+            raise ConfigError(f"{self.split}_dataloader: {error}; an evaluation has to end") from None
 
     def _stop_if_asked(self, first: bool) -> None:
         stop = StopRequest.current()

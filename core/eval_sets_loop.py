@@ -7,6 +7,7 @@ from typing import Any
 
 from core import eval_sets
 from core.eval_loop import EVALUATION_SEED, EvalLoop
+from core.processes import total
 from core.randomness import fixed_randomness
 from core.registry import LOOPS
 
@@ -47,7 +48,7 @@ class EvalSetsLoop(EvalLoop):
         self._found = {}
         for name, part in self.parts.items():
             with fixed_randomness(EVALUATION_SEED):
-                skipped = part._run_batches()
+                skipped = total(part._run_batches())
                 metrics = part._compute()
             if skipped:
                 metrics["skipped_samples"] = skipped

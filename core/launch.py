@@ -209,6 +209,7 @@ def _train(runner: Any, cfg: dict[str, Any]) -> None:
 def _result(runner: Any, cfg: dict[str, Any]) -> dict[str, Any]:
     import torch
 
+    from core.processes import total
     from core.runner import versions
     from core.trainer import unwrap
 
@@ -238,7 +239,7 @@ def _result(runner: Any, cfg: dict[str, Any]) -> dict[str, Any]:
         "steps": runner.train_loop.iter if trained else 0,
         "epochs": runner.train_loop.epoch if trained else 0,
         "stopped_early": _stopped_early(runner.train_loop) if trained else None,
-        "skipped_samples": runner.train_loop.skipped_samples if trained else 0,
+        "skipped_samples": total(runner.train_loop.skipped_samples) if trained else 0,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "seconds": round(runner.seconds, 2),

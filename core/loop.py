@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.runner import BaseLoop
 
 from core.checkpoint.files import storable
@@ -18,6 +19,7 @@ from core.data.prefetch import DevicePrefetcher
 from core.errors import ConfigError
 from core.hooks.finite import FiniteCheck
 from core.position import joint_batch, place
+from core.processes import total
 from core.registry import LOOPS
 from core.results import digest
 from core.signals import Interrupted, StopRequest
@@ -106,7 +108,10 @@ class TrainLoop(BaseLoop):
         return self._iter
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, whether these weights are still to be evaluated (they are saved before), the last figures."""
+        """The position, whether these weights are still to be evaluated (they are saved before), the last figures.
+
+        Collective: every process has to call it.
+        """
         val = getattr(self.runner, "_val_loop", None)
         return {
             "iter": self._iter,
@@ -114,7 +119,7 @@ class TrainLoop(BaseLoop):
             "batches_taken": self.batches_taken,
             "steps_per_epoch": self.steps_per_epoch,
             "joint_batch": joint_batch(self.dataloader),
-            "skipped_samples": self.skipped_samples,
+            "skipped_samples": total(self.skipped_samples),
             "evaluated_at": self._evaluated_at,
             "evaluation_due": self.evaluation_due,
             "stop_training": bool(self.stop_training),
@@ -129,7 +134,8 @@ class TrainLoop(BaseLoop):
         Raises:
             ConfigError: more is done than the run is long.
         """
-        self._iter, self.skipped_samples = state["iter"], state["skipped_samples"]
+        self._iter = state["iter"]
+        self.skipped_samples = state["skipped_samples"] if is_main_process() else 0  # the first keeps what all counted
         self._epoch, self.batches_taken, said = place(state, self.dataloader, self.steps_per_epoch)
         if said:
             self.runner.logger.warning(said)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from core.errors import VitrineError
@@ -64,3 +65,22 @@ def all_or_none(work: str) -> Iterator[None]:
     for number, failure in enumerate(everyone):
         if failure is not None:
             raise VitrineError(f"{work} ended because process {number} failed: {failure}")
+
+
+def total(number: int) -> int:
+    """The sum of a count over all processes. Collective: every process has to call it."""
+    return _over_all(number, dist.ReduceOp.SUM)
+
+
+def largest(number: int) -> int:
+    """The largest of a count over all processes. Collective: every process has to call it."""
+    return _over_all(number, dist.ReduceOp.MAX)
+
+
+def _over_all(number: int, operation: Any) -> int:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor([number], device=device)
+    dist.all_reduce(shared, op=operation)
+    return int(shared.item())

@@ -336,6 +336,7 @@ class Runner(MMRunner):
         model_state = full_model_state(model) if self.sharded else model.state_dict()
         optim_state = self.optim_wrapper.state_dict()
         hooks = {type(h).__name__: h.state_dict() for h in self.hooks if hasattr(h, "state_dict")}
+        position = self.train_loop.state_dict()
         states: list[Any] = [None] * self.world_size
         if dist.is_initialized():
             dist.all_gather_object(states, random_state())
@@ -346,7 +347,7 @@ class Runner(MMRunner):
         return {
             "format": FORMAT,
             "step": self.iter,
-            "position": self.train_loop.state_dict(),
+            "position": position,
             "model": model_state,
             "optim": optim_state,
             "schedulers": scheduler_states(self.param_schedulers),

@@ -1,9 +1,11 @@
 """What is not a sample never vanishes: it is an error that names it, or it is counted."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_experiment import train
 
 from core.data import build_loader
 from core.data.errors import SampleError
@@ -70,3 +72,24 @@ def test_a_run_stops_at_it_or_counts_it(tiny, monkeypatch):
     assert result["skipped_samples"] == 2
     assert result["metrics"]["seen"] == 20 and result["metrics"]["skipped_samples"] == 1
     assert "Points[3]" in (Path(result["run_dir"]) / "run.log").read_text()
+
+
+HOLES = """
+import mypoints
+
+
+class Points(mypoints.Points):
+    def __getitem__(self, index):
+        return None if int(index) in (3, 4, 7) else super().__getitem__(index)
+"""
+
+
+def test_two_processes_count_together(user):
+    (user / "myholes.py").write_text(HOLES)
+    words = [f"{split}_dataloader.dataset.type=myholes.Points" for split in ("train", "val")]
+    words += ["train_dataloader.on_error=skip", "+val_dataloader.on_error=skip"]
+    words += ["train_cfg.max_epochs=1", "run_dir=holes"]
+    train(user, *words, torchrun=2)
+    result = json.loads((user / "holes" / "result.json").read_text())
+    assert result["skipped_samples"] == 4  # 3, 4 in place of 3, 4 and 7
+    assert result["metrics"]["skipped_samples"] == 3 and result["metrics"]["seen"] == 18
