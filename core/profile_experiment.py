@@ -72,7 +72,7 @@ class Subject:
         import torch
 
         network = self.trainer.inference_network()
-        inputs = tuple(self._placed(value) for value in self.trainer.example_inputs(batch, self.device))
+        inputs = tuple(self.placed(value) for value in self.trainer.example_inputs(batch, self.device))
 
         def call() -> None:
             network.eval()
@@ -81,11 +81,11 @@ class Subject:
 
         return call
 
-    def train_step(self, batch: int) -> Callable[[], None]:
-        """One optimisation step on a made-up batch: forward, backward, update, as the trainer defines it.
+    def optimizer(self) -> Any:
+        """The optimizer wrapper of the experiment, built when first asked for.
 
         Raises:
-            ConfigError: the experiment has no optimizer.
+            ConfigError: the experiment has none.
         """
         if not self.cfg.get("optim_wrapper"):
             raise ConfigError(f"{self.cfg['name']} has no optim_wrapper: nothing is trained")
@@ -94,8 +94,16 @@ class Subject:
 
             settings = {k: v for k, v in self.cfg["optim_wrapper"].items() if k != "constructor"}
             self._wrapper = OptimConstructor(settings, precision=self.trainer.precision)(self.trainer)
-        wrapper = self._wrapper
-        data = {key: self._placed(value) for key, value in self.trainer.example_batch(batch, self.device).items()}
+        return self._wrapper
+
+    def train_step(self, batch: int) -> Callable[[], None]:
+        """One optimisation step on a made-up batch: forward, backward, update, as the trainer defines it.
+
+        Raises:
+            ConfigError: the experiment has no optimizer.
+        """
+        wrapper = self.optimizer()
+        data = {key: self.placed(value) for key, value in self.trainer.example_batch(batch, self.device).items()}
 
         def call() -> None:
             self.trainer.train()
@@ -103,7 +111,8 @@ class Subject:
 
         return call
 
-    def _placed(self, value: Any) -> Any:
+    def placed(self, value: Any) -> Any:
+        """A value of a batch in the run's memory format."""
         import torch
 
         if self.channels_last and isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point():
