@@ -87,6 +87,7 @@ def known_options(tool: str) -> frozenset[str] | None:
     """The options of a tool; None: whatever it takes."""
     modules = {"test": "core.run_options", "infer": "core.run_options", "ablate": "core.ablation", "demo": "tools.demo"}
     modules |= {"table": "core.tables", "convert": "core.convert", "profile": "core.profile_experiment"}
+    modules |= {"find_lr": "core.lr_finder"}
     names = {"test": "EvaluationOptions", "infer": "InferOptions"}
     if tool not in modules:
         return None

@@ -119,6 +119,11 @@ def test_it_infers_on_files(walked):
     assert all((walked / path).is_file() for record in records for path in record["pictures"].values())
 
 
+def test_it_suggests_a_rate(walked):
+    found = json.loads((walked / "rates" / "lr.json").read_text())
+    assert found["part"] == "restorer" and 1e-5 < found["suggestion"] < 1.0
+
+
 def test_a_run_again_differs_in_what_was_asked(walked):
     first, *_, again = sorted(results(walked, "discs")[:2], key=lambda result: result["seed"])
     assert (first["seed"], again["seed"]) == (0, 1) and first["metrics"] != again["metrics"]

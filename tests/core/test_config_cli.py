@@ -14,7 +14,7 @@ from core.config import command_line, compose, experiments, merge, to_dict
 from core.config_check import stage_config
 from core.errors import ConfigError
 
-TOOLS = ("train", "test", "infer", "table", "ablate", "profile", "convert", "prepare_data")
+TOOLS = ("train", "test", "infer", "table", "ablate", "profile", "convert", "find_lr", "prepare_data")
 
 
 def call(*words, cwd=ROOT, env=None):
