@@ -1,11 +1,11 @@
 """A store for what is computed from data once and read often: features, codes, latents, text states.
 
 It knows what it was derived from and refuses to be read as something else. Records are written in shards, each of which
-is there as a whole or not at all, so an interrupted job goes on where it was; several ranks may write at once. Reading
-maps the shards into memory and touches only the records asked for.
+is there as a whole or not at all, so an interrupted job goes on where it was; several ranks may write at once, and of
+several jobs the later ones wait for the first and share what it has made. Reading maps the shards into memory and
+touches only the records asked for.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from core.data.packed import PackedStrings
 from core.data.provenance import differences, hash_file, normalised
 from core.data.sampling import rank_and_world
 from core.errors import VitrineError
+from core.locks import FileLock, Locked
 
 _FORMAT = 1
 _MAX_MAPS = 128
@@ -92,7 +93,7 @@ class DerivedCache:
         self._buffer: dict[str, dict[str, Tensor]] = {}
         self._buffered_bytes = 0
         self._kinds: dict[str, list[Any]] | None = None
-        self._lock: BinaryIO | None = None
+        self._lock: FileLock | None = None
         self._open_folder(refresh)
         self.reload()
 
@@ -250,7 +251,7 @@ class DerivedCache:
         Raises:
             ValueError: lengths that differ, an id that is there already, fields, types or shapes (behind the first
                 axis) other than those of the first record. Nothing is added then.
-            VitrineError: another process writes to the folder under the same rank.
+            VitrineError: this process writes to the folder under the same rank already. Another one is waited for.
         """
         for field, rows in values.items():
             if not re.fullmatch(r"[\w-]+", field):
@@ -268,7 +269,8 @@ class DerivedCache:
             for i, identity in enumerate(ids)
         }
         self._check_kinds(records)
-        self._take_lock()
+        if self._take_lock():  # another process has written meanwhile, perhaps the same ones
+            records = {identity: record for identity, record in records.items() if identity not in self}
         self._buffer |= records
         self._buffered_bytes += sum(value.nbytes for record in records.values() for value in record.values())
         if self._buffered_bytes >= self.shard_bytes:
@@ -318,17 +320,23 @@ class DerivedCache:
         own = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"shard-r{self.rank:04d}-*.json")]
         return max(own, default=-1) + 1
 
-    def _take_lock(self) -> None:
-        """Be the only writer of this rank, and remove what an interrupted one left of an unfinished shard."""
-        if self._lock is not None:
-            return
-        lock = open(self.folder / f".writer-r{self.rank:04d}.lock", "wb")  # noqa: SIM115 (held until the cache goes)
+    def _take_lock(self) -> bool:
+        """Be the only writer of this rank, and remove what an interrupted one left of an unfinished shard.
+
+        While another process writes, this one waits, and sees then what that one has written.
+
+        Returns:
+            Whether it had to wait.
+        """
+        if self._lock is not None and self._lock.held:
+            return False
+        lock = FileLock(self.folder / f".writer-r{self.rank:04d}.lock", f"the cache {self.folder}")
+        told: list[str] = []
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+            lock.wait(lambda line: (told.append(line), _say(f"{line} is being filled")))
+        except Locked:
             raise VitrineError(
-                f"another process writes to {self.folder} as rank {self.rank}; give processes without a common "
+                f"this process writes to {self.folder} as rank {self.rank} already; give processes without a common "
                 "process group different rank and world_size"
             ) from None
         self._lock = lock
@@ -336,13 +344,28 @@ class DerivedCache:
             for path in self.folder.glob(pattern):
                 if not (self.folder / f"{path.name.lstrip('.').split('.')[0]}.json").is_file():
                     path.unlink()
+        self.reload()
+        return bool(told)
 
     def __enter__(self) -> "DerivedCache":
+        """To fill it: where another process does, its work is waited for, and only what is missing then is left."""
+        if self.ids is None or self.missing():
+            self._take_lock()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # What was computed before an error is as good as what was written before it.
-        self.flush()
+        try:
+            self.flush()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+
+def _say(line: str) -> None:
+    from mmengine.logging import print_log
+
+    print_log(line, "current")
 
 
 def _kind(value: Tensor) -> list[Any]:

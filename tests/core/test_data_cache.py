@@ -6,6 +6,10 @@ import os
 import pickle
 import resource
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from core.data import (
     hash_files,
     hash_state,
 )
+from core.data import cache as cache_module
 from core.data import files as files_module
 from core.errors import VitrineError
 
@@ -349,14 +354,86 @@ def test_shares_do_not_depend_on_who_was_faster(tmp_path):
     assert_holds(first, [IDS[0], IDS[1]])
 
 
-def test_two_writers_of_one_rank_are_refused(tmp_path):
+def test_two_writers_of_one_rank_in_a_process_are_refused(tmp_path):
     first, second = open_cache(tmp_path / "cache"), open_cache(tmp_path / "cache")
     write(first, IDS[:1])
-    with pytest.raises(VitrineError, match=r"another process writes to .* as rank 0"):
+    with pytest.raises(VitrineError, match=r"this process writes to .* as rank 0 already"):
         write(second, IDS[1:2])
     first.flush()
     del first
     write(second, IDS[1:2])
+
+
+FILL = """
+import sys, time
+from pathlib import Path
+import torch
+from core.data import DerivedCache
+
+folder, go, ids = Path(sys.argv[1]), Path(sys.argv[2]), [f"clip_{i:03d}" for i in range(20)]
+with DerivedCache(folder, eval(sys.argv[3]), ids=ids, shard_bytes=1) as cache:
+    for number, name in enumerate(cache.missing()):
+        if number == 5:
+            print("begun", flush=True)
+            while not go.exists():
+                time.sleep(0.01)
+        feature = torch.arange(6.0).view(1, 2, 3) + int(name[-3:])
+        cache.write([name], {"feature": feature, "label": [int(name[-3:])]})
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that has written five records, and goes on when the file `go` is there."""
+    words = [sys.executable, "-c", FILL, str(tmp_path / "cache"), str(tmp_path / "go"), repr(PROVENANCE)]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_process_waits_for_the_first_and_shares_what_it_made(tmp_path, other, monkeypatch):
+    said = []
+
+    def say(line):
+        said.append(line)
+        (tmp_path / "go").touch()
+
+    monkeypatch.setattr(cache_module, "_say", say)
+    with open_cache(tmp_path / "cache") as cache:
+        assert cache.missing() == []
+    assert (
+        said[0].startswith(f"waiting for process {other.pid} on {socket.gethostname()}") and "being filled" in said[0]
+    )
+    assert_holds(cache, IDS)
+
+
+def test_records_of_another_process_are_not_written_twice(tmp_path, other, monkeypatch):
+    monkeypatch.setattr(cache_module, "_say", lambda line: (tmp_path / "go").touch())
+    cache = open_cache(tmp_path / "cache")
+    write(cache, cache.missing())  # what that one makes meanwhile
+    cache.flush()
+    assert other.wait(60) == 0
+    assert len(open_cache(tmp_path / "cache")) == 20
+
+
+def test_a_process_that_was_killed_is_not_waited_for(tmp_path, other, monkeypatch):
+    other.kill()
+    other.wait()
+    monkeypatch.setattr(cache_module, "_say", lambda line: pytest.fail(line))
+    with open_cache(tmp_path / "cache") as cache:
+        assert cache.missing() == IDS[5:]
+        write(cache, IDS[5:])
+    assert_holds(open_cache(tmp_path / "cache"), IDS)
+
+
+def test_a_whole_cache_is_read_while_somebody_writes_another_one(full):
+    with open_cache(full) as cache:  # nothing is missing: nothing is locked
+        assert not list(full.glob(".writer*"))
+    assert_holds(cache, IDS)
 
 
 def test_damage_is_noticed(full):
