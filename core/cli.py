@@ -71,7 +71,9 @@ def parse(
         if name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"missing: {', '.join(f'{name}=...' for name in missing)} (--help explains)")
+        near = [w for w in rest if difflib.get_close_matches(w.lstrip("+~").partition("=")[0], missing, cutoff=0.6)]
+        hint = f"; perhaps meant by '{near[0]}'" if near else ""
+        raise ConfigError(f"missing: {', '.join(f'{name}=...' for name in missing)}{hint} (--help explains)")
     return options(**given), rest
 
 

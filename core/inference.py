@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from core.errors import ConfigError, VitrineError
 from core.run_options import InferOptions
+from core.signals import StopRequest
 
 if TYPE_CHECKING:
     from core.trainer import Inference
@@ -40,6 +37,7 @@ def infer(overrides: list[str], options: Any) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: no input, weights that do not fit or hold NaN, or no file could be processed.
+        core.signals.Interrupted: a signal asked to stop.
     """
     import torch
 
@@ -67,7 +65,7 @@ def infer(overrides: list[str], options: Any) -> list[dict[str, Any]]:
     _make(output)
     records: list[dict[str, Any]] = []
     try:
-        with torch.no_grad(), _terminable():
+        with torch.no_grad(), StopRequest(f"stopped: {output / 'results.json'} holds what was done"):
             for file, name in zip(files, names, strict=True):
                 records.append(_one(trainer, file, output / name))
                 print(json.dumps(records[-1], default=float), flush=True)
@@ -81,24 +79,6 @@ def infer(overrides: list[str], options: Any) -> list[dict[str, Any]]:
     if failed:
         print(f"{len(failed)} of {len(records)} files failed, see {output / 'results.json'}", file=sys.stderr)
     return records
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the program as an exception does, so that what is done is written; status 143."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: the embedding program handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _make(folder: Path) -> None:

@@ -49,8 +49,9 @@ def find_checkpoint(path: str | Path, best: bool | str = False, selection: Mappi
             return _best(folder, best, _selection(folder) if selection is None else selection)
         if (found := CheckpointStore(folder / "checkpoints").newest()) is not None:
             return found
-    if not path.exists() and path.name != LATEST:
-        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    missing = path.parent if path.name == LATEST else path
+    if not missing.exists():
+        near = nearest(missing.name, [p.name for p in missing.parent.iterdir()]) if missing.parent.is_dir() else ""
         raise ConfigError(f"no weights file {path}: there is no checkpoint at that path, nor a run's folder{near}")
     raise ConfigError(f"no whole checkpoint at {path}: give a file of weights or the folder of a run")
 

@@ -204,8 +204,13 @@ def test_latest_is_the_newest_run_that_was_trained_whatever_else_lies_there(user
     assert find_checkpoint("runs/mine/tiny/latest").parents[1].name == second.name
     with pytest.raises(ConfigError, match="name it with experiment="):
         printed(capsys, "checkpoint=latest")
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
+        printed(capsys, "checkpoint=runs/mine/tinny/latest")
+    Path("empty/mine/tiny").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"no whole checkpoint at .*latest"):
         printed(capsys, *words, "runs_dir=empty")
+    with pytest.raises(ConfigError, match="perhaps meant by 'chekpoint=latest'"):
+        printed(capsys, "chekpoint=latest")
 
 
 def test_latest_follows_a_run_that_goes_on_and_leaves_own_folders_alone(trained, place):
