@@ -244,6 +244,7 @@ def _result(runner: Any, cfg: dict[str, Any]) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "seconds": round(runner.seconds, 2),
         "resumed_from": cfg.get("resume_from"),
+        **({"resume_history": cfg["resume_history"]} if cfg.get("resume_history") else {}),
         "peak_memory_mb": round(peak, 1),
         "device": torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else _cpu_name(),
         "processes": runner.world_size,

@@ -1,13 +1,13 @@
-"""Work that several processes share: where one fails, none is left waiting."""
+"""Work that several processes share: where one fails, none is left waiting.
+
+Imports PyTorch when it is asked: configs and folders are read without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TypeVar
 
 from core.errors import VitrineError
 
@@ -20,6 +20,8 @@ def first_decides(decide: Callable[[], T]) -> T:
     Raises:
         VitrineError: the first process's, on all of them.
     """
+    import torch.distributed as dist
+
     outcome: list = [None, None]
     own: Exception | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -50,6 +52,8 @@ def all_or_none(work: str) -> Iterator[None]:
     Raises:
         VitrineError: another process failed; the message has its number and its error.
     """
+    import torch.distributed as dist
+
     own: Exception | None = None
     try:
         yield
@@ -69,18 +73,21 @@ def all_or_none(work: str) -> Iterator[None]:
 
 def total(number: int) -> int:
     """The sum of a count over all processes. Collective: every process has to call it."""
-    return _over_all(number, dist.ReduceOp.SUM)
+    return _over_all(number, "SUM")
 
 
 def largest(number: int) -> int:
     """The largest of a count over all processes. Collective: every process has to call it."""
-    return _over_all(number, dist.ReduceOp.MAX)
+    return _over_all(number, "MAX")
 
 
-def _over_all(number: int, operation: Any) -> int:
+def _over_all(number: int, operation: str) -> int:
+    import torch
+    import torch.distributed as dist
+
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return number
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     shared = torch.tensor([number], device=device)
-    dist.all_reduce(shared, op=operation)
+    dist.all_reduce(shared, op=getattr(dist.ReduceOp, operation))
     return int(shared.item())

@@ -183,13 +183,10 @@ class Result:
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """The resolved config stored beside the result, or None where only the result was copied."""
-        path = self.path.with_name("config.yaml")
-        if not path.is_file():
-            return None
-        import yaml
+        """The resolved config stored beside the result, or None where only the result was copied, or it is damaged."""
+        from core.run_folder import known_config
 
-        return yaml.safe_load(path.read_text())
+        return known_config(self.path.parent)
 
 
 class Results:
@@ -239,7 +236,7 @@ class Results:
     def _fingerprint(self, result: Result) -> str | None:
         if result.path not in self._prints:
             config = result.config
-            if config is None:
+            if config is None and not result.data.get("resume_history"):
                 config = self._recompose(result)
             self._prints[result.path] = None if config is None else fingerprint(config)
         return self._prints[result.path]

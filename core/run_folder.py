@@ -207,7 +207,8 @@ def write_config(cfg: dict[str, Any]) -> None:
 def unwritable(error: OSError, folder: Path) -> bool:
     """Whether an error says that a file of a run's folder could not be written."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
-    return error.errno in full or Path(str(error.filename or "")).is_relative_to(folder)
+    place = Path(str(error.filename or "")).absolute()
+    return error.errno in full or place.is_relative_to(folder.absolute())
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Going on with a run: what may change, what extends it, what is an error; and in which folder it goes on."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import yaml
 from core.config import compose
 from core.errors import ConfigError, VitrineError
 from core.launch import run
-from core.results import fingerprint
+from core.results import Results, fingerprint
 from core.run_folder import find_checkpoint
 from core.weights import model_state
 from tests.killing import assert_same_run, killed_in_phase, weights
@@ -378,3 +379,38 @@ def test_figures_and_seconds_of_all_legs_are_in_the_result(tiny, monkeypatch):
     assert late["resumed_from"].endswith("step_00000020.pt")
     assert late["metrics"] == late["val_metrics"] == whole["metrics"] != {}
     assert 1000 < late["seconds"] < 1000 + 60 + whole["seconds"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["mkdir", "fsync"])
+def test_a_full_or_read_only_disk_at_the_start_is_one_clear_error(tiny, monkeypatch, where, number):
+    def refuse(*args, **options):
+        raise OSError(number, os.strerror(number), *([str(args[0])] if where == "mkdir" else []))
+
+    monkeypatch.setattr(os, where, refuse)
+    with pytest.raises(VitrineError, match=f"{os.strerror(number)}.*(Free some space|free there)"):
+        tiny("train_cfg.max_epochs=1")
+
+
+def test_a_log_that_cannot_be_opened_is_one_clear_error(tiny):
+    Path("here/run.log").mkdir(parents=True)
+    with pytest.raises(VitrineError, match=r"cannot write .*here/run\.log: Is a directory"):
+        tiny("run_dir=here")
+
+
+def test_extended_runs_and_damaged_configs_are_no_evidence_for_tables(tiny, composed):
+    tiny("train_cfg.max_epochs=1")
+    (folder,) = Path("runs/mine/tiny").glob("2*")
+    assert match(composed, 1) is not None
+    tiny(f"resume={folder}", "train_cfg.max_epochs=2")
+    assert match(composed, 1) is None and match(composed, 2) is None
+    (folder / "config.yaml").unlink()  # as if the result alone had been copied
+    assert match(composed, 2) is None
+    other = Path(tiny("train_cfg.max_epochs=2")["run_dir"])
+    (other / "config.yaml").write_text("name: [")
+    assert match(composed, 2).path.parent.name == other.name  # its overrides tell
+
+
+def match(composed, epochs):
+    words = ["media=null", "visualizer.vis_backends=[{type: core.JsonLines}]", f"train_cfg.max_epochs={epochs}"]
+    return Results("runs", lambda given: composed(*given[1:])).match(composed(*words))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from core.errors import VitrineError
-from core.processes import all_or_none
+from core.locks import Locked
+from core.processes import all_or_none, first_decides
 
 
 def _shares(rank: int, folder: str) -> None:
@@ -32,16 +34,46 @@ def _shares(rank: int, folder: str) -> None:
     except (OSError, VitrineError) as error:
         said = f"{type(error).__name__}: {error}"
     Path(folder, str(rank)).write_text(said)
-    dist.barrier()  # nothing of the failure is left behind
+    Path(folder, f"decided{rank}").write_text(json.dumps(_decisions(rank)))
+    dist.barrier()  # nothing of the failures is left behind
     dist.destroy_process_group()
 
 
-def test_processes_wait_for_each_other_and_fail_together(tmp_path) -> None:
+def _decisions(rank: int) -> list:
+    def choose(outcome: object) -> object:
+        assert rank == 0, "the others are not asked"
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    said = []
+    for outcome in ({"folder": "a"}, Locked("taken"), ZeroDivisionError("by zero")):
+        try:
+            said.append(first_decides(lambda outcome=outcome: choose(outcome)))
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where two processes have written what they did."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_shares, (str(tmp_path),), nprocs=2)
-    said = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
-    assert said[0] == "VitrineError: reading pictures ended because process 1 failed: OSError: disk full"
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(_shares, (str(folder),), nprocs=2)
+    return folder
+
+
+def test_processes_wait_for_each_other_and_fail_together(folder) -> None:
+    said = [(folder / str(rank)).read_text() for rank in (0, 1)]
     assert said[1] == "OSError: disk full"
+    assert said[0] == "VitrineError: reading pictures ended because process 1 failed: OSError: disk full"
+
+
+def test_the_first_process_decides_and_its_errors_reach_all(folder) -> None:
+    first, second = (json.loads((folder / f"decided{rank}").read_text()) for rank in (0, 1))
+    assert first == [{"folder": "a"}, "Locked: taken", "ZeroDivisionError: by zero"]
+    assert second == [*first[:2], "VitrineError: the first process failed: ZeroDivisionError: by zero"]
 
 
 def test_one_process_alone_keeps_its_error() -> None:
@@ -49,3 +81,5 @@ def test_one_process_alone_keeps_its_error() -> None:
         pass
     with pytest.raises(KeyError, match="lost"), all_or_none("reading"):
         raise KeyError("lost")
+    with pytest.raises(KeyError, match="lost"):
+        first_decides(lambda: {}["lost"])
