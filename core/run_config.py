@@ -149,6 +149,8 @@ def laid_over(
     """
     groups = {path.name for root in (CONFIGS, config_dir) if root for path in Path(root).iterdir() if path.is_dir()}
     plain = {key: value for key, value in stored.items() if key not in _LAUNCHED} | _OF_THE_RUN
+    if Path(str(plain.get("runs_dir"))).is_absolute() and not Path(plain["runs_dir"]).is_dir():
+        plain["runs_dir"] = "runs"  # the run was copied from another machine
     chosen, keys = [], []
     for text in overrides:
         override = _parsed(text)

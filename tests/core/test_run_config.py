@@ -97,6 +97,12 @@ def test_a_group_is_replaced_and_what_belongs_to_the_run_is_left_behind():
     assert laid_over(STORED, ["run_dir=here"])["run_dir"] == "here"
 
 
+def test_a_folder_of_runs_on_another_machine_is_not_asked_for(tmp_path):
+    assert laid_over({**STORED, "runs_dir": "/scratch/of/a/cluster"}, [])["runs_dir"] == "runs"
+    assert laid_over({**STORED, "runs_dir": "elsewhere"}, [])["runs_dir"] == "elsewhere"
+    assert laid_over({**STORED, "runs_dir": str(tmp_path)}, [])["runs_dir"] == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
