@@ -18,29 +18,4 @@ Names are loaded when they are first used, so importing this package costs nothi
 
 from core.exports import lazy
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "batch": "Batch Collate collate",
-        "batching": "ResumableBatchSampler",
-        "cache": "CorruptCacheError DerivedCache IncompleteCacheError StaleCacheError",
-        "errors": "DataFileError MissingDataError SampleError SampleFault data_root",
-        "folder": "ImageFolder",
-        "image_zip": "ImageZip",
-        "images": "load_image to_pil",
-        "imagenet": "ImageNet",
-        "loader": "Loader build_loader",
-        "mix": "Mix",
-        "packed": "PackedStrings",
-        "prefetch": "DevicePrefetcher",
-        "provenance": "hash_file hash_files hash_state",
-        "sampling": "Draw EvalSampler TrainSampler",
-        "seeded": "SeededDataset",
-        "seeds": "derive_seed preserved_random_state seed_sample",
-        "tar": "TarShards",
-        "transforms": "EvalTransform TrainTransform",
-        "tree": "to_device",
-        "video": "VideoError VideoReader read_frames sample_indices",
-        "video_list": "VideoList",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

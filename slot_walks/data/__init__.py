@@ -11,17 +11,4 @@ Names are loaded when they are first used.
 
 from core.exports import lazy
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "birds": "Birds",
-        "standin": "Blobworld",
-        "coco": "COCO",
-        "cocostuff": "COCOSTUFF27 COCOStuff",
-        "dogs_cars": "Cars Dogs",
-        "transforms": "CropTrain OfficialEval Square StandardEval WholePicture",
-        "flowers": "Flowers",
-        "movi": "MOVi",
-        "voc": "VOC VOC_CLASSES",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -10,12 +10,4 @@ Names are loaded when they are first used.
 
 from core.exports import lazy
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "clip_folder": "ClipFolder DAVIS read_captions",
-        "one_shot": "DrawnClip OneShotVideoDataset",
-        "frames": "FrameSource clip_indices fit open_frames",
-        "tgve": "LoveuTGVE Submission TGVEClip read_table",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

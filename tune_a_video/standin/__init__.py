@@ -12,14 +12,4 @@ Names are loaded when they are first used.
 
 from core.exports import lazy
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "world": "Clip Edit Words all_words captions draw_clip draw_pictures edits parse_caption words_of_looks",
-        "networks": "Judge PictureTower TinyCLIP make_tokenizer",
-        "measures": "Reading agreement jitter joint_frames measure path_distances right_words",
-        "vae": "identity_vae",
-        "folder": "load_judge load_tiny_clip",
-        "training": "make_scheduler make_unet",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)
