@@ -43,7 +43,7 @@ def compose(overrides: Iterable[str], config_dir: str | Path | None = None) -> D
         ConfigError: an unknown experiment, group, option or key; names the nearest existing ones.
     """
     overrides = [str(o) for o in overrides]
-    return with_overrides(_compose(spelled_out(overrides), config_dir, explain=True), overrides)
+    return with_overrides(_compose(spelled_out(overrides, config_dir), config_dir, explain=True), overrides)
 
 
 # Lengths and intervals of `train_cfg` of which a run has one: giving one takes the place of the other.
@@ -51,12 +51,21 @@ _EITHER_OR = (("max_epochs", "max_steps"), ("val_every_epochs", "val_every_steps
 _LENGTHS = tuple(key for pair in _EITHER_OR for key in pair)
 
 
-def spelled_out(overrides: Iterable[str]) -> list[str]:
+# Where an override that adds a hook to a list waits until `with_overrides` appends it: Hydra appends to no list.
+_APPENDED = "appended_hooks"
+
+
+def spelled_out(overrides: Iterable[str], config_dir: str | Path | None = None) -> list[str]:
     """The overrides with ``train_cfg={max_steps: 10}`` and ``train_cfg.max_steps=10`` as ``++train_cfg.max_steps=10``.
 
     A run's length and its evaluations can be given in epochs or in steps whichever the experiment's file has: Hydra
     alone takes no key that the file lacks. `with_overrides` then takes the other one away.
+
+    ``+custom_hooks.NAME={type: ...}`` stands under another key where the experiment has a list of hooks.
     """
+    overrides = list(overrides)
+    if _hooks_are_a_list(overrides, config_dir):
+        overrides = [re.sub(r"^\+custom_hooks\.(?=[^.=]*[^.=\d][^.=]*=)", f"+{_APPENDED}.", text) for text in overrides]
     written: list[str] = []
     for text in overrides:
         name, equals, value = text.partition("=")
@@ -73,13 +82,26 @@ def spelled_out(overrides: Iterable[str]) -> list[str]:
     return written
 
 
+def _hooks_are_a_list(overrides: list[str], config_dir: str | Path | None) -> bool:
+    """Whether hooks are to be added, and the config without them has a list."""
+    if not any(text.startswith("+custom_hooks.") for text in overrides):
+        return False
+    others = [text for text in overrides if not text.startswith("+custom_hooks.")]
+    try:
+        chosen = {*_groups(config_dir), "custom_hooks"}
+        groups = [text for text in others if text.lstrip("+~").partition("=")[0] in chosen]
+        return OmegaConf.is_list(_compose(groups, config_dir, explain=False).get("custom_hooks"))
+    except ConfigError:  # which is told where the whole is composed
+        return False
+
+
 def with_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
     """A composed config that knows what was given on the command line.
 
     ``train_cfg.max_steps=10`` takes the place of the experiment's ``max_epochs``, as if ``train_cfg.max_epochs=null``
     stood beside it, and so do the other lengths and intervals that exclude each other.
     """
-    given = [str(override) for override in overrides]
+    given = [re.sub(rf"^\+{_APPENDED}\.", "+custom_hooks.", str(override)) for override in overrides]
     asked: set[str] = set()
     for override in OverridesParser.create().parse_overrides(given):
         if override.is_delete():
@@ -90,6 +112,9 @@ def with_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
             asked.add(override.key_or_group.removeprefix("train_cfg."))
     with open_dict(cfg):
         cfg.overrides = given
+        if _APPENDED in cfg:
+            for hook in cfg.pop(_APPENDED).values():
+                cfg.custom_hooks.append(hook)
         if isinstance(cfg.train_cfg, DictConfig):
             for key in displaced(cfg.train_cfg, asked):
                 cfg.train_cfg[key] = None
@@ -110,7 +135,7 @@ def _compose(overrides: list[str], config_dir: str | Path | None, *, explain: bo
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra_compose("train", overrides=[*extra, *overrides])
-    except CANNOT_COMPOSE as error:
+    except (*CANNOT_COMPOSE, ValueError) as error:  # ValueError: a name where OmegaConf wants a list's index
         hint = explain_overrides(overrides, config_dir) if explain else None
         raise ConfigError(hint or str(error).strip()) from None
     finally:
@@ -172,10 +197,9 @@ def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = 
     for text, override in keys:
         key = override.key_or_group
         parent, _, name = key.rpartition(".")
-        if parent == "custom_hooks" and isinstance(hooks[-1], list) and not name.isdigit():
+        if parent == "custom_hooks" and isinstance(hooks[-1], list) and not name.isdigit() and not override.is_add():
             return (
-                f"{text}: custom_hooks is a list here, which has no names: write it in the experiment as a mapping, "
-                "NAME: {type: ...}, or give the whole list anew"
+                f"{text}: custom_hooks is a list here, which has no names; '+custom_hooks.{name}=...' adds a hook to it"
             )
         if key not in removed and (mismatch := _mismatch(plain, text, override)):
             return mismatch
@@ -227,7 +251,7 @@ def command_line(argv: list[str], config_dir: str | Path | None = None) -> tuple
     before, overrides = list(argv), [*known.overrides, *rest]
     for word in overrides:
         before.remove(word)
-    overrides = spelled_out(overrides)
+    overrides = spelled_out(overrides, config_dir)
     if known.cfg == "job" and any(word.startswith("++train_cfg.") for word in overrides):
         lengths = compose(overrides, config_dir).train_cfg  # what Hydra prints is what would run
         overrides += [f"++train_cfg.{key}=null" for key in _LENGTHS if key in lengths and lengths[key] is None]

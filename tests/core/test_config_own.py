@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import compose, experiments, to_dict
+from core.config import command_line, compose, experiments, to_dict
 from core.config_check import checked
 from core.errors import ConfigError
 from core.hook_configs import hook_configs
@@ -105,6 +105,31 @@ def test_a_list_of_hooks_means_the_same_run_as_a_mapping(mine, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "listed\n"
 
 
+def test_a_hook_is_added_to_a_list(mine, user, tmp_path):
+    listed = "custom_hooks=[{type: mynotes.Note, text: listed}]"
+    added = (
+        "+custom_hooks.more={type: mynotes.Note, text: '${vars.text}'}",
+        "+custom_hooks.last={type: core.MediaHook}",
+    )
+    cfg = mine(listed, *added, "+vars.text=added", "train_cfg.max_epochs=1")
+    assert [hook["type"] for hook in to_dict(cfg)["custom_hooks"]] == ["mynotes.Note"] * 2 + ["core.MediaHook"]
+    given = to_dict(cfg)["overrides"]
+    assert set(added) < set(given) and set(to_dict(cfg)) == set(to_dict(mine()))
+    assert fingerprint(mine(*given)) == fingerprint(cfg)
+    run(cfg)
+    assert (tmp_path / "notes.txt").read_text().split() == ["listed", "added"]
+    path = user / "configs" / "experiment" / "mine" / "listed.yaml"
+    path.write_text(
+        "# @package _global_\ndefaults: [/experiment/mine/tiny]\ncustom_hooks:\n  - {type: mynotes.Note, text: file}\n"
+    )
+    try:
+        flags, words = command_line(["experiment=mine/listed", *added, "+vars.text=x"], user / "configs")
+        assert flags == [] and words[1].startswith("+appended_hooks.more=")
+        assert len(to_dict(mine("experiment=mine/listed", *added, "+vars.text=x"))["custom_hooks"]) == 3
+    finally:
+        path.unlink()
+
+
 @pytest.mark.parametrize("name", sorted(experiments()))
 def test_a_hook_can_be_added_to_every_experiment(name):
     before = hook_configs(to_dict(compose([f"experiment={name}"]))["custom_hooks"])
@@ -121,8 +146,8 @@ def test_a_hook_can_be_added_to_every_experiment(name):
         (["custom_hooks=[{interval: 2}]"], r"custom_hooks\.0=.*not a hook's config"),
         (["+custom_hooks.media={type: core.MediaHok}"], r"custom_hooks\.media.*did you mean 'MediaHook'"),
         (
-            ["custom_hooks=[{type: core.MediaHook}]", "+custom_hooks.other={type: core.MediaHook}"],
-            r"custom_hooks is a list here",
+            ["custom_hooks=[{type: core.MediaHook}]", "custom_hooks.other={type: core.MediaHook}"],
+            r"custom_hooks is a list here.*'\+custom_hooks\.other=",
         ),
         (["custom_hooks.media={type: core.MediaHook}"], r"'\+custom_hooks\.media=.*adds"),
     ],
