@@ -16,8 +16,8 @@ from typing import Any, NoReturn, TypeVar
 
 from core.console import prose, wrapped
 from core.errors import ConfigError, VitrineError
-from core.messages import first_process_speaks
-from core.signals import StopRequest
+from core.messages import first_process, first_process_speaks
+from core.signals import Interrupted, StopRequest
 
 T = TypeVar("T")
 
@@ -80,11 +80,12 @@ def parse(
 def run(main: Callable[[list[str]], None]) -> None:
     """Calls a tool's `main` with the command line.
 
-    The project's own errors end it with one clear message and status 2, as Ctrl-C and SIGTERM do at any moment.
+    The project's own errors end it with one clear message and status 2. So do Ctrl-C and SIGTERM, at any moment: the
+    work is not done, but nothing went wrong, and the message says what is kept.
     """
     first_process_speaks()
     try:
-        with StopRequest():
+        with StopRequest("stopped before it was done"):
             try:
                 main(sys.argv[1:])
             finally:
@@ -97,7 +98,14 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def stop(error: VitrineError) -> NoReturn:
-    """Ends the program with the error's message, after its notes (a broken sample's note is where it broke)."""
+    """Ends the program with the error's message, after its notes (a broken sample's note is where it broke).
+
+    That a program was asked to stop is no error, and of several processes the first says it.
+    """
+    if isinstance(error, Interrupted):
+        if first_process():
+            print(error, file=sys.stderr)
+        raise SystemExit(2) from None
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
     print(f"error: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import ClassVar
 
 from core.errors import VitrineError
+from core.messages import first_process
 
 _SAME_REQUEST = 0.1  # seconds: a launcher passes on what the terminal has sent to every process already
 _AGREEMENT = 0.5  # seconds from one agreement of several processes to the next, at most
@@ -65,7 +66,8 @@ class StopRequest:
             StopRequest._signal, StopRequest._owner = None, os.getpid()
             for number in (signal.SIGINT, signal.SIGTERM):
                 with contextlib.suppress(ValueError):  # not the main thread: the embedding program handles signals
-                    self._previous[number] = signal.signal(number, _handle)
+                    previous = signal.signal(number, _handle)
+                    self._previous[number] = _before_start.pop(number, previous)
         StopRequest._contexts.append(self)
         return self
 
@@ -112,6 +114,25 @@ class StopRequest:
         self._calls, self._agreed = 0, now
         self._next_agreement = min(self.agree_every, max(1, int(_AGREEMENT / max(seconds, 1e-9))))
         return bool(stop)
+
+
+_before_start: dict[int, object] = {}  # the handlers that `end_quietly` has replaced
+
+
+def end_quietly() -> None:
+    """From here to the first `StopRequest`, SIGINT and SIGTERM end the process with one line.
+
+    A program calls it before it imports anything heavy: a traceback out of an import says nothing.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        _before_start[number] = signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    if first_process():
+        sys.stderr.write("stopped before anything began\n")
+        sys.stderr.flush()
+    os._exit(2)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

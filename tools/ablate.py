@@ -11,6 +11,11 @@ goes on where it stopped. Table and plot are kept in runs_dir/ablations/EXPERIME
 Everything that is no option below is a Hydra override, for the base and every change.
 """
 
+if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
+    from core.signals import end_quietly
+
+    end_quietly()
+
 from core.ablation import main
 from core.cli import run
 

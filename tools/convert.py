@@ -17,6 +17,11 @@ Everything that is no option below is an option of the paper's converter (its ch
 a.b=c, an override of the experiment's config.
 """
 
+if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
+    from core.signals import end_quietly
+
+    end_quietly()
+
 from core.cli import run
 from core.convert import main
 

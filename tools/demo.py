@@ -13,6 +13,11 @@ semantic token attends to. The pieces are the public tools': `tools/train.py exp
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
+    from core.signals import end_quietly
+
+    end_quietly()
+
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path

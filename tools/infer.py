@@ -15,6 +15,11 @@ an override of the config.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
+    from core.signals import end_quietly
+
+    end_quietly()
+
 from core.cli import parse, run
 from core.run_options import InferOptions as Options
 

@@ -12,6 +12,11 @@
 A task that was stopped goes on where it was when it is called again.
 """
 
+if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
+    from core.signals import end_quietly
+
+    end_quietly()
+
 from core.cli import run
 from core.prepare import main
 

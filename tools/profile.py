@@ -21,6 +21,11 @@ Timings are medians with quartiles over `repeats` rounds. With vs= the two exper
 and the ratio is that of the rounds: a machine that slows down meanwhile slows both.
 """
 
+if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
+    from core.signals import end_quietly
+
+    end_quietly()
+
 import sys
 
 if __name__ == "__main__":

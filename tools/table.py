@@ -14,6 +14,11 @@ counts. What nobody knows stays an empty cell. Marks on the paper's figures say 
 Everything that is no option below is a Hydra override, added to every row's.
 """
 
+if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
+    from core.signals import end_quietly
+
+    end_quietly()
+
 from core.cli import run
 from core.tables import main
 

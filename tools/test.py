@@ -21,6 +21,11 @@ output, as JSON, the rest to standard error.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
+    from core.signals import end_quietly
+
+    end_quietly()
+
 import json
 
 from core.cli import parse, run

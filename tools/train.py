@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
+    from core.signals import end_quietly
+
+    end_quietly()
+
 import contextlib
 import io
 import os
