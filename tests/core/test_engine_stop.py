@@ -281,7 +281,7 @@ def signalled(user, place, number, seconds, *overrides, tool="train.py"):
     [
         ("import", signal.SIGINT, "train.py", 60, "stopped before training began: nothing is lost"),
         ("evaluation", signal.SIGTERM, "train.py", 0.5, "step_00000010.pt; go on with resume=auto"),
-        ("import", signal.SIGTERM, "test.py", 60, "stopped"),
+        ("import", signal.SIGTERM, "test.py", 60, "stopped before it was done"),
     ],
 )
 def test_a_tool_that_is_asked_to_stop_says_one_line(waiting, place, number, tool, seconds, line):
