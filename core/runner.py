@@ -335,7 +335,7 @@ class Runner(MMRunner):
         model = unwrap(self.model)
         model_state = full_model_state(model) if self.sharded else model.state_dict()
         optim_state = self.optim_wrapper.state_dict()
-        hooks = {type(h).__name__: h.state_dict() for h in self.hooks if hasattr(h, "state_dict")}
+        hooks = {name: hook.state_dict() for name, hook in self._hooks_with_state().items()}
         position = self.train_loop.state_dict()
         states: list[Any] = [None] * self.world_size
         if dist.is_initialized():
@@ -365,6 +365,16 @@ class Runner(MMRunner):
     def seconds(self) -> float:
         """Seconds that the run has taken, those of earlier processes up to the checkpoint included."""
         return self._seconds_before + time.perf_counter() - self._started
+
+    def _hooks_with_state(self) -> dict[str, Any]:
+        """Hooks that keep something, by class; a second one of a class is ``Name#2``, in the order of the hooks."""
+        found: dict[str, Any] = {}
+        for hook in self.hooks:
+            if hasattr(hook, "state_dict"):
+                name = type(hook).__name__
+                count = sum(type(other).__name__ == name for other in found.values())
+                found[f"{name}#{count + 1}" if count else name] = hook
+        return found
 
     def save_state(self, must: bool = False, interim: bool = False) -> Path | None:
         """Writes a checkpoint, once for a step; a full disk leaves the earlier ones intact and is reported.
@@ -442,9 +452,9 @@ class Runner(MMRunner):
         self._restore_model(state)
         self.train_loop.load_state_dict(state["position"])
         restore_regime(self, state)
-        for hook in self.hooks:
-            if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:
-                hook.load_state_dict(state["hooks"][type(hook).__name__])
+        for name, hook in self._hooks_with_state().items():
+            if hasattr(hook, "load_state_dict") and name in state["hooks"]:
+                hook.load_state_dict(state["hooks"][name])
         self._seconds_before = state.get("seconds", 0.0)
         self._random_state = state["random"][self.rank % len(state["random"])]
         self._resumed_from = path

@@ -102,6 +102,25 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(tiny):
         assert (resumed["steps"], resumed["stopped_early"]) == (whole["steps"], whole["stopped_early"])
 
 
+def test_two_hooks_of_one_class_resume_each_with_its_own_counts(tiny):
+    values = [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    follow(values)
+    watched = (
+        *words(3, metric="score"),
+        "+custom_hooks.other={type: core.EarlyStopping, metric: score, direction: lower}",
+    )
+    given = (*watched, "checkpoint.keep_last=null")
+    whole = tiny(*given)
+    assert whole["epochs"] == 4  # the first waits, the second always improves
+    folder = tiny_copy(whole, "copy")
+    for step in (30, 40):
+        (folder / "checkpoints" / f"step_{step:08d}.pt").unlink()
+    follow(values)
+    Course.calls = 1  # the evaluation of step 20 is done again
+    resumed = tiny(*given, f"resume={folder}")
+    assert (resumed["steps"], resumed["stopped_early"]) == (whole["steps"], whole["stopped_early"])
+
+
 def tiny_copy(result, name):
     """The run's folder without its result, beside it."""
     import shutil
