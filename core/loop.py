@@ -167,6 +167,7 @@ class TrainLoop(BaseLoop):
         runner = self.runner
         runner.call_hook("before_train")
         self._finite = FiniteCheck(runner)
+        self._finite.watch(runner.optim_wrapper)
         with contextlib.ExitStack() as stack:
             self._stop = StopRequest.current() or stack.enter_context(StopRequest())
             if runner.world_size > 1:
@@ -181,6 +182,15 @@ class TrainLoop(BaseLoop):
                     self.dataloader.close()
             self._end()
         return runner.model
+
+    def confirm(self) -> None:
+        """Looks at the steps whose losses and gradients are still on their way from the device.
+
+        Raises:
+            core.hooks.finite.NonFiniteLoss, core.hooks.finite.NonFiniteGradient: these weights are not worth keeping.
+        """
+        if self._finite is not None:
+            self._finite.flush()
 
     def _is_over(self) -> bool:
         """Whether no step is left, and no epoch whose last step is done has still to be ended."""
@@ -248,7 +258,6 @@ class TrainLoop(BaseLoop):
         runner.call_hook("after_step")
         self._evaluate()
         if self._stop.requested():
-            self._finite.flush()
             runner.save_state(interim=True)
             raise Interrupted(runner.farewell(f"at step {self._iter}"))
 

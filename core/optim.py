@@ -8,7 +8,7 @@ that does not depend on the number of processes. `OptimWrapperDict` holds one wr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ class OptimWrapper(_OptimWrapper):
     may be shorter, and its losses are then averaged over the micro-steps that it has. Every update sees the gradient of
     one big batch (micro-batches of equal size); clipping and cleaning see it whole and unscaled.
 
-    The order at an update: unscale (fp16), clean, clip, step. Nothing of it waits for the device, except that fp16's
-    scaler asks whether to skip the step, unless the optimizer is built with ``fused: true``.
+    The order at an update: unscale (fp16), clean, watch, clip, step. Nothing of it waits for the device, except that
+    fp16's scaler asks whether to skip the step, unless the optimizer is built with ``fused: true``.
 
     Args:
         optimizer: what updates the parameters; built from the config by `core.OptimConstructor`.
@@ -67,6 +67,9 @@ class OptimWrapper(_OptimWrapper):
     Attributes:
         updates: how many updates were made, skipped fp16 steps included.
         grad_norm: norm before clipping at the last update, a scalar tensor on the device; None without norm clipping.
+        watch: called with the parameters of an update; it is left out where that returns False. The training loop
+            looks for gradients that are not finite (`core.hooks.finite`). Not called under fp16, whose scaler skips
+            such updates itself.
 
     Raises:
         ConfigError: an argument that cannot be meant.
@@ -98,6 +101,7 @@ class OptimWrapper(_OptimWrapper):
         self.loss_scaler = torch.amp.GradScaler(self.device_type, **(loss_scale or {})) if scaling else None
         self.updates = 0
         self.grad_norm: Tensor | None = None
+        self.watch: Callable[[list[nn.Parameter]], bool] | None = None
         self._window_start = 0  # value of _inner_count when the current window began
         self._unsynced = False  # gradients of this window are still those of this process alone
         self._restored = False
@@ -180,8 +184,12 @@ class OptimWrapper(_OptimWrapper):
             for p in parameters:
                 gradient = local(p.grad)
                 torch.nan_to_num(gradient, **self._clean, out=gradient)
-        if self._clip and parameters:
-            self._clip_parameters(parameters)
+        if self._clip_type == "value" and parameters:
+            self._clip_values(parameters)
+        if self.loss_scaler is None and self.watch is not None and not self.watch(parameters):
+            return  # the weights stay as they were
+        if self._clip_type == "norm" and self._clip and parameters:
+            self._clip_norm(parameters)
         if self.loss_scaler is None:
             self.optimizer.step(**kwargs)
         elif parameters:
@@ -194,12 +202,12 @@ class OptimWrapper(_OptimWrapper):
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
-    def _clip_parameters(self, parameters: list[nn.Parameter]) -> None:
-        if self._clip_type == "value":
-            bound, gradients = self._clip["clip_value"], [local(p.grad) for p in parameters]
-            torch._foreach_clamp_min_(gradients, -bound)
-            torch._foreach_clamp_max_(gradients, bound)
-            return
+    def _clip_values(self, parameters: list[nn.Parameter]) -> None:
+        bound, gradients = self._clip["clip_value"], [local(p.grad) for p in parameters]
+        torch._foreach_clamp_min_(gradients, -bound)
+        torch._foreach_clamp_max_(gradients, bound)
+
+    def _clip_norm(self, parameters: list[nn.Parameter]) -> None:
         norm_type = self._clip["norm_type"]
         # FSDP2 parameters and plain ones do not mix in one foreach call.
         parts = [[p for p in parameters if is_sharded(p.grad) is sharded] for sharded in (False, True)]
@@ -406,7 +414,9 @@ def _check_clip(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
 
 
 def _check_clean(config: Mapping[str, float] | None) -> dict[str, float]:
-    for key in config or ():
+    # A command line's {nan: 0} has the number as its key.
+    config = {"nan" if key != key else key: value for key, value in (config or {}).items()}
+    for key in config:
         if key not in _CLEAN_KEYS:
             raise ConfigError(f"clean_gradients has no key '{key}'{nearest(key, _CLEAN_KEYS)}; it takes {_CLEAN_KEYS}")
     if not config:

@@ -41,6 +41,7 @@ from core.parallel import full_model_state, load_full_model_state, shard
 from core.randomness import random_state, set_random_state
 from core.regime import regime, restore_regime, scheduler_states
 from core.registry import DATASETS, LOOPS, build, nearest
+from core.sharding import local
 from core.trainer import DataParallelTrainer, Trainer, unwrap
 
 FORMAT = 1
@@ -393,6 +394,8 @@ class Runner(MMRunner):
             if self.rank == 0 and not interim:
                 self.store.keep(self.iter)
             return self._saved[1]
+        if hasattr(self.train_loop, "confirm"):
+            self.train_loop.confirm()
         state = self.state()
         outcome: list[Any] = [None]
         if state is not None:
@@ -427,9 +430,13 @@ class Runner(MMRunner):
         return f"stopped {where}; saved {path}{older}; go on with resume=auto"
 
     def save_debug_state(self, step: int, terms: dict[str, float], batch: Any) -> Path:
-        """What there is to look at after a non-finite loss: weights, optimizer, batch and terms of `step`."""
+        """What there is to look at after a loss or gradient that is not finite: weights, batch and terms of `step`.
+
+        Not collective, so of sharded weights this process's part.
+        """
         path = Path(self.work_dir) / "debug" / f"nonfinite_step_{step:08d}_rank{self.rank}.pt"
-        state = {"step": step, "terms": terms, "batch": _plain(batch), "model": unwrap(self.model).state_dict()}
+        model = {name: local(value) for name, value in unwrap(self.model).state_dict().items()}
+        state = {"step": step, "terms": terms, "batch": _plain(batch), "model": model}
         save_atomic(state, path)
         return path
 
