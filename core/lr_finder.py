@@ -124,7 +124,7 @@ def _micro_steps(optim_wrapper: Any) -> int:
 
 
 def _swept(cfg: dict[str, Any], options: Options) -> Sweep:
-    from core.hooks.finite import NonFiniteLoss
+    from core.hooks.finite import NonFiniteGradient, NonFiniteLoss
     from core.hooks.lr_sweep import LRSweep
     from core.runner import Runner
 
@@ -142,7 +142,7 @@ def _swept(cfg: dict[str, Any], options: Options) -> Sweep:
     hook = LRSweep(options.min, options.max, options.steps, options.part, options.loss)
     runner.register_hook(hook)
     try:
-        with contextlib.suppress(NonFiniteLoss):  # where a sweep is meant to end
+        with contextlib.suppress(NonFiniteLoss, NonFiniteGradient):  # where a sweep is meant to end
             runner.train()
             return judge(hook.rates, hook.losses, hook.diverged)
         return judge(hook.rates, hook.losses, hook.rate)

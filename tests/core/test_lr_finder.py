@@ -88,6 +88,13 @@ def test_a_loss_that_runs_away_ends_the_sweep(sweep, tmp_path):
     assert not list((tmp_path / "sweep").rglob("*.pt"))
 
 
+def test_a_loss_that_is_not_finite_ends_the_sweep_without_an_error(sweep, tmp_path):
+    sgd = "+optim_wrapper.optimizer={type: torch.optim.SGD, lr: 1}"
+    found = sweep("~optim_wrapper.optimizer", sgd, min=1.0, max=1e38, steps=12)
+    assert found.diverged is not None and len(found.rates) < 12
+    assert not list((tmp_path / "sweep").rglob("*.pt"))
+
+
 def test_groups_keep_their_factors_and_other_optimizers_their_rates():
     one, two = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     groups = [{"params": [one], "lr": 9.0, "lr_scale": 0.5}, {"params": [two], "lr": 9.0}]
