@@ -122,7 +122,6 @@ class Runner(MMRunner):
         self._remove_empty(self._log_dir)
         self._log_dir = self._work_dir
         log_warnings(self._work_dir, self.rank)
-        kwargs.setdefault("file_mode", "a")
         return super().build_logger(log_level, log_file or os.path.join(self._work_dir, "run.log"), **kwargs)
 
     @staticmethod
