@@ -450,6 +450,12 @@ class Runner(MMRunner):
         state = load(path)
         if state.get("format") != FORMAT:
             raise ConfigError(f"{path} is no checkpoint of a run (weights alone go into load_from)")
+        kinds = {"model": dict, "position": dict, "hooks": dict, "random": list, "step": int}
+        wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind) or state[key] == []]
+        if wrong:
+            raise ConfigError(
+                f"{path} is damaged: {', '.join(wrong)} of the run is not in it; resume from an earlier one"
+            )
         if len(state["random"]) != self.world_size:
             self.logger.warning(
                 f"{path} was written by {len(state['random'])} processes, this run has {self.world_size}: "

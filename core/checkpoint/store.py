@@ -219,13 +219,13 @@ class CheckpointStore:
     def _index(self) -> dict[str, dict]:
         try:
             index = json.loads((self.folder / INDEX).read_text())["checkpoints"]
+            return {name: _checked(entry) for name, entry in index.items() if (self.folder / name).exists()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             message = f"'{self.folder / INDEX}' cannot be read ({error}): the checkpoints are judged without it"
             warnings.warn(message, Damaged, stacklevel=3)
             return {}
-        return {name: entry for name, entry in index.items() if (self.folder / name).exists()}
 
     def _write_index(self, index: dict[str, dict]) -> None:
         """A full disk costs the metrics, not the checkpoint: files are judged by their own checksums then."""
@@ -242,6 +242,13 @@ class CheckpointStore:
                 if is_temporary(path.name):
                     with contextlib.suppress(OSError):
                         path.unlink()
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """An entry of the index, when what is looked at in it has the right kinds."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("metrics", {}), dict):
+        raise TypeError("an entry is not what the store writes")
+    return entry
 
 
 def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:

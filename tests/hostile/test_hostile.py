@@ -14,6 +14,7 @@ import torch
 from core.checkpoint import (
     CheckpointReadError,
     CheckpointStore,
+    Damaged,
     StateMismatch,
     UnsafeCheckpointError,
     load,
@@ -226,3 +227,25 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     assert all(
         torch.equal(loaded[k].to(torch.complex64), v.to(torch.complex64)) for k, v in {**marked, **small}.items()
     )
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"model": {}, "position": {}, "hooks": {}, "random": [], "step": 1}, {"model": 3}]
+)
+def test_a_run_does_not_go_on_from_a_checkpoint_of_wrong_parts(tmp_path, state):
+    from core.runner import FORMAT, Runner
+
+    (tmp_path / "a.pt").write_bytes(saved({"format": FORMAT, **state}))
+    with pytest.raises(ConfigError, match=r"a\.pt is damaged: .*random.* is not in it"):
+        Runner._restore(None, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"checkpoints": []}', '{"checkpoints": {"step_00000001.pt": 3}}', "[" * 100_000, "\ufeff{}"]
+)
+def test_a_store_goes_on_without_a_broken_index(tmp_path, text):
+    store = CheckpointStore(tmp_path)
+    store.save({"w": torch.ones(1)}, 1)
+    (tmp_path / "index.json").write_text(text)
+    with pytest.warns(Damaged, match="judged without it"):
+        assert store.newest() == store.path(1)
