@@ -19,6 +19,7 @@ from core.config_check import stage_config
 from core.errors import ConfigError
 from core.latest import LATEST
 from core.messages import first_process
+from core.results import first_difference
 from core.run_folder import find_checkpoint, stage_folders, stage_of
 
 # What a stored config says of its own run, and means nothing to another one.
@@ -37,9 +38,9 @@ def configured(
 ) -> tuple[dict[str, Any], Path]:
     """The config and the file that a tool's command line means.
 
-    A run's checkpoint has a config, that of its run or of its stage, and `overrides` are laid over it. The experiment
-    need not be named; named, it has to be that of the run, or else it is composed and stands in the place of the run's.
-    A bare file of weights needs an experiment.
+    A run's checkpoint has a config, that of its run or of its stage, and `overrides` are laid over it. An experiment
+    that is named is composed in its place, and what then differs in the model is said; ``checkpoint=latest`` needs one
+    to find the run, whose config it is. A bare file of weights has no config: name the experiment.
 
     Args:
         checkpoint: a run's folder, a stage's, a checkpoint in one, ``.../latest``, a file of weights, or ``latest``,
@@ -64,16 +65,26 @@ def configured(
     stored = stored_config(folder) if newest.parent.name == "checkpoints" else None
     if composed is None and stored is None:
         raise ConfigError(f"{newest} does not lie in a run's folder with a config.yaml: name its experiment=")
-    if stored is not None and (composed is None or composed.get("name") == stored.get("name")):
+    if composed is None or (checkpoint == LATEST and stored is not None):
         cfg = laid_over(stored, [word for word in overrides if word not in named], config_dir, options)
         _say(f"config: {folder / 'config.yaml'} ({' '.join(cfg['overrides']) or cfg['name']})")
     else:
-        if stored is not None:
-            _say(f"{folder} is a run of {stored['name']}; its weights go into {composed.name}")
         cfg = stage_for(composed, newest, stage)
+        if stored is not None:
+            _tell_difference(folder, stored, cfg)
     if not best or path.is_file():
         return cfg, newest
     return cfg, find_checkpoint(folder, best=best, selection=cfg["checkpoint"])
+
+
+def _tell_difference(folder: Path, stored: dict[str, Any], cfg: dict[str, Any]) -> None:
+    """Says where a run's model is another one than that of the experiment which was named."""
+    difference = first_difference(stored["model"], cfg["model"], "model")
+    if difference is not None:
+        name = "" if stored.get("name") == cfg["name"] else f" ({stored.get('name')})"
+        _say(
+            f"warning: {folder}{name} was trained otherwise ({difference}); without experiment= its own config is used"
+        )
 
 
 def _say(text: str) -> None:

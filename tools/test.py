@@ -14,8 +14,8 @@ network alone find their place by their names and shapes; where several places f
 into, prefix, strict, ignore, key, averaged and finite mean the same in a config's load_from={path:
 FILE, into: ..., ...}, which also gives what a file of a part lacks.
 
-experiment= together with a run: that of the run changes nothing; another one is built and given the
-run's weights. Every other key=value is an override of the config. The metrics go to standard
+Named beside a run, experiment= is built in place of the run's own config, and what then differs in
+the model is said. Every other key=value is an override of the config. The metrics go to standard
 output, as JSON, the rest to standard error.
 """
 

@@ -12,6 +12,7 @@ import yaml
 
 from core.ablation import Options as AblationOptions
 from core.ablation import ablate
+from core.checkpoint import StateMismatch
 from core.config import compose
 from core.errors import ConfigError
 from core.evaluation import evaluate
@@ -134,13 +135,17 @@ def test_a_run_needs_no_experiment_and_keeps_its_overrides(trained, capsys):
     assert not (folder.parent / "evaluations").exists() and Path("runs/evaluations/mine/tiny").is_dir()
 
 
-def test_the_runs_experiment_may_be_named_and_another_one_takes_its_weights(user, trained, capsys):
+def test_an_experiment_that_is_named_is_built_instead_and_what_differs_is_said(user, trained, capsys):
     folder = trained("model.network.width=8", "runs_dir=runs")
-    own = [f"config_dir={user / 'configs'}", f"checkpoint={folder}"]
-    assert printed(capsys, *own, "experiment=mine/tiny") == result(folder)["val_metrics"]
+    own = [f"config_dir={user / 'configs'}", f"checkpoint={folder}", "runtime=cpu"]
+    with pytest.raises(StateMismatch, match=r"stem\.weight: the model has \(16, 8\)"):
+        printed(capsys, *own, "experiment=mine/tiny")
+    said = capsys.readouterr().err
+    assert "was trained otherwise (model.network.width: 8 there, 16 here); without experiment= its own config" in said
+    assert printed(capsys, *own, "experiment=mine/tiny", "model.network.width=8") == result(folder)["val_metrics"]
     text = (user / "configs/experiment/mine/tiny.yaml").read_text().replace("mine/tiny", "mine/other")
     (user / "configs/experiment/mine/other.yaml").write_text(text.replace("count: 21", "count: 9"))
-    other = printed(capsys, *own, "experiment=mine/other", "model.network.width=8", "runtime=cpu")
+    other = printed(capsys, *own, "experiment=mine/other", "model.network.width=8")
     assert other["seen"] == 9
     with pytest.raises(ConfigError, match="no such experiment"):
         printed(capsys, *own, "experiment=mine/tinny")
