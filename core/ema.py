@@ -111,6 +111,11 @@ class EMA:
         held = {} if self.target is None else self._tensors(self.target)
         return held | self._own
 
+    def averaged_buffers(self) -> list[tuple[str, Tensor]]:
+        """Names and averages of buffers, where buffers are averaged."""
+        buffers = {name for name, _ in self.module.named_buffers()}
+        return [(name, average) for name, average in self._averages().items() if name in buffers]
+
     # ------------------------------------------------------------------ averaging
     def next_decay(self) -> float:
         """The decay that the next averaging will use, given the samples reported so far."""

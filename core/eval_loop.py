@@ -54,6 +54,7 @@ class EvalLoop(BaseLoop):
         """The metrics, by name."""
         runner, split = self.runner, self.split
         was_training = runner.model.training
+        runner.reconcile_buffers()
         runner.call_hook(f"before_{split}")
         runner.call_hook(f"before_{split}_epoch")
         runner.model.eval()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import PARAM_SCHEDULERS, VISUALIZERS
 from mmengine.runner import BaseLoop
@@ -25,10 +25,12 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 from core import eval_sets
+from core.buffers import place_batch_norms, reconcile, reconcile_module
 from core.checkpoint import CheckpointStore, CheckpointWriteError, load, load_state, save_atomic
 from core.data.loader import build_loader
 from core.data.seeds import preserved_random_state, seed_sample
 from core.detection import keep_boxes_exact, networks
+from core.ema import EMA
 from core.errors import ConfigError
 from core.evaluators import build_evaluator
 from core.hook_configs import hook_configs
@@ -168,6 +170,7 @@ class Runner(MMRunner):
         self._load_initial_weights(model)
         if runtime["channels_last"]:
             model = model.to(memory_format=torch.channels_last)
+        model = place_batch_norms(model, self.device, synchronised=runtime["sync_batchnorm"])
         if runtime["fsdp"] is not None:
             if not dist.is_initialized():
                 raise ConfigError(
@@ -184,21 +187,14 @@ class Runner(MMRunner):
             options = runtime["compile"] if isinstance(runtime["compile"], dict) else {}
             for network in networks(model).values():
                 network.compile(**options)
-        if self.sharded:
-            return model
-        if not dist.is_initialized() or self.device.type == "cpu":  # PyTorch synchronises batch norms on GPUs only
-            model = revert_sync_batchnorm(model)
-        if not dist.is_initialized():
+        if self.sharded or not dist.is_initialized():
             return model
         return self._data_parallel(model, model_wrapper_cfg)
 
     def _data_parallel(self, model: nn.Module, model_wrapper_cfg: dict | None) -> nn.Module:
-        runtime = self.runtime
-        if runtime["sync_batchnorm"] and self.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if model_wrapper_cfg is not None:
             return super().wrap_model(model_wrapper_cfg, model)
-        unused = runtime["find_unused_parameters"]
+        unused = self.runtime["find_unused_parameters"]
         if unused is None:  # a phase of an adversarial step leaves the other networks' parameters without gradients
             several = bool(getattr(model, "optimizer_parts", ()))
             unused = several or "optimizer" not in (self.settings["optim_wrapper"] or {"optimizer": None})
@@ -332,6 +328,7 @@ class Runner(MMRunner):
 
         Collective: every process has to call it.
         """
+        self.reconcile_buffers()
         model = unwrap(self.model)
         model_state = full_model_state(model) if self.sharded else model.state_dict()
         optim_state = self.optim_wrapper.state_dict()
@@ -360,6 +357,20 @@ class Runner(MMRunner):
             "seed": self.seed,
             "versions": versions(),
         }
+
+    def reconcile_buffers(self) -> None:
+        """One value for every buffer, of the model and of averages that hooks keep of it. Collective.
+
+        See `core.buffers`.
+        """
+        if self.world_size == 1:
+            return
+        reconcile_module(unwrap(self.model))
+        for hook in self.hooks:
+            if isinstance(ema := getattr(hook, "ema", None), EMA):
+                reconcile(ema.averaged_buffers())
+            if isinstance(module := getattr(hook, "ema_model", None), nn.Module):  # mmengine's
+                reconcile_module(module)
 
     @property
     def seconds(self) -> float:
