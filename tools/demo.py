@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     print()
     emit(table)
     emit(table, "json", output / "figures.json", quiet=True)
-    pictures = sorted((Path(results[options.ours]["run_dir"]) / "media").glob("tokens_*.png"))
+    pictures = sorted((Path(results[options.ours]["run_dir"]) / "media").glob("*tokens_*.png"))
     if pictures:
         shutil.copyfile(pictures[-1], output / "tokens.png")
         print(f"\nWhat each semantic token attends to: {output / 'tokens.png'}")

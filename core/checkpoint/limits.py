@@ -31,7 +31,7 @@ class Budget:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.bytes = 8 * size + 64 * _MEGABYTE
+        self.bytes = 8 * size + 128 * _MEGABYTE
         self.steps = 300_000 + min(size, 8 * _MEGABYTE) // 4 + size // 64
         self._compound_keys = 0
         self._views: dict[int, _Views] = {}

@@ -181,7 +181,7 @@ def test_media_shows_scenes_slots_and_truth() -> None:
 def test_a_run_leaves_its_picture(tmp_path: Path) -> None:
     words = ["runtime=cpu", f"runs_dir={tmp_path}", "train_cfg.max_steps=1", "train_dataloader.dataset.count=16"]
     result = run(compose(["experiment=slot_walks/blobworld", *words, "test_dataloader.dataset.count=2"]))
-    (picture,) = Path(result["run_dir"]).glob("media/slots_*.png")
+    (picture,) = Path(result["run_dir"]).glob("media/test_slots_*.png")
     with Image.open(picture) as shown:
         assert shown.size[1] > 5 * 192
 

@@ -194,7 +194,7 @@ def test_digit_experiments_run_whole(name: str, tmp_path: Path) -> None:
     assert result["status"] == "finished"
     assert result["steps"] == 2
     assert 0 <= result["metrics"]["top1"] <= 1
-    pictures = list(Path(result["run_dir"]).glob("media/tokens_*.png"))
+    pictures = list(Path(result["run_dir"]).glob("media/test_tokens_*.png"))
     assert len(pictures) == (name == "stvit/digits")
 
 
