@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -271,7 +272,8 @@ def test_logs_without_figures_say_so(tmp_path: Path) -> None:
 
 def test_help_is_quick_to_load() -> None:
     words = [sys.executable, "-X", "importtime", "-m", "slot_walks.curves", "--help"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    wide = {**os.environ, "COLUMNS": "200"}  # a narrow terminal folds the command
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, env=wide)
     assert done.returncode == 0 and "python -m slot_walks.curves run=" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert not imported & {"torch", "matplotlib", "numpy"}
