@@ -43,14 +43,49 @@ def killed_in_phase(number: int) -> Iterator[None]:
         Trainer.phase = phase
 
 
+def newest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The newest checkpoint of a run, or of each of its stages, by the stage's folder."""
+    stores = sorted(folder.rglob("checkpoints"))
+    names = {"" if store.parent == folder else store.parent.name: store for store in stores}
+    return {name: torch.load(max(store.glob("step_*.pt")), weights_only=True) for name, store in names.items()}
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint, by stage and name."""
-    found = {}
-    for store in sorted(folder.rglob("checkpoints")):
-        newest = max(store.glob("step_*.pt"))
-        state = torch.load(newest, weights_only=True)["model"]
-        found |= {f"{store.parent.name if store.parent != folder else ''}:{name}": v for name, v in state.items()}
+    return {f"{stage}:{key}": value for stage, one in newest(folder).items() for key, value in one["model"].items()}
+
+
+def states(folder: Path) -> dict[str, Any]:
+    """All that a run's newest checkpoint goes on from but times and the log's place, flat, by stage and name."""
+    parts = ("model", "optim", "schedulers", "position", "random", "step", "beginning")
+    found: dict[str, Any] = {}
+    for stage, state in newest(folder).items():
+        kept = {part: state[part] for part in parts}
+        kept["average"] = state["hooks"].get("EMAHook")
+        found |= dict(_flat(kept, stage))
     return found
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{path}.{index}")
+    else:
+        yield path, value
+
+
+def losses(run: Path) -> dict[int, float]:
+    """{step: loss} of a run's log."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def lasting(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without what tells of time, machine and place."""
+    return {key: value for key, value in result.items() if key not in PASSING}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -64,8 +99,4 @@ def assert_same_run(one: Path, other: Path) -> None:
     ]
     assert results[0].keys() == results[1].keys()
     for name, result in results[0].items():
-        assert _lasting(result) == _lasting(results[1][name]), name
-
-
-def _lasting(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key not in PASSING}
+        assert lasting(result) == lasting(results[1][name]), name

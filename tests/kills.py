@@ -1,0 +1,269 @@
+"""Kills runs at random moments, lets them go on, and holds what they end as against runs that nobody touched.
+
+  python -m tests.kills                  20 kills over three experiments; some eight minutes on one core
+  python -m tests.kills seed=5 kills=60  other moments, and more of them
+
+SIGKILL, from the start of a process (imports, building, filling caches) to its last evaluation. The experiments: one
+stage with workers, dropout and averaged weights; three stages with caches (seqgan/shape_glyphs, small), whose codes are
+lost at half of the kills; two optimizers in turn. Final weights, optimizers, averages, logged losses and result files
+have to be equal bit for bit; times, memory and places are left out. Writes results/engine_kills.json.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.cli import parse, run
+from core.errors import VitrineError
+from core.runner import versions
+from tests.core.tiny_experiment import EXPERIMENT, PACKAGE, environment
+from tests.killing import lasting, losses, states
+
+ROOT = Path(__file__).parents[1]
+CODES = "data/shape_glyphs/codes"
+DUEL = [
+    "~model",
+    "+model={type: mypoints.Duel, generator: {type: torch.nn.Linear, in_features: 8, out_features: 8},"
+    " discriminator: {type: mypoints.Net, dropout: 0.2}}",
+    "~optim_wrapper",
+    "+optim_wrapper={generator: {optimizer: {type: torch.optim.Adam, lr: 0.01}, params: [generator]},"
+    " discriminator: {optimizer: {type: torch.optim.SGD, lr: 0.1, momentum: 0.9}, params: [discriminator]}}",
+    "val_dataloader=null",
+    "val_evaluator=null",
+    "train_cfg.val_every_epochs=null",
+]
+
+
+@dataclass
+class Options:
+    """What is killed how often."""
+
+    seed: int | None = field(default=None, metadata={"help": "of the moments; null: the time"})
+    kills: int = field(default=20, metadata={"help": "over all experiments"})
+    output: str = field(default="results/engine_kills.json", metadata={"help": "file that is written"})
+
+
+@dataclass
+class Experiment:
+    """A small run.
+
+    name: for the report.
+    words: of tools/train.py.
+    loses: a folder that may be gone when the run goes on.
+    """
+
+    name: str
+    words: list[str]
+    loses: str | None = None
+
+
+TINY = ["--config-dir", "configs", "experiment=mine/tiny", "runtime=cpu", "log_every=3", "media=null"]
+EXPERIMENTS = (
+    Experiment(
+        "one stage: workers, dropout, averaged weights",
+        [
+            *TINY,
+            "train_dataloader.num_workers=2",
+            "train_dataloader.dataset.slow=0.05",
+            "model.network.dropout=0.2",
+            "ema={decay: 0.95}",
+            "checkpoint.every_steps=4",
+            "train_cfg.max_epochs=6",
+            "train_cfg.val_every_epochs=null",
+            "train_cfg.val_every_steps=7",
+        ],
+    ),
+    Experiment(
+        "stages with caches: seqgan/shape_glyphs, small",
+        [
+            "experiment=seqgan/shape_glyphs",
+            "runtime=cpu",
+            "log_every=3",
+            "stages.2.model.network.dim=16",
+            "stages.2.model.network.depth=1",
+            "+train_dataloader.dataset.count=512",
+            "train_dataloader.batch_size=16",
+            "+stages.2.test_dataloader.dataset.count=60",
+            "train_cfg.max_steps=50",
+            "stages.1.train_cfg.max_steps=40",
+            "stages.2.train_cfg.max_steps=60",
+            "param_scheduler.0.warmup=5",
+            "checkpoint.every_steps=10",
+        ],
+        CODES,
+    ),
+    Experiment(
+        "two optimizers in turn",
+        [*TINY, *DUEL, "train_dataloader.dataset.slow=0.01", "checkpoint.every_steps=4", "train_cfg.max_epochs=12"],
+    ),
+)
+
+
+def prepared(home: Path) -> None:
+    """What runs find in the folder that they start in: the tiny experiment, and networks of a dozen steps."""
+    from seqgan.data.shape_glyphs import ShapeGlyphs
+    from seqgan.standin import judges
+
+    (home / "mypoints.py").write_text(PACKAGE)
+    (home / "configs/experiment/mine").mkdir(parents=True)
+    (home / "configs/experiment/mine/tiny.yaml").write_text(EXPERIMENT)
+    train = judges.train_network
+    judges.train_network = lambda network, data, steps, title: train(network, data, 12, title)
+    try:
+        for kind in ("loss", "judge"):
+            judges.trained_network(kind, ShapeGlyphs("train", 0, count=512), home / "data/shape_glyphs")
+    finally:
+        judges.train_network = train
+
+
+class Bench:
+    """Starts, kills and compares runs of one experiment in a folder.
+
+    Args:
+        experiment: what is run.
+        home: folder that runs start in.
+        chance: decides when they are killed.
+    """
+
+    def __init__(self, experiment: Experiment, home: Path, chance: random.Random) -> None:
+        self.experiment, self.home, self.chance = experiment, home, chance
+        began = time.monotonic()
+        process = self._start("undisturbed")
+        if process.wait() != 0:
+            raise VitrineError(f"{experiment.name}: the undisturbed run fails\n{self._said('undisturbed')}")
+        self.seconds = time.monotonic() - began
+        self.kills: list[dict[str, Any]] = []
+        self.runs = 0
+
+    def _start(self, name: str) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            str(ROOT / "tools/train.py"),
+            *self.experiment.words,
+            f"run_dir={name}",
+            "resume=auto",
+        ]
+        environ = {**environment(), "PYTHONPATH": str(ROOT)}
+        with open(self.home / f"{name}.txt", "a") as output:
+            return subprocess.Popen(command, cwd=self.home, env=environ, stdout=output, stderr=subprocess.STDOUT)
+
+    def _said(self, name: str) -> str:
+        return (self.home / f"{name}.txt").read_text()[-3000:]
+
+    def kill(self, count: int) -> None:
+        """Kills runs that often, one after the other, and compares each when it has come to its end.
+
+        Raises:
+            VitrineError: a run that goes on fails, or ends otherwise than the undisturbed one.
+        """
+        left, name = count, None
+        while left or name is not None:
+            name = name or f"killed{self.runs}"
+            process = self._start(name)
+            if left:
+                delay = self.chance.uniform(0, 1.1 * self.seconds)
+                try:
+                    process.wait(delay)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    left -= 1
+                    lost = self._lose()
+                    self.kills.append({"after_seconds": round(delay, 2), "at": self._place(name), "cache_lost": lost})
+                    continue
+            if process.wait() != 0:
+                raise VitrineError(f"{self.experiment.name}: a run that goes on fails\n{self._said(name)}")
+            self._compare(name)
+            self.runs += 1
+            name = None
+            self._lose(surely=True)
+
+    def _lose(self, surely: bool = False) -> bool:
+        lost = self.experiment.loses is not None and (surely or self.chance.random() < 0.5)
+        if lost:
+            shutil.rmtree(self.home / self.experiment.loses, ignore_errors=True)
+        return lost
+
+    def _place(self, name: str) -> str:
+        """How far a run was: its newest log line."""
+        logs = sorted((self.home / name).rglob("log.jsonl"))
+        steps = [max(losses(log.parent), default=0) for log in logs]
+        return f"{logs[-1].parent.name if len(logs) > 1 else 'log'} step {steps[-1]}" if logs else "start"
+
+    def _compare(self, name: str) -> None:
+        one, other = self.home / "undisturbed", self.home / name
+        for what, read in (("states", states), ("results", _results), ("logs", _logs)):
+            first, second = read(one), read(other)
+            wrong = [key for key in {*first, *second} if not _same(first.get(key), second.get(key))]
+            if wrong:
+                raise VitrineError(f"{self.experiment.name}: {what} of {name} differ: {sorted(wrong)[:5]}")
+        shutil.rmtree(other)
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    paths = sorted(folder.rglob("result.json"))
+    return {str(path.relative_to(folder)): lasting(json.loads(path.read_text())) for path in paths}
+
+
+def _logs(folder: Path) -> dict[str, Any]:
+    return {str(path.relative_to(folder)): losses(path.parent) for path in sorted(folder.rglob("log.jsonl"))}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    options, _ = parse(argv, Options, doc=__doc__)
+    seed = int(time.time()) if options.seed is None else options.seed
+    print(f"seed {seed}", flush=True)
+    chance, began, report = random.Random(seed), time.monotonic(), []
+    shares = [options.kills // len(EXPERIMENTS) + (i < options.kills % len(EXPERIMENTS)) for i in range(3)]
+    with tempfile.TemporaryDirectory() as home:
+        prepared(Path(home))
+        for number, (experiment, share) in enumerate(zip(EXPERIMENTS, shares, strict=True)):
+            place = Path(home) / f"bench{number}"
+            place.mkdir()
+            for name in ("mypoints.py", "configs", "data"):
+                source = Path(home) / name
+                (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
+            bench = Bench(experiment, place, chance)
+            bench.kill(share)
+            report.append(
+                {
+                    "experiment": experiment.name,
+                    "kills": bench.kills,
+                    "runs": bench.runs,
+                    "equal": True,
+                    "seconds_undisturbed": round(bench.seconds, 1),
+                }
+            )
+            print(f"{experiment.name}: {share} kills in {bench.runs} runs, all equal", flush=True)
+    record = {
+        "command": f"python -m tests.kills seed={seed} kills={options.kills}",
+        "kills": sum(shares),
+        "compared": "weights, optimizers, averages, logged losses, result files: bit for bit",
+        "experiments": report,
+        "seconds": round(time.monotonic() - began),
+        "versions": versions(),
+    }
+    Path(options.output).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
