@@ -7,6 +7,7 @@ change
 - evaluation: loaders and evaluators of both splits, how often is evaluated, ``evaluate``, ``checkpoint``;
 - the length, ``train_cfg.max_epochs`` or ``max_steps``, down to what is done: more of it extends the run, a finished
   one, too, and schedules are those of the new length from there on;
+- the batch of a process, if the number of processes changes so that their joint batch stays the same;
 - keys that are named in ``resume_changes=[KEY,...]``.
 
 Everything else is an error that names the key. ``resume=auto`` looks for a run of this very config instead.
@@ -26,6 +27,7 @@ from core.errors import ConfigError
 from core.results import relevant
 
 HISTORY = "resume_history"
+BATCH = "train_dataloader.batch_size"
 LENGTH = ("train_cfg.max_epochs", "train_cfg.max_steps")
 _EVALUATION = frozenset(
     [
@@ -139,7 +141,8 @@ def check_changes(cfg: Mapping[str, Any], stored: Mapping[str, Any], found: list
         ConfigError: a key that may not change, with both values and the ways out; a key in `resume_changes` that
             neither config has.
     """
-    named = [str(key) for key in cfg.get("resume_changes") or ()]
+    named = cfg.get("resume_changes") or ()
+    named = [named] if isinstance(named, str) else [str(key) for key in named]
     for key in named:
         if get(cfg, key, None) is None and get(stored, key, None) is None and not any(d.named_by([key]) for d in found):
             close = difflib.get_close_matches(key, [d.name for d in found], n=1)

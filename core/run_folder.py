@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import errno
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,6 +106,13 @@ def rank() -> int:
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def choose_run_dir(cfg: dict[str, Any]) -> Path:
@@ -230,8 +236,12 @@ def writable(folder: Path | None) -> Iterator[None]:
         ) from None
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON in one atomic replacement."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, default=float))
-    os.replace(partial, path)
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON in one atomic replacement.
+
+    Raises:
+        CheckpointWriteError: the disk is full, read-only, or the like.
+    """
+    from core.checkpoint import write_text_atomic
+
+    write_text_atomic(json.dumps(content, indent=1, default=float), path)

@@ -18,6 +18,7 @@ from core.locks import FileLock, Locked
 from core.processes import first_decides
 from core.results import fingerprint
 from core.resume import (
+    BATCH,
     HISTORY,
     Difference,
     Origin,
@@ -37,6 +38,8 @@ from core.run_folder import (
     new_folder,
     newest_checkpoint,
     read_config,
+    stage_folders,
+    world_size,
     writable,
     write_config,
 )
@@ -150,7 +153,21 @@ def _check_folder(cfg: dict[str, Any], source: Origin | None) -> None:
     elif source is None:
         check_very_config(differences(held, cfg), folder)
     else:
-        check_changes(cfg, held, differences(held, cfg), folder if begun else source.folder)
+        base = folder if begun else source.folder
+        found = [d for d in differences(held, cfg) if d.key != BATCH or not _same_joint_batch(d, base)]
+        check_changes(cfg, held, found, base)
+
+
+def _same_joint_batch(batch: Difference, run: Path) -> bool:
+    """Whether all processes together take as many samples a step as before, since there are more or fewer of them."""
+    from core.checkpoint import load
+
+    folders = stage_folders(run) or [run]
+    if batch.stage is not None:
+        folders = folders[batch.stage : batch.stage + 1]
+    newest = [path for path in map(newest_checkpoint, folders) if path is not None]
+    before = {len(load(path)["random"]) * batch.old for path in newest}
+    return before == {batch.new * world_size()}
 
 
 # ---------------------------------------------------------------------- where a run goes on

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from core.errors import ConfigError, VitrineError
 from core.launch import run
 from core.results import Results, fingerprint
 from core.run_folder import find_checkpoint
+from core.signals import Interrupted
 from core.weights import model_state
 from tests.killing import assert_same_run, killed_in_phase, weights
 
@@ -189,6 +191,8 @@ def test_named_keys_change_knowingly_and_take_effect(tiny):
     common = ["train_cfg.max_epochs=2", "param_scheduler=null", CHECKPOINTS]
     with killed_in_phase(12):
         tiny("run_dir=first", *common)
+    with pytest.raises(ConfigError, match="resume_changes names seeed"):
+        tiny("resume=first", *common, "resume_changes=seeed")
     faster = ["optim_wrapper.optimizer.lr=0.5", "optim_wrapper.optimizer.weight_decay=0.2"]
     with pytest.raises(ConfigError, match=r"weight_decay is 0\.05"):
         tiny("resume=first", *common, *faster, "resume_changes=[optim_wrapper.optimizer.lr]")
@@ -214,6 +218,18 @@ def test_another_batch_size_goes_on_at_the_same_sample_or_with_the_next_epoch(ti
     result = tiny(*common, *change)
     assert said in Path("first/run.log").read_text()
     assert result["epochs"] == 2 and result["steps"] == {5: 4 + 3 + 5, 4: 3 + 5}[killed]
+
+
+def test_more_processes_with_the_same_joint_batch_need_no_leave(tiny, monkeypatch):
+    from core import run_start
+
+    with killed_in_phase(7):
+        tiny("run_dir=first", CHECKPOINTS)
+    monkeypatch.setattr(run_start, "world_size", lambda: 2)  # what two processes would find
+    with pytest.raises(ConfigError, match="batch_size is 4 there and 3 here"):
+        tiny("resume=first", CHECKPOINTS, "train_dataloader.batch_size=3")
+    result = tiny("resume=first", CHECKPOINTS, "train_dataloader.batch_size=2")  # here one process takes them
+    assert result["resumed_from"].endswith("step_00000005.pt")
 
 
 # ---------------------------------------------------------------------- run_dir=NEW resume=OTHER
@@ -379,6 +395,26 @@ def test_figures_and_seconds_of_all_legs_are_in_the_result(tiny, monkeypatch):
     assert late["resumed_from"].endswith("step_00000020.pt")
     assert late["metrics"] == late["val_metrics"] == whole["metrics"] != {}
     assert 1000 < late["seconds"] < 1000 + 60 + whole["seconds"]
+
+
+def test_figures_survive_a_stop_right_after_the_last_evaluation(tiny, monkeypatch):
+    import mypoints
+
+    common = ["train_cfg={max_steps: 10, val_every_steps: 10}", "checkpoint.every_steps=7"]
+    whole = tiny("run_dir=whole", *common)
+    evaluate = mypoints.Accuracy.evaluate
+
+    def stopped(self, size):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mypoints.Accuracy, "evaluate", stopped)
+        with pytest.raises(Interrupted):
+            tiny("run_dir=late", *common)
+    late = tiny("run_dir=late", "resume=auto", *common)
+    assert late["metrics"] == late["val_metrics"] == whole["metrics"] != {}
+    assert_same_run(Path("whole"), Path("late"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
