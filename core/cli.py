@@ -9,11 +9,13 @@ import dataclasses
 import difflib
 import os
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+from core.config_key import TRACEBACK
 from core.console import prose, wrapped
 from core.errors import ConfigError, VitrineError
 from core.messages import first_process, first_process_speaks
@@ -106,6 +108,8 @@ def stop(error: VitrineError) -> NoReturn:
         if first_process():
             print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    if os.environ.get(TRACEBACK) not in (None, "", "0"):
+        traceback.print_exception(error)
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
     print(f"error: {error}", file=sys.stderr)

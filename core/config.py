@@ -184,8 +184,8 @@ def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = 
     for text, override in groups:
         options = _options(override.key_or_group, config_dir)
         value = override.value()
-        if isinstance(value, str) and value not in options:
-            return f"{text}: no such {override.key_or_group}; {_closest(value, options)}"
+        if not override.is_sweep_override() and not isinstance(value, list) and value not in options:
+            return f"{text}: no such {override.key_or_group}; {_closest(str(value), options)}"
     try:
         base = _compose([t for t, o in groups if not o.is_sweep_override()], config_dir, explain=False)
     except ConfigError:

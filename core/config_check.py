@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from typing import Any
@@ -10,6 +11,8 @@ import yaml
 
 from core import eval_sets
 from core.config import CONFIGS, displaced, experiments, merge
+from core.config_key import config_key
+from core.config_kinds import check_kinds, check_loader, check_together
 from core.errors import ConfigError
 from core.hook_configs import hook_configs
 from core.objective import check_objective
@@ -21,38 +24,37 @@ _NOT_BUILT = ("stages", "components", "vars")  # keys in which a `type` names no
 
 def checked(cfg: dict[str, Any]) -> dict[str, Any]:
     """The config, if it can be meant: its keys, types and arguments exist."""
-    import difflib
-
     look_in_working_directory()
     cfg = {**_root_defaults(), **cfg}
     if not cfg.get("model"):
-        raise ConfigError(f"choose an experiment: experiment=... ({some_experiments()})")
+        raise ConfigError(f"there is no model: choose an experiment, experiment=... ({some_experiments()})")
     if not cfg["name"]:
-        raise ConfigError("the experiment sets no `name` (its id, e.g. stvit/digits)")
-    known = {*_root_defaults(), "runtime", "visualizer", "log_every", *_WRITTEN}
-    for key in cfg:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=2)
-            raise ConfigError(
-                f"unknown key '{key}' at the top of the config" + (f"; did you mean {near}?" if near else "")
-            )
+        raise ConfigError("there is no name: the experiment sets its id, e.g. name: stvit/digits")
+    _check_names(cfg)
+    _check_one(cfg)
     _check_components(cfg)
     _check_variables(cfg)
+    staged = [stage_config(cfg, stage) for stage in cfg["stages"]]
+    for index, (stage, whole) in enumerate(zip(cfg["stages"], staged, strict=True)):
+        with config_key(f"stages.{index}"):
+            _check_names(stage)
+            _check_one(whole)
+    for index, whole in enumerate(staged or [cfg]):
+        with config_key(f"stages.{index}" if staged else ""):
+            check_together(whole)
+    check_objective((staged or [cfg])[-1])
+    cfg["paper"] = cfg["paper"] or cfg["name"].partition("/")[0]
+    return cfg
+
+
+def _check_one(cfg: dict[str, Any]) -> None:
+    from core.registry import check
+
+    check_kinds(cfg)
     hook_configs(cfg["custom_hooks"])
     _check_sets(cfg)
     _check_selection(cfg)
-    from core.registry import check
-
-    check_objective(stage_config(cfg, cfg["stages"][-1]) if cfg["stages"] else cfg)
     check({k: v for k, v in cfg.items() if k not in _NOT_BUILT})
-    check({"type": "core.MediaHook", **(cfg["media"] or {})}, "media")
-    for index, stage in enumerate(cfg["stages"]):
-        staged = stage_config(cfg, stage)
-        hook_configs(staged["custom_hooks"])
-        _check_sets(staged)
-        check({k: v for k, v in staged.items() if k not in _NOT_BUILT}, f"stages[{index}]")
-    cfg["paper"] = cfg["paper"] or cfg["name"].partition("/")[0]
-    return cfg
 
 
 def stage_config(cfg: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +70,15 @@ def _root_defaults() -> dict[str, Any]:
     """The keys of configs/train.yaml, which a config may lack: an override removed one, or an older run has none."""
     root = yaml.safe_load((CONFIGS / "train.yaml").read_text())
     return {key: value for key, value in root.items() if key not in ("defaults", "hydra")}
+
+
+def _check_names(cfg: dict[str, Any]) -> None:
+    known = {*_root_defaults(), "runtime", "visualizer", "log_every", *_WRITTEN}
+    for key in cfg:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"there is no key '{key}' here{hint}")
 
 
 def _check_components(cfg: dict[str, Any]) -> None:
@@ -104,8 +115,9 @@ def _check_sets(cfg: dict[str, Any]) -> None:
         if loaders:
             eval_sets.evaluators(cfg[judge], list(loaders), judge)
         for name, loader in loaders.items():
+            check_loader(loader, eval_sets.place(where, name))
             if name:
-                check(loader, f"{where}.{eval_sets.KEY}.{name}")
+                check(loader, eval_sets.place(where, name))
 
 
 def _check_selection(cfg: dict[str, Any]) -> None:

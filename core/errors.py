@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -10,7 +11,25 @@ class VitrineError(Exception):
 
 
 class ConfigError(VitrineError, ValueError):
-    """A config, an override or a command line that cannot be meant."""
+    """A config, an override or a command line that cannot be meant.
+
+    Attributes:
+        config_key: the place in the config, e.g. ``model.network``; empty where it is not known, or not in a config.
+    """
+
+    config_key = ""
+
+    def within(self, key: str | None) -> ConfigError:
+        """This error with `key` in front of its place; called from inside outwards as it leaves what is nested."""
+        self.config_key = ".".join(part for part in (key, self.config_key) if part)
+        return self
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        named = re.split(r"[\s:=]", text, maxsplit=1)[0]  # a message may begin with the key itself
+        if not self.config_key or f"{named}.".startswith(f"{self.config_key}."):
+            return text
+        return f"config key '{self.config_key}': {text}"
 
 
 def one_line(text: str, limit: int = 1200) -> str:

@@ -47,6 +47,11 @@ def loaders(loader: Any, where: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def place(where: str, name: str) -> str:
+    """The key of a set's loader or evaluator: ``val_dataloader.sets.noisy``, or that of the only one."""
+    return f"{where}.{KEY}.{name}" if name else where
+
+
 def evaluators(evaluator: Any, names: list[str], where: str) -> dict[str, Any]:
     """The evaluator of every set.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core import eval_sets
+from core.config_key import config_key
 from core.eval_loop import EVALUATION_SEED, EvalLoop
 from core.processes import total
 from core.randomness import fixed_randomness
@@ -38,7 +39,13 @@ class EvalSetsLoop(EvalLoop):
     def __init__(self, runner: Any, dataloader: Any, evaluator: Any, split: str = "val") -> None:
         loaders = eval_sets.loaders(dataloader, f"{split}_dataloader")
         judges = eval_sets.evaluators(evaluator, list(loaders), f"{split}_evaluator")
-        self.parts = {name: EvalLoop(runner, loader, judges[name], split) for name, loader in loaders.items()}
+        self.parts = {}
+        for name, loader in loaders.items():
+            with config_key(eval_sets.place(f"{split}_dataloader", name)):
+                opened = runner.build_dataloader(loader)
+            with config_key(eval_sets.place(f"{split}_evaluator", name)):
+                judge = runner.build_evaluator(judges[name])
+            self.parts[name] = EvalLoop(runner, opened, judge, split)
         self._runner, self.split = runner, split
         self.dataloader = _Together(self.parts)
         self.metrics: dict[str, Any] = {}

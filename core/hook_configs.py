@@ -10,8 +10,8 @@ from core.errors import ConfigError
 _FORMS = "a list of {type: ...}, or a mapping NAME: {type: ...}, to which +custom_hooks.NAME={type: ...} adds"
 
 
-def hook_configs(value: Any) -> list[dict[str, Any]]:
-    """The configs of the hooks that `custom_hooks` holds, in their order.
+def hook_configs(value: Any) -> dict[str, dict[str, Any]]:
+    """The configs of the hooks that `custom_hooks` holds, by their keys (``custom_hooks.NAME``), in their order.
 
     Args:
         value: a list of hook configs, a mapping of names to hook configs, or None. A name that holds None adds nothing,
@@ -21,7 +21,7 @@ def hook_configs(value: Any) -> list[dict[str, Any]]:
         ConfigError: something that is not a hook's config, with its place and the forms that are read.
     """
     if value is None:
-        return []
+        return {}
     if isinstance(value, Mapping):
         if isinstance(value.get("type"), str):
             raise ConfigError(
@@ -36,4 +36,25 @@ def hook_configs(value: Any) -> list[dict[str, Any]]:
     for place, hook in named.items():
         if not isinstance(hook, Mapping) or not hook.get("type"):
             raise ConfigError(f"{place}={hook!r} is not a hook's config, which has a type: {_FORMS}")
-    return [dict(hook) for hook in named.values()]
+    return {place: dict(hook) for place, hook in named.items()}
+
+
+def build_hooks(configs: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """The hooks of configs by their keys, in their order.
+
+    Raises:
+        ConfigError: one cannot be built, or what is built is not a hook; names its key.
+    """
+    from mmengine.hooks import Hook
+
+    from core.config_key import config_key
+    from core.registry import build
+
+    hooks = []
+    for place, config in configs.items():
+        with config_key(place):
+            hook = build(config)
+            if not isinstance(hook, Hook):
+                raise ConfigError(f"{config['type']} builds a {type(hook).__name__}, which is not an mmengine Hook")
+            hooks.append(hook)
+    return hooks

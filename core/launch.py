@@ -16,6 +16,8 @@ from omegaconf import DictConfig
 from core import sweep
 from core.config import CONFIGS, to_dict
 from core.config_check import checked, look_in_working_directory, some_experiments
+from core.config_key import config_key
+from core.config_kinds import check_kinds
 from core.errors import ConfigError
 from core.latest import point_latest
 from core.messages import first_process_speaks
@@ -77,10 +79,11 @@ def build_trainer(cfg: DictConfig | dict[str, Any], device: str = "cpu") -> Any:
     from core.detection import as_trainer, constructing
     from core.registry import build, check, resolve
 
+    check_kinds({"model": plain["model"]})
     check(plain["model"], "model")
-    with constructing(resolve(plain["model"].get("type")), device):
+    with config_key("model"), constructing(resolve(plain["model"].get("type")), device):
         trainer = as_trainer(build(plain["model"]), plain).to(device)
-    trainer.freeze()
+        trainer.freeze()
     return trainer
 
 

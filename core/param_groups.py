@@ -19,6 +19,7 @@ from mmengine.optim import OptimWrapper as _OptimWrapper
 from torch import nn
 from torch.optim import Optimizer
 
+from core.config_key import config_key
 from core.errors import ConfigError
 from core.optim import OptimWrapper, OptimWrapperDict
 from core.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, check_arguments, nearest, resolve
@@ -322,7 +323,8 @@ class OptimConstructor:
         built, taken = {}, {}
         for name, own in named.items():
             whole = {"params": [name], **shared, **own}
-            built[name], taken[name] = self._one(model, parameters, whole, name=f"optim_wrapper.{name}")
+            with config_key(name):
+                built[name], taken[name] = self._one(model, parameters, whole, name=f"optim_wrapper.{name}")
         _check_assigned(parameters, taken)
         return OptimWrapperDict(**built)
 
@@ -346,7 +348,9 @@ class OptimConstructor:
         if issubclass(wrapper_class, OptimWrapper):
             config.setdefault("precision", self.precision)
         check_arguments(wrapper_class, config, where=f"{name} ({wrapper_class.__name__})")
-        return wrapper_class(optimizer=optimizer_class(named_groups, **options), **config), trained
+        with config_key("optimizer"):
+            optimizer = optimizer_class(named_groups, **options)
+        return wrapper_class(optimizer=optimizer, **config), trained
 
 
 def _groups(

@@ -22,8 +22,10 @@ import mmengine.registry as root
 from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope, Registry
 
+from core.config_key import config_key, constructed
 from core.errors import ConfigError
 from core.installed import check_mmengine
+from core.kinds import complaint, hints_of, suits
 
 check_mmengine()  # here, since whatever the engine builds comes by this file
 
@@ -197,24 +199,35 @@ def build(cfg: Any, registry: Registry | None = None, **defaults: Any) -> Any:
         defaults: arguments used where the config is silent.
 
     Raises:
-        ConfigError: unknown type or argument, with the nearest existing names.
+        ConfigError: unknown type or argument, with the nearest existing names; a value of the wrong kind; whatever a
+            constructor raises, with the key below `cfg` (see `core.config_key`).
     """
     if isinstance(cfg, list | tuple):
-        return type(cfg)(build(item, registry) for item in cfg)
+        return type(cfg)(_build_inside(str(index), item, registry) for index, item in enumerate(cfg))
     if not isinstance(cfg, Mapping):
         return cfg
     if "type" not in cfg:
-        return {key: build(value) for key, value in cfg.items()}
-    target = resolve(cfg["type"], registry)
+        return {key: _build_inside(key, value) for key, value in cfg.items()}
+    target, name = resolve(cfg["type"], registry), _name(cfg["type"])
     arguments = {**defaults, **{k: v for k, v in cfg.items() if k != "type"}}
-    check_arguments(target, arguments, where=str(cfg["type"]))
+    check_arguments(target, arguments, where=name)
+    check_values(target, arguments, where=name)
     if (package := _openmmlab_package(target)) is not None:
         arguments |= {key: openmmlab(cfg[key], key) for key in arguments if key in cfg}
         with openmmlab_scope(package):
-            return target(**arguments)
+            return constructed(target, arguments, name)
     if not getattr(target, "builds_its_own", False):
-        arguments = {key: build(value) for key, value in arguments.items()}
-    return target(**arguments)
+        arguments = {key: _build_inside(key, value) for key, value in arguments.items()}
+    return constructed(target, arguments, name)
+
+
+def _build_inside(key: str, value: Any, registry: Registry | None = None) -> Any:
+    with config_key(key):
+        return build(value, registry)
+
+
+def _name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
 
 
 def _openmmlab_package(target: Any) -> str | None:
@@ -256,18 +269,38 @@ def check_arguments(target: Any, arguments: Iterable[str], *, where: str) -> Non
             raise ConfigError(f"{where} takes no argument '{name}'{nearest(name, parameters)}")
 
 
+def check_values(target: Any, arguments: Mapping[str, Any], *, where: str) -> None:
+    """Holds values against the type hints of a constructor or function (see `core.kinds.suits`).
+
+    What OpenMMLab's classes take is not checked: their hints often name one of the kinds that they read. Nor is a null
+    for an argument without a default: an experiment leaves such a key for the user.
+
+    Raises:
+        ConfigError: the first value of a kind that is not the hint's, under its key.
+    """
+    if _openmmlab_package(target) is not None and not getattr(target, "builds_its_own", False):
+        return
+    for name, (hint, default) in hints_of(target).items():
+        value = arguments.get(name, default)
+        if value is default or (value is None and default is inspect.Parameter.empty) or suits(value, hint):
+            continue
+        lies = default is not inspect.Parameter.empty and default is not None and not suits(default, hint)
+        if not (lies and type(value) is type(default)):
+            raise ConfigError(complaint(value, hint, where)).within(name)
+
+
 def check(cfg: Any, path: str = "") -> None:
     """Resolves every ``type`` below `cfg` and holds the given arguments against its signature; builds nothing.
 
     Raises:
-        ConfigError: the first unknown type or argument, with its place in the config and the nearest existing names.
+        ConfigError: the first unknown type or argument, with its place in the config and the nearest existing names; or
+            the first value that does not suit its argument's type hint.
     """
     for place, node in _typed_nodes(cfg, path):
-        try:
-            target = resolve(node["type"])
-            check_arguments(target, [k for k in node if k != "type"], where=str(node["type"]))
-        except ConfigError as error:
-            raise ConfigError(f"config key '{place}': {error}") from None
+        with config_key(place):
+            target, arguments = resolve(node["type"]), {k: v for k, v in node.items() if k != "type"}
+            check_arguments(target, arguments, where=node["type"])
+            check_values(target, arguments, where=node["type"])
 
 
 def _typed_nodes(cfg: Any, path: str) -> Iterator[tuple[str, Mapping]]:
@@ -278,4 +311,4 @@ def _typed_nodes(cfg: Any, path: str) -> Iterator[tuple[str, Mapping]]:
             yield from _typed_nodes(value, f"{path}.{key}" if path else str(key))
     elif isinstance(cfg, list | tuple):
         for index, value in enumerate(cfg):
-            yield from _typed_nodes(value, f"{path}[{index}]")
+            yield from _typed_nodes(value, f"{path}.{index}" if path else str(index))

@@ -27,16 +27,18 @@ from torch import nn
 from core import eval_sets
 from core.buffers import place_batch_norms, reconcile, reconcile_module
 from core.checkpoint import CheckpointStore, CheckpointWriteError, load, load_state, save_atomic
+from core.config_key import config_key
 from core.data.loader import build_loader
 from core.data.seeds import preserved_random_state, seed_sample
 from core.detection import keep_boxes_exact, networks
 from core.ema import EMA
 from core.errors import ConfigError
 from core.evaluators import build_evaluator
-from core.hook_configs import hook_configs
+from core.hook_configs import build_hooks, hook_configs
 from core.hooks.checkpoint import CheckpointHook
 from core.hooks.media import MediaHook
 from core.initial_weights import Beginning, derives_data
+from core.kinds import shown
 from core.messages import log_warnings
 from core.optim import autocast
 from core.parallel import full_model_state, load_full_model_state, shard
@@ -73,19 +75,20 @@ class Runner(MMRunner):
         self._saved: tuple[int, Path] | None = None  # step and file of the newest checkpoint
         self.evaluated_step: int | None = None  # of the weights in the final evaluation; None: the last step
         self._beginning: Beginning | None = None
-        checkpoint = CheckpointHook(**cfg["checkpoint"])
-        self.store = CheckpointStore(
-            Path(cfg["run_dir"]) / "checkpoints",
-            keep_last=checkpoint.keep_last,
-            keep_best=checkpoint.keep_best,
-            metric=checkpoint.metric,
-            direction=checkpoint.direction,
-        )
+        with config_key("checkpoint"):
+            checkpoint = CheckpointHook(**cfg["checkpoint"])
+            self.store = CheckpointStore(
+                Path(cfg["run_dir"]) / "checkpoints",
+                keep_last=checkpoint.keep_last,
+                keep_best=checkpoint.keep_best,
+                metric=checkpoint.metric,
+                direction=checkpoint.direction,
+            )
         test = test or {"test_dataloader": cfg["test_dataloader"], "test_evaluator": _test_evaluator(cfg)}
-        hooks: list[Any] = hook_configs(cfg["custom_hooks"])
+        hooks = hook_configs(cfg["custom_hooks"])
         if cfg["ema"] is not None:
-            hooks.append({"type": "core.EMAHook", **cfg["ema"]})
-        added = [build(hook) for hook in hooks]
+            hooks["ema"] = {"type": "core.EMAHook", **cfg["ema"]}
+        added = build_hooks(hooks)
         if cfg["media"] is not None and not any(isinstance(hook, MediaHook) for hook in added):
             added.append(MediaHook(**cfg["media"]))
         super().__init__(
@@ -131,6 +134,7 @@ class Runner(MMRunner):
         with contextlib.suppress(OSError):
             os.rmdir(folder)
 
+    @config_key("visualizer")
     def build_visualizer(self, visualizer: Any = None) -> Any:
         """The config's visualizer; only the first process writes."""
         cfg = dict(visualizer or {"type": "Visualizer"})
@@ -142,6 +146,7 @@ class Runner(MMRunner):
         cfg.setdefault("save_dir", self._work_dir)
         return VISUALIZERS.build(cfg)
 
+    @config_key("model")
     def build_model(self, model: Any) -> nn.Module:
         """The trainer, with frozen parts frozen; or an OpenMMLab model, with the initial weights that its config names.
 
@@ -149,10 +154,14 @@ class Runner(MMRunner):
         left out where a checkpoint overwrites all of it, and comes before `load_from`.
         """
         built = model if isinstance(model, nn.Module) else build(model)
+        if self.settings["train_dataloader"] is not None and not any(True for _ in built.parameters()):
+            raise ConfigError(f"{type(built).__name__} has no parameters to train, made of {shown(model)}")
         if isinstance(built, Trainer):
             built.freeze()
             built.precision = self.runtime["precision"]
             return built
+        if not callable(getattr(built, "train_step", None)):
+            raise ConfigError(f"{model['type']} builds a {type(built).__name__}, which is not a core.Trainer")
         overwritten = self.settings["train_dataloader"] is None or self.settings.get("resume_from")
         if hasattr(built, "init_weights") and not overwritten:
             built.init_weights()
@@ -167,7 +176,8 @@ class Runner(MMRunner):
             ConfigError: FSDP is asked for without several processes, or for a model that is no Trainer.
         """
         runtime = self.runtime
-        self._load_initial_weights(model)
+        with config_key("load_from"):
+            self._load_initial_weights(model)
         if runtime["channels_last"]:
             model = model.to(memory_format=torch.channels_last)
         model = place_batch_norms(model, self.device, synchronised=runtime["sync_batchnorm"])
@@ -179,7 +189,8 @@ class Runner(MMRunner):
             if not isinstance(model, Trainer):
                 raise ConfigError("runtime.fsdp works with trainers derived from core.Trainer")
             model = model.to(self.device)
-            shard(model, self.device, **runtime["fsdp"])
+            with config_key("runtime.fsdp"):
+                shard(model, self.device, **runtime["fsdp"])
             self.sharded = True
         else:
             model = model.to(self.device)
@@ -217,7 +228,8 @@ class Runner(MMRunner):
         cfg = dict(dataloader)
         trainer = unwrap(self.model)
         if training and isinstance(trainer, Trainer):
-            original = build(cfg["dataset"], DATASETS)
+            with config_key("dataset"):
+                original = build(cfg["dataset"], DATASETS)
             cfg["dataset"] = trainer.training_data(original)
             if self._beginning is not None and cfg["dataset"] is not original:
                 self._beginning.derived(cfg["dataset"])
@@ -227,8 +239,12 @@ class Runner(MMRunner):
 
     def build_train_loop(self, loop: Any) -> Any:
         """`core.TrainLoop` unless the config names another."""
-        cfg = {"type": "core.TrainLoop", **loop}
-        return build(cfg, LOOPS, runner=self, dataloader=self._train_dataloader)
+        if isinstance(loop, BaseLoop):
+            return loop
+        with config_key("train_dataloader"):
+            loader = self.build_dataloader(self._train_dataloader)
+        with config_key("train_cfg"):
+            return build({"type": "core.TrainLoop", **loop}, LOOPS, runner=self, dataloader=loader)
 
     def build_val_loop(self, loop: Any) -> Any:
         """`core.EvalLoop` unless the config names another."""
@@ -245,7 +261,15 @@ class Runner(MMRunner):
         cfg = {"type": "core.EvalSetsLoop" if several else "core.EvalLoop", **loop}
         if cfg["type"] in ("core.EvalLoop", "core.EvalSetsLoop"):
             cfg["split"] = split
-        return build(cfg, LOOPS, runner=self, dataloader=dataloader, evaluator=evaluator)
+        if several:
+            return build(cfg, LOOPS, runner=self, dataloader=dataloader, evaluator=evaluator)
+        with config_key(f"{split}_dataloader"):
+            loader = self.build_dataloader(dataloader)
+        own = split == "val" or self.settings["test_evaluator"] is not None
+        with config_key(f"{split if own else 'val'}_evaluator"):
+            judge = self.build_evaluator(evaluator)
+        with config_key(f"{split}_cfg"):
+            return build(cfg, LOOPS, runner=self, dataloader=loader, evaluator=judge)
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         """See `core.evaluators.build_evaluator`."""
@@ -260,6 +284,7 @@ class Runner(MMRunner):
             _ = self.test_loop
         return super().train()
 
+    @config_key("optim_wrapper")
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """Through `core.OptimConstructor`, in the run's precision, unless the config names another constructor."""
         cfg = dict(optim_wrapper)
@@ -271,6 +296,7 @@ class Runner(MMRunner):
         cfg.pop("constructor")
         return OptimConstructor(cfg, precision=self.runtime["precision"])(self.model)
 
+    @config_key("param_scheduler")
     def build_param_scheduler(self, scheduler: Any) -> Any:
         """As mmengine; schedules that ask for the run's length are told.
 
@@ -581,8 +607,12 @@ def build_test(cfg: dict[str, Any]) -> dict[str, Any]:
     judges = eval_sets.evaluators(_test_evaluator(cfg), list(loaders), "test_evaluator")
     with preserved_random_state():
         seed_sample(cfg["seed"])
-        built = {name: {**one, "dataset": build(one["dataset"], DATASETS)} for name, one in loaders.items()}
-        judges = {name: build_evaluator(copy.deepcopy(one)) for name, one in judges.items()}
+        built = {}
+        for name, one in loaders.items():
+            with config_key(eval_sets.place("test_dataloader", name)), config_key("dataset"):
+                built[name] = {**one, "dataset": build(one["dataset"], DATASETS)}
+        with config_key("val_evaluator" if cfg["test_evaluator"] is None else "test_evaluator"):
+            judges = {name: build_evaluator(copy.deepcopy(one)) for name, one in judges.items()}
     if "" in built:
         return {"test_dataloader": built[""], "test_evaluator": judges[""]}
     return {"test_dataloader": {eval_sets.KEY: built}, "test_evaluator": {eval_sets.KEY: judges}}
@@ -629,7 +659,10 @@ def pick_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise ConfigError("runtime.device=cuda, but PyTorch sees no CUDA device (runtime=cpu runs on the CPU)")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"runtime.device={name}: there is no such device, it takes auto, cpu or cuda") from error
 
 
 def versions() -> dict[str, str]:

@@ -57,6 +57,8 @@ class Trainer(BaseModel):
 
     def __init__(self, frozen: Sequence[str] = ()) -> None:
         super().__init__()
+        if isinstance(frozen, str):
+            raise ConfigError(f"frozen={frozen}: a list of names, [{frozen}]")
         self.frozen = tuple(frozen)
         self.precision = "fp32"
         self._data_parallel: list[nn.Module] = []  # a list, so that the wrapper does not become a child of its child

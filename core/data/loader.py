@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
 
+from core.config_key import config_key
 from core.data.batch import Batch, CollateFetched, FailedBatch, collate
 from core.data.batching import ResumableBatchSampler
 from core.data.sampling import EvalSampler, TrainSampler
@@ -167,10 +168,13 @@ def _check_keys(cfg: Mapping[str, Any]) -> None:
 def _build_dataset(cfg: Any, on_error: str, training: bool) -> SeededDataset:
     from core.registry import DATASETS, build
 
-    dataset = build(cfg, DATASETS)
-    if hasattr(dataset, "full_init"):
-        # mmengine's datasets may put off reading their annotations; workers should not each do it again.
-        dataset.full_init()
+    with config_key("dataset"):
+        dataset = build(cfg, DATASETS)
+        if hasattr(dataset, "full_init"):
+            # mmengine's datasets may put off reading their annotations; workers should not each do it again.
+            dataset.full_init()
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise ConfigError(f"{type(dataset).__name__} is not a map-style data set: it has no length and items")
     if isinstance(dataset, SeededDataset):
         return dataset
     return SeededDataset(dataset, on_error=on_error, training=training)
@@ -193,7 +197,8 @@ def _build_batch_sampler(
         batch_sampler = given
     else:
         place = {"rank": rank, "world_size": world_size}
-        sampler = _build_sampler(cfg.get("sampler"), dataset, seed, training, drop_last, place)
+        with config_key("sampler"):
+            sampler = _build_sampler(cfg.get("sampler"), dataset, seed, training, drop_last, place)
         if given is None:
             batch_sampler = BatchSampler(sampler, cfg["batch_size"], drop_last)
         else:

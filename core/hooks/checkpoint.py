@@ -22,7 +22,7 @@ class CheckpointHook(Hook):
     Args:
         every_steps: steps from one checkpoint to the next; None: at ends of epochs.
         every_epochs: epochs from one checkpoint to the next; None: every epoch, unless `every_steps` is given.
-        keep_last: how many of the newest checkpoints stay.
+        keep_last: how many of the newest checkpoints stay; None: all.
         keep_best: how many of the best by every metric stay.
         metric: name of the evaluation metric that "best" means, or several (a list, or a mapping NAME: "higher" |
             "lower"), of which the first decides where one is asked for; None: no best.
@@ -39,7 +39,7 @@ class CheckpointHook(Hook):
         self,
         every_steps: int | None = None,
         every_epochs: int | None = None,
-        keep_last: int = 2,
+        keep_last: int | None = 2,
         keep_best: int = 1,
         metric: Metric = None,
         direction: Direction = "higher",

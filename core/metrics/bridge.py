@@ -67,7 +67,7 @@ class TorchMetrics(BaseMetric):
 
     def __init__(
         self,
-        metrics: Mapping[str, Metric | MetricCollection | Mapping[str, Any]],
+        metrics: Mapping[str, Metric | MetricCollection | Mapping[str, Any] | None],
         prediction: str = "logits",
         target: str | None = "label",
         inputs: Mapping[str, Sequence[str]] | None = None,

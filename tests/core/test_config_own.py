@@ -134,7 +134,7 @@ def test_a_hook_is_added_to_a_list(mine, user, tmp_path):
 def test_a_hook_can_be_added_to_every_experiment(name):
     before = hook_configs(to_dict(compose([f"experiment={name}"]))["custom_hooks"])
     after = to_dict(compose([f"experiment={name}", "+custom_hooks.mine={type: core.MediaHook}"]))["custom_hooks"]
-    assert hook_configs(after) == [*before, {"type": "core.MediaHook"}]
+    assert [*hook_configs(after).values()] == [*before.values(), {"type": "core.MediaHook"}]
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,15 @@ def test_built_objects_are_taken_as_they_are():
     whole = Evaluator(metric)
     assert build_evaluator(whole) is whole
     assert build_evaluator(metric).metrics == [metric] == build_evaluator([metric]).metrics
+    with pytest.raises(ConfigError, match=r"an evaluator takes metrics.*not 1"):
+        build_evaluator([metric, 1])
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ("[]", "an evaluator needs a metric"),
-        ("[1]", "an evaluator takes metrics.*not 1"),
+        ("[1]", "val_evaluator.*a list of mappings with a type"),
         (f"{{top1: {MEASURE}}}", r"an evaluator takes metrics.*with process\(data_batch"),
         ("{type: core.metrics.TorchMetrics, metrics: {top1: null}}", "at least one metric"),
     ],

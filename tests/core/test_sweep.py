@@ -193,8 +193,9 @@ def tiny(user, tmp_path, monkeypatch):
 
 TESTED = "test_dataloader={batch_size: 8, dataset: {type: mypoints.Points, count: 9, seed: 7, augment: false}}"
 JUDGED = (
-    "val_evaluator={type: core.metrics.TorchMetrics, metrics:"
-    " {top1: {type: torchmetrics.classification.MulticlassAccuracy, num_classes: 2}}}"
+    "~val_evaluator",
+    "+val_evaluator={type: core.metrics.TorchMetrics, metrics:"
+    " {top1: {type: torchmetrics.classification.MulticlassAccuracy, num_classes: 2}}}",
 )
 
 
@@ -223,16 +224,16 @@ def test_the_objective_of_stages_is_the_last_ones(tiny):
 
 def test_an_unknown_objective_is_refused_before_training_where_it_can_be_known(tiny):
     for words, message in (
-        ([JUDGED, "objective=tpo1"], "objective.*'tpo1': did you mean 'top1'"),
-        ([JUDGED, "objective=val/tpo1"], "'val/tpo1': did you mean 'val/top1'"),
+        ([*JUDGED, "objective=tpo1"], "objective.*'tpo1': did you mean 'top1'"),
+        ([*JUDGED, "objective=val/tpo1"], "'val/tpo1': did you mean 'val/top1'"),
         (["val_dataloader=null", "objective=top1"], "nothing is evaluated"),
         (["objective=3"], "objective=3: the name of a metric"),
         (["objective={metric: a}"], "the name of a metric"),
     ):
         with pytest.raises(ConfigError, match=message):
-            tiny("run_dir=here", "~val_evaluator", *["+" + w if w == JUDGED else w for w in words])
+            tiny("run_dir=here", *words)
         assert not Path("here").exists()
-    assert tiny("~val_evaluator", "+" + JUDGED, "objective=top1")["objective"] > 0
+    assert tiny(*JUDGED, "objective=top1")["objective"] > 0
 
 
 def test_an_unknown_objective_that_shows_at_the_end_loses_no_result(tiny):
