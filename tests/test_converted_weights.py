@@ -133,6 +133,10 @@ def test_slot_walks(picture: str) -> None:
     words += [f"+model.network.backbone={backbone}", "train_dataloader.dataset.count=16"]
     prove("slot_walks", words, slot_walks.checkpoint.revert, source=picture, dst="weights.pt", layout="official")
 
+    own = build_trainer(compose([*words, "+model.network.backbone.weights=weights.pt"])).network.backbone.state_dict()
+    converted = torch.load("weights.pt", weights_only=True)
+    assert own and all(torch.equal(converted[f"backbone.{name}"], value) for name, value in own.items())
+
 
 def test_tune_a_video() -> None:
     from tests.tune_a_video.random_sd import make_pipeline
@@ -148,6 +152,9 @@ def test_tune_a_video() -> None:
 
     state = randomised(words).state_dict()  # of trained tensors alone, as the others are the base's
     torch.save({name.removeprefix("network."): value for name, value in state.items()}, "delta.pt")
+    network = build_trainer(compose(words)).network
+    network.load_delta("weights.safetensors")
+    assert all(torch.equal(network.state_dict()[name.removeprefix("network.")], state[name]) for name in state)
     assert len(state) == 36 and evaluate(compose(words), "delta.pt") == evaluate(compose(words), "whole.pt")
 
 

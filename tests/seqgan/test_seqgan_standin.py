@@ -13,7 +13,9 @@ from torch import nn
 
 from core.config import compose
 from core.errors import ConfigError
+from core.evaluation import evaluate
 from core.launch import run
+from core.run_config import configured
 from seqgan.data.shape_digits import ShapeDigits, placed, scanned
 from seqgan.data.shape_glyphs import CLASSES, ShapeGlyphs, shape_masks
 from seqgan.models import UsageEntropy, VectorQuantizer
@@ -189,13 +191,19 @@ def test_three_stages_from_one_first_phase(experiment: str, kind: str, tmp_path,
         "stages.2.train_cfg.max_steps": 3,
         "param_scheduler.0.warmup": 1,
     }
-    result = run(compose([f"{key}={value}" for key, value in changes.items()]))
+    words = [f"{key}={value}" for key, value in changes.items()]
+    result = run(compose(words))
     figures = result["metrics"]
     assert figures["codes_identical"] == 1 and figures["l1_1"] != figures["l1_2"]
     assert {"bits", "consistency_1", "template_2", "gfid_2", "pixel_fid_1", "rfid_2", "perplexity"} <= figures.keys()
     folder = tmp_path / "seqgan" / experiment
-    (made,) = (path for path in folder.glob("*/result.json") if not path.parent.is_symlink())  # latest
+    made = folder / "latest" / "result.json"
     assert json.loads(made.read_text())["metrics"]["bits"] == figures["bits"]
+    for cfg, file in (configured(str(made.parent), []), configured(str(made.parent), words)):
+        assert cfg["model"]["type"] == "seqgan.TwoDecoderTransformer" and file.parts[-3] == "stage_2_transformer"
+    assert evaluate(*configured(str(made.parent), [])) == figures
+    cfg, file = configured(f"{made.parent}/stage_1_decoder", words)
+    assert cfg["model"]["network"]["attention"] and file.name == "step_00000003.pt"
     weights = [
         torch.load(next(made.parent.glob(f"stage_{i}_*/checkpoints/*")), weights_only=False)["model"] for i in range(3)
     ]
