@@ -84,13 +84,13 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(B, C, H, W)` in and out."""
-        size = (x.shape[-2], x.shape[-1])
+        size = (int(x.shape[-2]), int(x.shape[-1]))  # numbers also while torch.jit records
         window = min(self.window, *size)
-        groups = partition(self.norm(x).movedim(1, -1), self.span, window)
+        groups = partition(self.norm(x).permute(0, 2, 3, 1), self.span, window)
         q, k, v = rearrange(self.qkv(groups), "b g t (three n d) -> three (b g) n t d", three=3, n=self.num_heads)
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = rearrange(mixed, "(b g) n t d -> b g t (n d)", b=x.shape[0])
-        return x + unpartition(self.proj(mixed), self.span, window, size).movedim(-1, 1)
+        return x + unpartition(self.proj(mixed), self.span, window, size).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         """Span and heads, for printing."""

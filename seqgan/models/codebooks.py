@@ -203,7 +203,7 @@ class FactorizedQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """Quantise features `(B, C, H, W)`."""
         with full_precision(z):
-            low = self._low(z.float().movedim(1, -1)).movedim(-1, 1)
+            low = self._low(z.float().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             z_q, indices, losses = self.codes(low)
             return Quantized(self._high(z_q), indices, losses)
 
@@ -219,7 +219,7 @@ class FactorizedQuantizer(nn.Module):
         return F.normalize(self.project(features), dim=-1)
 
     def _high(self, codes: Tensor) -> Tensor:
-        return self.expand(codes.movedim(1, -1)).movedim(-1, 1)
+        return self.expand(codes.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _several() -> bool:

@@ -53,7 +53,7 @@ class Blur(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)` to `(B, C, H/2, W/2)`."""
-        channels = x.shape[1]
+        channels = int(x.shape[1])  # a number also while torch.jit records
         kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
         return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
 
@@ -125,5 +125,5 @@ class StyleDiscriminator(nn.Module):
             x = block(x)
         x = F.leaky_relu(self.conv_out(x), 0.2)
         # Flattened row, column, channel, as in published weights.
-        x = F.leaky_relu(self.hidden(x.movedim(1, -1).flatten(1)), 0.2)
+        x = F.leaky_relu(self.hidden(x.permute(0, 2, 3, 1).flatten(1)), 0.2)
         return self.head(x)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,15 +25,16 @@ def code_usage(distances: Tensor, scope: str = "batch") -> Tensor:
 def log_code_usage(distances: Tensor, scope: str = "batch") -> Tensor:
     """The logarithm of `code_usage`: finite, as are its gradients, where a share is too small for a float."""
     logs = (-distances).log_softmax(dim=-1)
+    over = 1 if scope == "image" else (0, 1)
+    # Against the largest, of all processes, so that one of the terms is 1 and no sum of them vanishes.
+    largest = logs.detach().amax(dim=over, keepdim=True)
     if scope == "image":
-        return logs.logsumexp(dim=1) - math.log(logs.shape[1])
-    logs = logs.flatten(0, 1)
-    if not _several():
-        return logs.logsumexp(dim=0, keepdim=True) - math.log(len(logs))
-    # A logsumexp over all processes: their sums can be added once all of them are taken against the same maximum.
-    largest = logs.detach().amax(dim=0)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return (_of_all_processes((logs - largest).exp().mean(dim=0)).log() + largest)[None]
+        mean = (logs - largest).exp().mean(dim=over, keepdim=True)
+    else:
+        if _several():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        mean = _of_all_processes((logs - largest).exp().mean(dim=over, keepdim=True))
+    return (mean.log() + largest)[:, 0]
 
 
 def _several() -> bool:

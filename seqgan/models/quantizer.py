@@ -134,13 +134,15 @@ class VectorQuantizer(nn.Module):
         """
         codes = self.codebook()
         lengths = codes.square().sum(-1)
-        rows = features.reshape(-1, self.dim).split(self.block)
+        rows = [features.reshape(-1, self.dim)]
+        if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):  # else the number of parts would be frozen
+            rows = rows[0].split(self.block)
         found = [torch.addmm(lengths, part, codes.t(), alpha=-2).argmin(dim=-1) for part in rows]
-        return torch.cat(found).view(features.shape[:-1])
+        return (found[0] if len(found) == 1 else torch.cat(found)).view(features.shape[:-1])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes `(B, C, H, W)` of indices `(B, H, W)`."""
-        return F.embedding(indices, self.codebook()).movedim(-1, 1)
+        return F.embedding(indices, self.codebook()).permute(0, 3, 1, 2)
 
 
 def rotated(z: Tensor, codes: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Tokenizer(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Codes `(B, h, w)` of images, in float32 also under autocast: a code changes where rounding moves a tie."""
         with full_precision(image):
-            return self.quantizer.nearest(self.features(image.float()).movedim(1, -1))
+            return self.quantizer.nearest(self.features(image.float()).permute(0, 2, 3, 1))
 
     def decode(self, indices: Tensor) -> Tensor:
         """Images of codes `(B, h, w)`, or of sequences `(B, N)` of a square map in raster order.

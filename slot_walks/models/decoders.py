@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from slot_walks.models.recorded import constant
+
 KINDS = ("mlp", "broadcast", "transformer")
 
 
@@ -128,7 +130,7 @@ class BroadcastDecoder(nn.Module):
         places = self.position(torch.stack([down, along, 1 - down, 1 - along], dim=-1))  # (h, w, D)
         placed = slots[:, :, None, None] + places
         decoded = self.layers(rearrange(placed, "b k h w d -> (b k) d h w"))
-        return _mixed(rearrange(decoded, "(b k) c h w -> b k (h w) c", b=len(slots)))
+        return _mixed(rearrange(decoded, "(b k) c h w -> b k (h w) c", b=slots.shape[0]))
 
 
 class TransformerDecoder(nn.Module):
@@ -179,7 +181,7 @@ class TransformerDecoder(nn.Module):
         if features is None:
             raise ValueError("the transformer decoder is teacher forced: it needs the features that it reconstructs")
         before = self.read_features(features[:, :-1].detach())
-        tokens = torch.cat([self.begin.expand(len(slots), -1, -1).to(before.dtype), before], dim=1)
+        tokens = torch.cat([self.begin.expand(slots.shape[0], -1, -1).to(before.dtype), before], dim=1)
         tokens = tokens + on_grid(self.pos_embed, self.grid, grid)
         memory = self.read_slots(slots)
         for block in self.blocks[:-1]:
@@ -246,9 +248,13 @@ def on_grid(table: Tensor, learned: tuple[int, int], grid: tuple[int, int]) -> T
     """Positions `(1, N, D)` learned on one grid, resampled bicubically to another."""
     if tuple(learned) == tuple(grid):
         return table
-    maps = rearrange(table, "1 (h w) d -> 1 d h w", h=learned[0])
-    maps = F.interpolate(maps, size=tuple(grid), mode="bicubic", align_corners=False)
-    return rearrange(maps, "1 d h w -> 1 (h w) d")
+
+    def resampled() -> Tensor:
+        maps = rearrange(table, "1 (h w) d -> 1 d h w", h=learned[0])
+        maps = F.interpolate(maps, size=tuple(grid), mode="bicubic", align_corners=False)
+        return rearrange(maps, "1 d h w -> 1 (h w) d")
+
+    return constant(resampled)
 
 
 def _mixed(decoded: Tensor) -> Reconstruction:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from slot_walks.models.recorded import fixed
 from slot_walks.precision import no_autocast
 
 # Channels before the map: hexagonal chroma at two scales, luma, structure tensor, constant.
@@ -45,7 +46,8 @@ class FilterBank(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """`(h, w)` of patches of pictures `(B, 3, H, W)`."""
-        return image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
+        height, width = fixed(image, -2, -1)
+        return height // self.patch_size, width // self.patch_size
 
     def forward(self, image: Tensor) -> Tensor:
         """Features `(B, h*w, C)` in row-major order of pictures `(B, 3, H, W)` with values in [0, 1]."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slot_walks.models.recorded import fixed
 from slot_walks.models.vit import FACETS, check_choice
 from slot_walks.models.weights import read_backbone
 
@@ -55,7 +56,8 @@ class TimmBackbone(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """`(h, w)` of patches of pictures `(B, 3, H, W)`."""
-        return image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
+        height, width = fixed(image, -2, -1)
+        return height // self.patch_size, width // self.patch_size
 
     def forward(self, image: Tensor) -> Tensor:
         """Features `(B, h*w, C)` in row-major order of pictures `(B, 3, H, W)`."""
@@ -64,7 +66,7 @@ class TimmBackbone(nn.Module):
         attention, read = self._attention(), []
         hook = attention.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
         try:
-            patches = self._run(image).shape[1]
+            (patches,) = fixed(self._run(image), 1)
         finally:
             hook.remove()
         qkv = F.linear(read[0][:, -patches:], attention.qkv.weight, _bias(attention))

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from slot_walks.models.positions import resize_positions
+from slot_walks.models.recorded import constant, fixed
 from slot_walks.models.weights import read_backbone
 
 FACETS = ("token", "query", "key", "value")
@@ -81,7 +82,8 @@ class DinoViT(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """`(h, w)` of patches of pictures `(B, 3, H, W)`; a rest that fills no patch is not seen."""
-        return image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
+        height, width = fixed(image, -2, -1)
+        return height // self.patch_size, width // self.patch_size
 
     def forward(self, image: Tensor) -> Tensor:
         """Features `(B, h*w, C)` in row-major order of pictures `(B, 3, H, W)` of any size and shape."""
@@ -99,12 +101,14 @@ class DinoViT(nn.Module):
     def embed(self, image: Tensor) -> Tensor:
         """Patches and class token with their positions, `(B, 1 + h*w, C)`."""
         patches = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1).to(patches.dtype), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(image.shape[0], -1, -1).to(patches.dtype), patches], dim=1)
         return tokens + self.positions(self.grid(image)).to(tokens.dtype)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table on a grid, `(1, 1 + h*w, C)`; made once per grid while the table stays as it is."""
         table = self.pos_embed
+        if torch.jit.is_tracing():
+            return constant(partial(resize_positions, table, grid))
         learns = torch.is_grad_enabled() and table.requires_grad
         if learns or torch.compiler.is_compiling() or type(table) is not nn.Parameter or table.is_meta:
             return resize_positions(table, grid)

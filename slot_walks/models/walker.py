@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slot_walks.models.decoders import KINDS, build_decoder
 from slot_walks.models.encoder import SlotEncoder
+from slot_walks.models.recorded import fixed
 
 SIGNALS = ("walk", *KINDS)
 
@@ -174,8 +175,8 @@ def _flat(features: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, tuple
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
     if features.ndim == 4:
-        return features.flatten(1, 2), (features.shape[1], features.shape[2])
-    count = features.shape[1]
+        return features.flatten(1, 2), fixed(features, 1, 2)
+    (count,) = fixed(features, 1)
     if grid is None:
         grid = (math.isqrt(count),) * 2
     if grid[0] * grid[1] != count:

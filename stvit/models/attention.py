@@ -6,13 +6,15 @@ tokens (generation), and image tokens that read semantic tokens (recovery).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
-from stvit.models.derived import derived
+from stvit.models.derived import constant, derived
 
 
 def relative_position_index(
@@ -46,7 +48,7 @@ def relative_bias(
     """
     if tokens[0] > window[0] or tokens[1] > window[1]:
         larger = (max(tokens[0], window[0]), max(tokens[1], window[1]))
-        table, window = resize_relative_table(table, window, larger), larger
+        table, window = constant(partial(resize_relative_table, table, window, larger)), larger
     index = derived(relative_position_index, table, *tokens, window)
     return rearrange(table[index], "n m h -> h n m").to(dtype)
 

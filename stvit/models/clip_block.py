@@ -11,6 +11,7 @@ from torch.nn.init import trunc_normal_
 
 from stvit.models.clip_windows import ClipWindows, Size, relative_position_index, window_mask
 from stvit.models.derived import derived
+from stvit.models.sizes import fixed
 
 
 class ClipAttention(nn.Module):
@@ -165,7 +166,7 @@ class ClipBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Token clips `(B, T, H, W, C)` to as many."""
-        windows = ClipWindows.fit(tuple(x.shape[1:4]), self.window, self.shift)
+        windows = ClipWindows.fit(fixed(x, 1, 2, 3), self.window, self.shift)
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), windows, mask_padding=self.mask_padding)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 

@@ -18,6 +18,7 @@ from stvit.models.clip_windows import pad_clip
 from stvit.models.derived import derived
 from stvit.models.key_windows import KeyWindows, WindowKeys, gather_index
 from stvit.models.pooling import build_pool
+from stvit.models.sizes import fixed
 from stvit.models.tokens import stochastic_depth
 from stvit.models.window_tokens import TokenGrid
 from stvit.models.windows import into_windows, padded_size
@@ -88,14 +89,14 @@ class ClipTokenGenerator(nn.Module):
 
     def centres(self, x: Tensor) -> Tensor:
         """Initial centres `(B, T, h, w, C)` on `token_grid` of image tokens `(B, T, H, W, C)`, slice by slice."""
-        batch, hw = x.shape[0], tuple(x.shape[2:4])
+        batch, hw = x.shape[0], fixed(x, 2, 3)
         where = TokenGrid(hw, self.window, self.per_window)
         windows = into_windows(rearrange(x, "b t h w c -> (b t) (h w) c"), hw, self.window)
         windows = rearrange(windows, "n (h w) c -> n h w c", h=self.window)
         valid = None
         if where.padded != hw:
             real = derived(_real_positions, x, hw, self.window)
-            valid = repeat(real, "n h w -> (slices n) h w", slices=len(windows) // len(real))
+            valid = repeat(real, "n h w -> (slices n) h w", slices=windows.shape[0] // real.shape[0])
         centres = rearrange(
             self.pool(windows, valid),
             "(b t nh nw) h w c -> b t (nh h) (nw w) c",
@@ -176,7 +177,8 @@ class ClipCrossBlock(Block):
         return maps / maps.sum(dim=(-2, -1), keepdim=True)
 
     def _cross(self, x: Tensor, y: Tensor) -> Tensor:
-        keys, frames = self._keys(x, y), min(self.frames, x.shape[1])
+        (slices, *grid) = fixed(x, 1, 2, 3)
+        keys, frames = self._keys(x, y), min(self.frames, slices)
         out = self.attn.attend(*self._windows(x, y, keys, frames), mask=self._mask(x, keys, frames))
         out = rearrange(
             out,
@@ -187,15 +189,15 @@ class ClipCrossBlock(Block):
             t=frames,
             h=self.windows.queries,
         )
-        return out[:, : x.shape[1], : x.shape[2], : x.shape[3]]
+        return out[:, :slices, : grid[0], : grid[1]]
 
     def _keys(self, x: Tensor, y: Tensor) -> WindowKeys:
-        grid, key_grid = tuple(x.shape[2:4]), tuple(y.shape[2:4])
+        grid, key_grid = fixed(x, 2, 3), fixed(y, 2, 3)
         return WindowKeys(self.windows, grid, key_grid, key_grid, own=grid if self.concat else None)
 
     def _windows(self, x: Tensor, y: Tensor, keys: WindowKeys, frames: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(B*windows, heads, tokens, d)`; every token is projected once, where it lies."""
-        time = padded_size(x.shape[1], frames)
+        time = padded_size(fixed(x, 1)[0], frames)
         q = rearrange(
             pad_clip(self.attn.q(x), (time, *keys.tiled)),
             "b (nt t) (nh qh) (nw qw) (heads d) -> (b nt nh nw) heads (t qh qw) d",
@@ -212,7 +214,7 @@ class ClipCrossBlock(Block):
             cut,
             "b (nt t) (nw k) 1 (two heads d) -> two (b nt nw) heads (t k) d",
             t=frames,
-            k=index.shape[1],
+            k=fixed(index, 1)[0],
             two=2,
             heads=self.attn.num_heads,
         ).unbind(0)
@@ -221,9 +223,10 @@ class ClipCrossBlock(Block):
     def _mask(self, x: Tensor, keys: WindowKeys, frames: int) -> Tensor | None:
         """Boolean `(B*windows, 1, 1, keys)`: keys that are there; None when all are."""
         whole = keys.tiled == keys.grid and all(size >= self.windows.size for size in keys.key_grid)
-        if whole and x.shape[1] % frames == 0:
+        slices = fixed(x, 1)[0]
+        if whole and slices % frames == 0:
             return None
-        mask = derived(_visible, x, keys, x.shape[1], frames)
+        mask = derived(_visible, x, keys, slices, frames)
         return repeat(mask, "n k -> (b n) 1 1 k", b=x.shape[0])
 
 

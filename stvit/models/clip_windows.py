@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from stvit.models.sizes import fixed
 from stvit.models.windows import padded_size
 
 Size = tuple[int, int, int]
@@ -81,7 +82,7 @@ class ClipWindows:
 
 def pad_clip(x: Tensor, to: Size) -> Tensor:
     """Zeros behind `(B, T, H, W, C)` until it has the size `to`."""
-    missing = [wanted - length for wanted, length in zip(to, x.shape[1:4], strict=True)]
+    missing = [wanted - length for wanted, length in zip(to, fixed(x, 1, 2, 3), strict=True)]
     if not any(missing):
         return x
     return F.pad(x, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))

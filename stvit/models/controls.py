@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stvit.models.block import block_stack
 from stvit.models.pooling import AdaptivePool, WeightedPool, build_pool
+from stvit.models.sizes import fixed
 from stvit.models.tokens import stochastic_depth
 
 
@@ -128,7 +129,7 @@ class RandomTokens(AllTokens):
             ValueError: fewer tokens come in than are to be kept.
         """
         first, x = split_prefix(x, hw)
-        keep = self.kept(x.shape[0], x.shape[1], x.device, generator)
+        keep = self.kept(x.shape[0], fixed(x, 1)[0], x.device, generator)
         return super().forward(join_prefix(first, x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))), hw)
 
     def rates(self, tokens: int) -> list[int]:
@@ -154,7 +155,7 @@ class RandomTokens(AllTokens):
 
 def split_prefix(x: Tensor, hw: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
     """Tokens `(B, prefix + H*W, C)` as those in front, `(B, prefix, C)` or None, and the raster `(B, H*W, C)`."""
-    prefix = x.shape[1] - hw[0] * hw[1]
+    prefix = fixed(x, 1)[0] - hw[0] * hw[1]
     return (x[:, :prefix], x[:, prefix:]) if prefix else (None, x)
 
 

@@ -19,6 +19,7 @@ from torch.nn.init import trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
 from stvit.models.merging import PatchMerging
+from stvit.models.sizes import fixed
 from stvit.models.stem import ConvStem, PatchStem
 from stvit.models.swin_block import SwinBlock
 
@@ -261,7 +262,7 @@ class HierarchicalTransformer(nn.Module):
     def _stages(self, images: Tensor, last: int) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
         """Index, tokens and raster after every stage up to `last`."""
         tokens = self.stem(images)
-        x, hw = rearrange(tokens, "b c h w -> b (h w) c"), (tokens.shape[2], tokens.shape[3])
+        x, hw = rearrange(tokens, "b c h w -> b (h w) c"), fixed(tokens, 2, 3)
         for i in range(last + 1):
             x, hw = self.stages[i](x, hw)
             yield i, x, hw

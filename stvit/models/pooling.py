@@ -5,10 +5,14 @@ Maps are channels-last, `(B, H, W, C)`. `build_pool` makes the variants by name.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from stvit.models.sizes import fixed
 
 POOLS = ("max", "avg", "weighted", "weighted_offset")
 
@@ -44,19 +48,37 @@ class AdaptivePool(nn.Module):
         """
         x = rearrange(x, "b h w c -> b c h w")
         if valid is None:
-            pooled = F.adaptive_max_pool2d(x, self.grid) if self.kind == "max" else F.adaptive_avg_pool2d(x, self.grid)
-            return rearrange(pooled, "b c h w -> b h w c")
+            return rearrange(pooled(x, self.kind, self.grid), "b c h w -> b h w c")
         valid = valid[:, None]
         if self.kind == "max":
-            pooled = F.adaptive_max_pool2d(x.masked_fill(~valid, float("-inf")), self.grid)
-            pooled = pooled.masked_fill(pooled == float("-inf"), 0.0)
+            cells = pooled(x.masked_fill(~valid, float("-inf")), "max", self.grid)
+            cells = cells.masked_fill(cells == float("-inf"), 0.0)
         else:
-            share = F.adaptive_avg_pool2d(valid.to(x.dtype), self.grid)
-            pooled = F.adaptive_avg_pool2d(x * valid, self.grid) / share.clamp_min(torch.finfo(x.dtype).tiny)
-        return rearrange(pooled, "b c h w -> b h w c")
+            share = pooled(valid.to(x.dtype), "avg", self.grid)
+            cells = pooled(x * valid, "avg", self.grid) / share.clamp_min(torch.finfo(x.dtype).tiny)
+        return rearrange(cells, "b c h w -> b h w c")
 
     def extra_repr(self) -> str:
         return f"{self.kind}, grid={self.grid}"
+
+
+def pooled(x: Tensor, kind: str, grid: tuple[int, int]) -> Tensor:
+    """Maximum or average of `(B, C, H, W)` over the cells of `grid`, as PyTorch's adaptive pooling computes them.
+
+    ONNX has no adaptive pooling. Cells of one size and distance (14 to 7, 7 to 3) are an ordinary pooling; in an export
+    the others are taken one by one.
+    """
+    cells = [adaptive_cells(size, count) for size, count in zip(fixed(x, 2, 3), grid, strict=True)]
+    sides = [{stop - start for start, stop in axis} for axis in cells]
+    steps = [{b[0] - a[0] for a, b in pairwise(axis)} or {1} for axis in cells]
+    if all(len(found) == 1 and 0 not in found for found in (*sides, *steps)):
+        kernel, stride = ([found.copy().pop() for found in axes] for axes in (sides, steps))
+        return F.max_pool2d(x, kernel, stride) if kind == "max" else F.avg_pool2d(x, kernel, stride)
+    if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        return F.adaptive_max_pool2d(x, grid) if kind == "max" else F.adaptive_avg_pool2d(x, grid)
+    reduce = torch.amax if kind == "max" else torch.mean
+    rows = torch.stack([reduce(x[:, :, start:stop], dim=2) for start, stop in cells[0]], dim=2)
+    return torch.stack([reduce(rows[..., start:stop], dim=3) for start, stop in cells[1]], dim=3)
 
 
 class PositionScore(nn.Module):
@@ -105,7 +127,7 @@ class WeightedPool(nn.Module):
 
         `valid` `(B, H, W)` (boolean) marks the positions that count; the others are treated like padding.
         """
-        height, width = x.shape[1:3]
+        height, width = fixed(x, 1, 2)
         before_h, after_h, before_w, after_w = self._padding(height, width)
         padded = (before_h, after_h, before_w, after_w) != (0, 0, 0, 0)
         if padded and valid is None:

@@ -14,8 +14,10 @@ from torch.nn.init import trunc_normal_, zeros_
 
 from stvit.models.block import block_stack
 from stvit.models.controls import PooledTokens
+from stvit.models.derived import constant
 from stvit.models.recovery import TokenRecovery
 from stvit.models.segmentation import resize
+from stvit.models.sizes import fixed
 from stvit.models.stem import build_stem
 from stvit.models.tokens import SemanticTokenGenerator
 
@@ -202,11 +204,13 @@ class RecoveryViT(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor]:
         """Images `(B, in_chans, H, W)` to one map `(B, C, H', W')`, in a tuple as other backbones give it."""
         x = self.stem(images)
-        hw = (x.shape[2], x.shape[3])
+        hw = fixed(x, 2, 3)
         position = (
             self.pos_embed
             if hw == self.grid
-            else resample_abs_pos_embed(self.pos_embed, list(hw), list(self.grid), num_prefix_tokens=0)
+            else constant(
+                lambda: resample_abs_pos_embed(self.pos_embed, list(hw), list(self.grid), num_prefix_tokens=0)
+            )
         )
         x = rearrange(x, "b c h w -> b (h w) c") + position
         for unit in self.units:

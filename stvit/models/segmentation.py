@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvit.models.pooling import pooled
+from stvit.models.sizes import fixed
+
 
 class ConvNormAct(nn.Sequential):
     """Convolution without bias, batch norm, ReLU; the size of the map stays.
@@ -47,11 +50,11 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_channels, H, W)` to `(B, channels, H, W)`."""
-        pooled = [
-            resize(branch(F.adaptive_avg_pool2d(x, scale)), x.shape[-2:])
+        levels = [
+            resize(branch(pooled(x, "avg", (scale, scale))), fixed(x, -2, -1))
             for scale, branch in zip(self.scales, self.branches, strict=True)
         ]
-        return self.mix(torch.cat([x, *pooled], dim=1))
+        return self.mix(torch.cat([x, *levels], dim=1))
 
 
 class UperHead(nn.Module):
@@ -85,9 +88,9 @@ class UperHead(nn.Module):
         """Maps `(B, C_i, H_i, W_i)`, finest first, to scores `(B, K, H_0, W_0)`."""
         levels = [layer(x) for layer, x in zip(self.lateral, maps[:-1], strict=True)] + [self.pyramid(maps[-1])]
         for i in range(len(levels) - 1, 0, -1):
-            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[-2:])
+            levels[i - 1] = levels[i - 1] + resize(levels[i], fixed(levels[i - 1], -2, -1))
         levels = [layer(x) for layer, x in zip(self.smooth, levels[:-1], strict=True)] + levels[-1:]
-        size = levels[0].shape[-2:]
+        size = fixed(levels[0], -2, -1)
         return self.classifier(self.fuse(torch.cat([levels[0], *(resize(x, size) for x in levels[1:])], dim=1)))
 
 
@@ -162,14 +165,15 @@ class SegmentationNetwork(nn.Module):
     def forward(self, images: Tensor, auxiliary: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         """Scores `(B, K, H, W)` of images `(B, C, H, W)`; with `auxiliary` also the auxiliary head's, or None."""
         maps = self.backbone(images)
-        scores = resize(self.head(maps), images.shape[-2:])
+        size = fixed(images, -2, -1)
+        scores = resize(self.head(maps), size)
         if not auxiliary:
             return scores
-        extra = None if self.auxiliary_head is None else resize(self.auxiliary_head(maps), images.shape[-2:])
+        extra = None if self.auxiliary_head is None else resize(self.auxiliary_head(maps), size)
         return scores, extra
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, corners not aligned; the same tensor where nothing changes."""
     size = tuple(size)
-    return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return x if fixed(x, -2, -1) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from stvit.models.sizes import fixed
+
 
 class PatchStem(nn.Module):
     """Non-overlapping patches, each projected linearly.
@@ -108,7 +110,7 @@ class ConvNormAct(nn.Module):
 
 def pad_image(image: Tensor, multiple: int) -> Tensor:
     """Zero rows and columns at the bottom and right of `(B, C, H, W)` up to a multiple of `multiple`."""
-    missing = (-image.shape[2] % multiple, -image.shape[3] % multiple)
+    missing = tuple(-side % multiple for side in fixed(image, 2, 3))
     return F.pad(image, (0, missing[1], 0, missing[0])) if any(missing) else image
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
 from stvit.models.attention import add_mask, relative_bias
 from stvit.models.derived import derived
+from stvit.models.sizes import fixed
 from stvit.models.windows import crop_grid, merge_windows, pad_grid, padded_size, split_windows
 
 
@@ -65,9 +66,7 @@ class WindowSelfAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "w n (three h d) -> three w h n d", three=3, h=self.num_heads).unbind(0)
         bias = relative_bias(self.relative_position_bias_table, (self.window, self.window), size, q.dtype)[None]
         if mask is not None:
-            bias = add_mask(bias, mask[:, None])
-            batch = len(x) // len(mask)
-            bias = bias if batch == 1 else bias.repeat(batch, 1, 1, 1)
+            bias = repeat(add_mask(bias, mask[:, None]), "w h n m -> (b w) h n m", b=x.shape[0] // mask.shape[0])
         drop = self.attn_drop if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
         return self.proj_drop(self.proj(rearrange(out, "w h n d -> w n (h d)")))
@@ -146,8 +145,9 @@ class SwinBlock(nn.Module):
                 merge_windows(self.attn(split_windows(x, padded, window), window), padded, window), padded, hw
             )
         forth, back, mask = derived(_shifted, x, padded, window, shift)
-        windows = rearrange(x.index_select(1, forth), "b (w n) c -> (b w) n c", w=len(mask))
-        x = rearrange(self.attn(windows, window, mask), "(b w) n c -> b (w n) c", w=len(mask))
+        count = fixed(mask, 0)[0]
+        windows = rearrange(x.index_select(1, forth), "b (w n) c -> (b w) n c", w=count)
+        x = rearrange(self.attn(windows, window, mask), "(b w) n c -> b (w n) c", w=count)
         return crop_grid(x.index_select(1, back), padded, hw)
 
     def _axis(self, size: int) -> tuple[int, int]:

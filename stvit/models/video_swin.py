@@ -13,6 +13,7 @@ from stvit.models.clip_block import ClipBlock, half_shift
 from stvit.models.clip_windows import Size, pad_clip
 from stvit.models.hierarchy import call, depth_rates, sizes_of
 from stvit.models.merging import PatchMerging
+from stvit.models.sizes import fixed
 from stvit.models.windows import padded_size
 
 
@@ -36,7 +37,7 @@ class ClipPatches(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """`(B, in_chans, T, H, W)` to tokens `(B, T', H', W', C)`; zeros fill up the last patches."""
         video = rearrange(video, "b c t h w -> b t h w c")
-        size = (padded_size(side, patch) for side, patch in zip(video.shape[1:4], self.patch_size, strict=True))
+        size = (padded_size(side, patch) for side, patch in zip(fixed(video, 1, 2, 3), self.patch_size, strict=True))
         video = rearrange(pad_clip(video, tuple(size)), "b t h w c -> b c t h w")
         return self.norm(rearrange(self.proj(video), "b c t h w -> b t h w c"))
 
@@ -91,7 +92,7 @@ def merge_slices(downsample: PatchMerging | None, x: Tensor) -> Tensor:
     """
     if downsample is None:
         return x
-    batch, _, height, width, _ = x.shape
+    batch, (height, width) = x.shape[0], fixed(x, 2, 3)
     merged = downsample(rearrange(x, "b t h w c -> (b t) (h w) c"), (height, width))
     return rearrange(merged, "(b t) (h w) c -> b t h w c", b=batch, h=-(-height // 2))
 

@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from stvit.models.block import block_stack
 from stvit.models.controls import AllTokens, RandomTokens
+from stvit.models.derived import constant
 from stvit.models.hierarchy import taken
 from stvit.models.reducers import State, build_reducer, match_macs, on_meta
+from stvit.models.sizes import fixed
 from stvit.models.stem import build_stem
 from stvit.models.tokens import SemanticTokenGenerator
 
@@ -303,7 +305,7 @@ class SemanticTokenViT(nn.Module):
     def forward_stem(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image tokens with their position, `(B, H'*W', C)`, after the class token, if any; and their grid."""
         tokens = self.stem(images)
-        hw = (tokens.shape[2], tokens.shape[3])
+        hw = fixed(tokens, 2, 3)
         x = rearrange(tokens, "b c h w -> b (h w) c")
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
@@ -444,7 +446,8 @@ class SemanticTokenViT(nn.Module):
         if hw == self.grid:
             return self.pos_embed
         prefix = int(self.cls_token is not None)
-        return resample_abs_pos_embed(self.pos_embed, list(hw), list(self.grid), num_prefix_tokens=prefix)
+        sizes = (list(hw), list(self.grid))
+        return constant(lambda: resample_abs_pos_embed(self.pos_embed, *sizes, num_prefix_tokens=prefix))
 
 
 def init_linear(module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from stvit.models.attention import Attention
 from stvit.models.derived import derived
 from stvit.models.key_windows import WindowKeys, band_masks, dense_mask, gather_index
+from stvit.models.sizes import fixed
 from stvit.models.windows import into_windows, out_of_windows
 
 METHODS = ("auto", "banded", "gather", "masked", "per_window")
@@ -108,4 +109,4 @@ def _joined(parts: list[Tensor], dim: int = 1) -> Tensor:
 
 def _cut(x: Tensor, index: Tensor) -> Tensor:
     """Tokens `(B, M, C)` at `index` `(windows, K)`: `(B*windows, K, C)`."""
-    return rearrange(x.index_select(1, index.flatten()), "b (n k) c -> (b n) k c", k=index.shape[1])
+    return rearrange(x.index_select(1, index.flatten()), "b (n k) c -> (b n) k c", k=fixed(index, 1)[0])

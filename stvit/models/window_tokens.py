@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
 from stvit.models.block import Block, set_shortcut
-from stvit.models.derived import derived
+from stvit.models.derived import constant, derived
 from stvit.models.key_windows import KeyWindows, ReleasedPadding, WindowKeys, dense_mask
 from stvit.models.pooling import build_pool
+from stvit.models.sizes import fixed
 from stvit.models.tokens import stochastic_depth
 from stvit.models.window_attention import window_attention
 from stvit.models.windows import into_windows, padded_size, split_windows, valid_cells
@@ -287,7 +288,7 @@ class WindowTokenGenerator(nn.Module):
             return call(queries, x, keys, own=own if self.concat else None)
         if not self.concat:
             return layer.attention_weights(queries, x) if weights else layer(queries, x)
-        mask = readable(x, where, others=x.shape[1])
+        mask = readable(x, where, others=fixed(x, 1)[0])
         if weights:
             return layer.attention_weights(queries, [own, x], mask=mask)
         return layer(queries, [own, x], mask=mask)
@@ -323,6 +324,10 @@ def resample_tokens(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) 
     """Learned tokens `(1, S, C)` on `grid` for another grid, bicubically."""
     if grid == to:
         return tokens
-    maps = rearrange(tokens, "1 (h w) c -> 1 c h w", h=grid[0])
-    maps = nn.functional.interpolate(maps.float(), size=to, mode="bicubic", align_corners=False).to(tokens.dtype)
-    return rearrange(maps, "1 c h w -> 1 (h w) c")
+
+    def resampled() -> Tensor:
+        maps = rearrange(tokens, "1 (h w) c -> 1 c h w", h=grid[0])
+        maps = nn.functional.interpolate(maps.float(), size=to, mode="bicubic", align_corners=False).to(tokens.dtype)
+        return rearrange(maps, "1 c h w -> 1 (h w) c")
+
+    return constant(resampled)

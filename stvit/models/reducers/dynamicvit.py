@@ -29,6 +29,7 @@ from stvit.models.reducers.layerwise import (
     shares,
     take,
 )
+from stvit.models.sizes import fixed
 
 # What a dropped key weighs beside a kept one. Not 0, so that its decision has a gradient.
 DROPPED = 1e-6
@@ -109,8 +110,9 @@ class DynamicViT(LayerReducer):
             if self.training:
                 state = self._draw(probability, state)
             else:
-                keep = highest(probability[..., 0], self._count(stage, state.source.shape[1], x.shape[1]))
-                state = state._replace(source=follow(state.source, moved(keep, x.shape[1] - self.prefix)))
+                at_hand = self._count(x)
+                keep = highest(probability[..., 0], self._staying(stage, fixed(state.source, 1)[0], at_hand))
+                state = state._replace(source=follow(state.source, moved(keep, at_hand)))
                 x = take(x, keep, self.prefix)
         mask = None if state.kept is None else keep_mask(state.kept, self.prefix).to(x.dtype)
         return block(x, mask=mask), state
@@ -155,8 +157,8 @@ class DynamicViT(LayerReducer):
         kept = decision if state.kept is None else decision * state.kept
         return state._replace(kept=kept, shares=(*state.shares, kept.mean(dim=1)))
 
-    def _count(self, stage: int, total: int, at_hand: int) -> int:
-        return max(1, min(int(total * self.keep_ratio ** (stage + 1) + 1e-6), at_hand - self.prefix))
+    def _staying(self, stage: int, total: int, at_hand: int) -> int:
+        return max(1, min(int(total * self.keep_ratio ** (stage + 1) + 1e-6), at_hand))
 
 
 def keep_mask(kept: Tensor, prefix: int) -> Tensor:

@@ -74,7 +74,7 @@ class EViT(LayerReducer):
 
     def layer(self, index: int, block: Block, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Reduce inside layer `index` if it is one of the places."""
-        tokens = x.shape[1] - self.prefix
+        tokens = self._count(x)
         count = share_of(self.keep_rate, tokens)
         if index not in self.places or count == tokens:
             return block(x), state

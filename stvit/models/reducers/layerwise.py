@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stvit.models.attention import Attention
 from stvit.models.block import Block
+from stvit.models.sizes import fixed
 
 SCORES = ("class", "attention", "norm")
 
@@ -54,7 +55,7 @@ class LayerReducer(nn.Module):
 
     def begin(self, x: Tensor) -> State:
         """State before the first layer of tokens `x` `(B, prefix + N, C)`."""
-        return State(repeat(torch.arange(x.shape[1] - self.prefix, device=x.device), "n -> b n", b=x.shape[0]))
+        return State(repeat(torch.arange(self._count(x), device=x.device), "n -> b n", b=x.shape[0]))
 
     def layer(self, index: int, block: Block, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Layer `index` (from 0): tokens `(B, prefix + T, C)` to as many or fewer, and what became of them."""
@@ -64,9 +65,13 @@ class LayerReducer(nn.Module):
         """Normalised final tokens in the form whose plain mean (or class token) is what is to be classified."""
         return x
 
+    def _count(self, x: Tensor) -> int:
+        """Image tokens at hand of tokens `x` `(B, prefix + T, C)`: T."""
+        return fixed(x, 1)[0] - self.prefix
+
     def token_maps(self, x: Tensor, state: State, hw: tuple[int, int]) -> Tensor:
         """Which image tokens each of the tokens `x` `(B, prefix + T, C)` stands for: `(B, T, H, W)`, sums 1 each."""
-        tokens = torch.arange(x.shape[1] - self.prefix, device=x.device)
+        tokens = torch.arange(self._count(x), device=x.device)
         member = (state.source[:, None] == tokens[:, None]).float()
         return rearrange(member / member.sum(dim=-1, keepdim=True), "b t (h w) -> b t h w", h=hw[0])
 
@@ -175,7 +180,7 @@ def take(x: Tensor, places: Tensor, prefix: int = 0) -> Tensor:
 def moved(keep: Tensor, tokens: int, rest: int = -1) -> Tensor:
     """Where each of `tokens` tokens goes when those at `keep` `(B, K)` stay: `(B, tokens)`, `rest` for the others."""
     places = torch.full((keep.shape[0], tokens), rest, dtype=torch.long, device=keep.device)
-    order = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    order = torch.arange(fixed(keep, 1)[0], device=keep.device).expand_as(keep)
     return places.scatter(1, keep, order)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stvit.models.block import Block
 from stvit.models.reducers.layerwise import LayerReducer, State, follow
+from stvit.models.sizes import fixed
 
 
 class ToMe(LayerReducer):
@@ -69,7 +70,7 @@ class ToMe(LayerReducer):
 
     def layer(self, index: int, block: Block, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Merge up to `merges[index]` tokens inside layer `index`."""
-        r = min(self.merges[index], (x.shape[1] - self.prefix) // 2)
+        r = min(self.merges[index], self._count(x) // 2)
         mask = None
         if self.proportional and state.size is not None:
             mask = state.size.log()[:, None, None].to(x.dtype)
@@ -118,15 +119,16 @@ def bipartite_places(metric: Tensor, r: int, prefix: int) -> Tensor:
     """
     metric = F.normalize(metric.float(), dim=-1)
     similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
-    protected = torch.arange(similarity.shape[1], device=metric.device) < prefix
+    (tokens,) = fixed(metric, 1)
+    protected = torch.arange((tokens + 1) // 2, device=metric.device) < prefix
     chosen = similarity.masked_fill(protected, float("-inf")).topk(r, dim=1).indices
-    merged = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, chosen, True)
-    staying = similarity.shape[1] - r
-    first = torch.where(merged, partner + staying, (~merged).cumsum(dim=1) - 1)
-    second = staying + torch.arange(metric.shape[1] // 2, device=metric.device).expand(metric.shape[0], -1)
-    places = torch.empty(metric.shape[:2], dtype=torch.long, device=metric.device)
-    places[:, ::2], places[:, 1::2] = first, second
-    return places
+    merged = torch.zeros_like(similarity).scatter(1, chosen, 1.0) > 0
+    staying = (tokens + 1) // 2 - r
+    first = torch.where(merged, partner + staying, (~merged).long().cumsum(dim=1) - 1)
+    second = staying + torch.arange(tokens // 2, device=metric.device).expand(metric.shape[0], -1)
+    # In turns: the first set has the even places.
+    order = torch.arange(tokens, device=metric.device)
+    return torch.cat([first, second], dim=1)[:, order // 2 + order % 2 * ((tokens + 1) // 2)]
 
 
 def merge_tokens(x: Tensor, size: Tensor, places: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +136,7 @@ def merge_tokens(x: Tensor, size: Tensor, places: Tensor, r: int) -> tuple[Tenso
 
     Sums are taken in float32. Returns `(B, T - r, C)` and `(B, T - r)`.
     """
-    batch, tokens, channels = x.shape
+    batch, (tokens, channels) = x.shape[0], fixed(x, 1, 2)
     total = size.new_zeros(batch, tokens - r).scatter_add(1, places, size)
     weighted = x.float() * size[..., None]
     summed = weighted.new_zeros(batch, tokens - r, channels).scatter_add(
