@@ -79,7 +79,7 @@ class EvalLoop(BaseLoop):
                 skipped += 1
                 runner.logger.warning(f"sample left out of the evaluation ({skipped} so far): {error}")
             if fetched.data is None:
-                self._keep_company(batch)
+                self.keep_company(batch)
             else:
                 batch = runner.place(fetched.data)
                 runner.call_hook(f"before_{split}_iter", batch_idx=index, data_batch=batch)
@@ -122,7 +122,7 @@ class EvalLoop(BaseLoop):
         else:
             self.evaluator.process(data_samples=outputs, data_batch=batch)
 
-    def _keep_company(self, batch: Any) -> None:
+    def keep_company(self, batch: Any) -> None:
         """Sharded networks gather parameters in every forward pass, so all processes must run equally many."""
         if self.runner.sharded:
             if batch is None:

@@ -22,6 +22,7 @@ from core.position import joint_batch, place
 from core.processes import total
 from core.registry import LOOPS
 from core.results import digest
+from core.sanity import check_evaluations
 from core.signals import Interrupted, StopRequest
 
 
@@ -165,6 +166,8 @@ class TrainLoop(BaseLoop):
             Interrupted: a signal asked to stop; the state is saved.
         """
         runner = self.runner
+        if self._iter == 0:
+            check_evaluations(runner, int(runner.runtime.get("sanity_batches", 2)))
         runner.call_hook("before_train")
         self._finite = FiniteCheck(runner)
         self._finite.watch(runner.optim_wrapper)

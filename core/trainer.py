@@ -55,6 +55,9 @@ class Trainer(BaseModel):
     #: Submodules with an optimizer of their own, where there are several; a config with one ``optimizer`` serves each.
     optimizer_parts: tuple[str, ...] = ()
 
+    #: Whether the first batches of every evaluation are tried out before training; False where a batch takes minutes.
+    sanity_check: bool = True
+
     def __init__(self, frozen: Sequence[str] = ()) -> None:
         super().__init__()
         if isinstance(frozen, str):

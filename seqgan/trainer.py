@@ -266,6 +266,7 @@ class TransformerTrainer(Trainer):
         self.network, self.tokenizer, self.cache = network, tokenizer, cache
         self.label_drop, self.smoothing, self.min_mask_rate = label_drop, smoothing, min_mask_rate
         self.mask_seed, self.sample_evaluation = mask_seed, sample_evaluation
+        self.sanity_check = not sample_evaluation  # sampling a batch takes long
         self.sampler, self.request = sampler, SampleRequest() if request is None else request
         self._decoders: dict[str, Tokenizer] = {}  # of other runs, read and compared once; no part of the model
         # SHA-256 of the tokenizer whose codes were learnt; zeros: not known.

@@ -84,6 +84,8 @@ class TuneAVideoTrainer(Trainer):
         ConfigError: arguments that mean nothing, a base that is none, LoRA of layers that are not linear.
     """
 
+    sanity_check = False  # editing a clip takes minutes
+
     def __init__(
         self,
         base: str | None = None,

@@ -41,6 +41,7 @@ class TwoDecoderTransformer(TransformerTrainer):
     ) -> None:
         super().__init__(network, tokenizer, cache, smoothing=smoothing, frozen=("second",))
         self.second, self.sample_seed, self.steps = second, sample_seed, steps
+        self.sanity_check = False  # predictions hold samples
 
     def predict(self, batch: Batch) -> dict[str, Any]:
         """What `ShapeReport` reads: likelihoods, codes, reconstructions and samples, of both decoders.

@@ -39,6 +39,7 @@ def words(patience, **options):
         "val_evaluator={type: test_early_stopping.Course}",
         f"+custom_hooks.stop={{type: core.EarlyStopping, {given}}}",
         "train_cfg.max_epochs=6",  # of 10 steps
+        "runtime.sanity_batches=0",  # would take the first figure
     )
 
 

@@ -17,7 +17,7 @@ from core.run_folder import find_checkpoint
 from core.signals import Interrupted, StopRequest
 
 TEST = "test_dataloader={batch_size: 4, dataset: {type: mypoints.Points, count: 9, seed: 5, augment: false}}"
-RUN = (TEST, "model.network.dropout=0.2", "ema={decay: 0.9}", "train_cfg.max_epochs=3")
+RUN = (TEST, "runtime.sanity_batches=0", "model.network.dropout=0.2", "ema={decay: 0.9}", "train_cfg.max_epochs=3")
 EVERY_7 = ("train_cfg.val_every_epochs=null", "train_cfg.val_every_steps=7", "checkpoint.every_steps=4")
 
 
