@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from core.errors import ConfigError, VitrineError
-from core.kinds import shown
+from core.kinds import complaint, innermost, shown
 
 TRACEBACK = "VITRINE_TRACEBACK"
 
@@ -48,6 +48,12 @@ def constructed(target: Callable[..., Any], arguments: Mapping[str, Any], name: 
     except Exception as error:
         given = ", ".join(f"{key}={shown(value, 40)}" for key, value in arguments.items())
         raise _failure(error, f"{name}({given}) failed: ") from error
+
+
+def unsuited(value: Any, hint: Any, owner: str = "it") -> ConfigError:
+    """The error of a value that does not suit a hint, at the place of the part that does not."""
+    place, part, wanted = innermost(value, hint)
+    return ConfigError(complaint(part, wanted, owner)).within(place)
 
 
 def _failure(error: Exception, what: str = "") -> ConfigError:

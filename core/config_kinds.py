@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from core.config_key import config_key
+from core.config_key import config_key, unsuited
 from core.errors import ConfigError
-from core.kinds import Built, Count, Range, Whole, complaint, shown, suits
+from core.kinds import Built, Count, Range, Whole, shown, suits
 
 _Path = str | None
 _Seconds = Annotated[float, Range(0)]
@@ -140,7 +140,7 @@ def check_loader(loader: Mapping[str, Any], place: str) -> None:
 def _check(node: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     for key, hint in kinds.items():
         if key in node and not suits(node[key], hint):
-            raise ConfigError(complaint(node[key], hint)).within(key)
+            raise unsuited(node[key], hint).within(key)
 
 
 def _check_optimizers(wrapper: Mapping[str, Any] | None) -> None:

@@ -170,6 +170,22 @@ def _several(hint: Any) -> str:
     return words.replace("a list", "lists").replace("a mapping", "mappings")
 
 
+def innermost(value: Any, hint: Any) -> tuple[str, Any, Any]:
+    """The part of a value that does not suit: its dotted place (empty: the whole), what is there, and its hint."""
+    for one in typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,):
+        origin, inner = typing.get_origin(one), typing.get_args(one)
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping) and inspect.isclass(origin) and issubclass(origin, Mapping) and len(inner) == 2:
+            items, inside = value.items(), inner[1]
+        elif isinstance(value, list | tuple) and origin in _SEQUENCES and (origin is not tuple or inner[-1] is Ellipsis):
+            items, inside = enumerate(value), inner[0]
+        for key, item in items:
+            if not suits(item, inside):
+                place, part, wanted = innermost(item, inside)
+                return f"{key}.{place}".rstrip("."), part, wanted
+    return "", value, hint
+
+
 def complaint(value: Any, hint: Any, owner: str = "it") -> str:
     """What is wrong with a value that does not suit: ``three is a text, stvit.Network takes a whole number``."""
     wanted = expected(hint)

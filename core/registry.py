@@ -22,10 +22,10 @@ import mmengine.registry as root
 from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope, Registry
 
-from core.config_key import config_key, constructed
+from core.config_key import config_key, constructed, unsuited
 from core.errors import ConfigError
 from core.installed import check_mmengine
-from core.kinds import complaint, hints_of, suits
+from core.kinds import hints_of, suits
 
 check_mmengine()  # here, since whatever the engine builds comes by this file
 
@@ -286,7 +286,7 @@ def check_values(target: Any, arguments: Mapping[str, Any], *, where: str) -> No
             continue
         lies = default is not inspect.Parameter.empty and default is not None and not suits(default, hint)
         if not (lies and type(value) is type(default)):
-            raise ConfigError(complaint(value, hint, where)).within(name)
+            raise unsuited(value, hint, where).within(name)
 
 
 def check(cfg: Any, path: str = "") -> None:

@@ -48,7 +48,7 @@ def test_when_checkpoints_are_written_does_not_change_what_a_run_is(tiny_config)
     [
         (("checkpoint.every_epochs=2", "checkpoint.every_steps=5"), "every_steps or every_epochs, not both"),
         (("checkpoint.every_epochs=0",), r"checkpoint\.every_epochs=0"),
-        (("checkpoint.every_steps=1.5",), r"checkpoint\.every_steps=1\.5"),
+        (("checkpoint.every_steps=1.5",), r"checkpoint\.every_steps.*1\.5"),
         (("checkpoint.every_epoch=2",), r"did you mean checkpoint\.every_epochs"),
     ],
 )
@@ -115,11 +115,11 @@ def test_the_first_of_several_figures_is_what_evaluate_best_means(tiny):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("checkpoint.metric={accuracy: upper}",), r"checkpoint\.metric\.accuracy='upper'"),
+        (("checkpoint.metric={accuracy: upper}",), r"checkpoint\.metric\.accuracy.*upper"),
         (("checkpoint.metric=[accuracy,accuracy]",), r"a list of different names"),
-        (("checkpoint.metric=[accuracy,5]",), r"a list of different names"),
-        (("checkpoint.metric=5",), r"checkpoint\.metric=5"),
-        (("checkpoint.metric=accuracy", "checkpoint.direction=best"), r"checkpoint\.direction='best'"),
+        (("checkpoint.metric=[accuracy,5]",), r"checkpoint\.metric\.1.*5"),
+        (("checkpoint.metric=5",), r"checkpoint\.metric.*5"),
+        (("checkpoint.metric=accuracy", "checkpoint.direction=best"), r"checkpoint\.direction.*best"),
         (("checkpoint.metric=[accuracy,top1]",), r"checkpoint\.metric 'top1' is none of \['accuracy', 'seen'\]"),
     ],
 )

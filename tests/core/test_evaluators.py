@@ -60,7 +60,7 @@ def test_built_objects_are_taken_as_they_are():
     ("wrong", "message"),
     [
         ("[]", "an evaluator needs a metric"),
-        ("[1]", "val_evaluator.*a list of mappings with a type"),
+        ("[1]", "val_evaluator.*a mapping with a type"),
         (f"{{top1: {MEASURE}}}", r"an evaluator takes metrics.*with process\(data_batch"),
         ("{type: core.metrics.TorchMetrics, metrics: {top1: null}}", "at least one metric"),
     ],
