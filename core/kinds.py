@@ -174,10 +174,11 @@ def innermost(value: Any, hint: Any) -> tuple[str, Any, Any]:
     """The part of a value that does not suit: its dotted place (empty: the whole), what is there, and its hint."""
     for one in typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,):
         origin, inner = typing.get_origin(one), typing.get_args(one)
+        alike = origin in _SEQUENCES and (origin is not tuple or inner[-1] is Ellipsis)  # all items have one hint
         items: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, Mapping) and inspect.isclass(origin) and issubclass(origin, Mapping) and len(inner) == 2:
             items, inside = value.items(), inner[1]
-        elif isinstance(value, list | tuple) and origin in _SEQUENCES and (origin is not tuple or inner[-1] is Ellipsis):
+        elif isinstance(value, list | tuple) and alike:
             items, inside = enumerate(value), inner[0]
         for key, item in items:
             if not suits(item, inside):
