@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -87,7 +86,6 @@ def decorated(place):
     return any(isinstance(n, ast.FunctionDef) and n.name == name and n.decorator_list for n in nodes)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed (see requirements.lock)")
 def test_a_type_checker_follows_every_name(tmp_path):
     lines, places = [], []
     for number, (package, name) in enumerate((p, n) for p in LAZY for n in exports(stub(p))):
