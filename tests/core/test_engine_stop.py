@@ -297,6 +297,7 @@ def test_two_processes_agree_on_stopping_within_an_evaluation(waiting):
         "val_evaluator={type: mywaiting.Accuracy}",
         "val_dataloader={batch_size: 4, dataset: {count: 17}}",  # three batches on one process, two on the other
         "train_cfg.max_epochs=1",
+        "runtime.sanity_batches=0",  # the signal is to come in the evaluation itself
         "run_dir=agreed",
         "log_every=100",
     )
