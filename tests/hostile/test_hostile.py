@@ -114,7 +114,7 @@ def test_the_budget_grows_with_the_file_and_ends():
     budget = Budget(1 << 30)
     budget.take(8 << 30)
     with pytest.raises(CheckpointReadError, match="memory"):
-        budget.take(65 << 20)
+        budget.take(129 << 20)
     with pytest.raises(CheckpointReadError, match="steps"):
         Budget(0).work(300_001)
 
