@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from core.config_check import checked
 from core.errors import ConfigError
 from core.launch import make_runner, set_up_process
+from core.processes import managers_unlocked
 from core.run_config import stage_for
 from core.run_folder import choose_run_dir, find_checkpoint
 
@@ -51,8 +52,9 @@ def evaluate(
         plain["load_from"] = {**(load or {}), "path": str(file), "rest": plain["load_from"]}
     plain["runs_dir"] = str(Path(plain["runs_dir"]) / "evaluations")  # apart from the runs that were trained
     plain["run_dir"] = str(choose_run_dir(plain))
-    runner = make_runner(plain)
-    try:
-        return runner.test() if split == "test" else runner.val()
-    finally:
-        runner.visualizer.close()
+    with managers_unlocked():
+        runner = make_runner(plain)
+        try:
+            return runner.test() if split == "test" else runner.val()
+        finally:
+            runner.visualizer.close()

@@ -22,7 +22,7 @@ from core.errors import ConfigError
 from core.latest import point_latest
 from core.messages import first_process_speaks
 from core.objective import objective
-from core.processes import first_decides
+from core.processes import first_decides, managers_unlocked
 from core.results import fingerprint
 from core.resume import Origin
 from core.run_folder import finished, rank, unwritable, writable, write_json
@@ -50,7 +50,7 @@ def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     with StopRequest(f"stopped before training {'went on' if kept else 'began'}: nothing is lost{kept}") as stop:
         plain = checked(plain)
         set_up_process(plain["runtime"])
-        with opened(plain) as source:
+        with managers_unlocked(), opened(plain) as source:
             if rank() == 0:
                 point_latest(plain)
             sweep.note(run_dir=plain["run_dir"])

@@ -6,7 +6,7 @@ Imports PyTorch when it is asked: configs and folders are read without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from core.errors import VitrineError
@@ -91,3 +91,21 @@ def _over_all(number: int, operation: str) -> int:
     shared = torch.tensor([number], device=device)
     dist.all_reduce(shared, op=getattr(dist.ReduceOp, operation))
     return int(shared.item())
+
+
+@contextmanager
+def managers_unlocked() -> Iterator[None]:
+    """Around work of mmengine: when it fails, the lock of its managers is free again.
+
+    mmengine takes a lock of the whole process to make a logger, say, and keeps it where that raises an error: every
+    other thread that builds something would then wait forever.
+    """
+    from mmengine.utils import manager
+
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # this thread no longer holds it
+            while True:
+                manager._lock.release()
+        raise

@@ -84,15 +84,15 @@ def test_a_run_that_fails_leaves_no_lock_and_no_empty_folder(tiny, monkeypatch):
 
 
 def test_a_killed_process_does_not_block(user, tmp_path):
-    words = ["run_dir=killed", "train_dataloader.num_workers=2", "log_every=1", "train_cfg.max_epochs=100000"]
+    words = ["run_dir=dead_holder", "train_dataloader.num_workers=2", "log_every=1", "train_cfg.max_epochs=100000"]
     process = subprocess.Popen(
         command_line(*words), cwd=user, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and not (user / "killed" / "log.jsonl").exists():
+    while process.poll() is None and time.monotonic() < deadline and not (user / "dead_holder" / "log.jsonl").exists():
         time.sleep(0.02)
     refused = subprocess.run(
-        command_line("run_dir=killed", "resume=auto", *words[1:]),
+        command_line("run_dir=dead_holder", "resume=auto", *words[1:]),
         cwd=user,
         env=environment(),
         capture_output=True,
@@ -103,6 +103,6 @@ def test_a_killed_process_does_not_block(user, tmp_path):
     assert refused.returncode == 2 and f"process {process.pid} on {socket.gethostname()}" in refused.stderr
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    lock = FileLock(user / "killed" / ".lock", "killed")
+    lock = FileLock(user / "dead_holder" / ".lock", "dead_holder")
     lock.acquire()  # at once, while its workers may still be there
     lock.release()

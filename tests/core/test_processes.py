@@ -7,14 +7,16 @@ import json
 import os
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from mmengine.utils import ManagerMixin, manager
 
 from core.errors import VitrineError
 from core.locks import Locked
-from core.processes import all_or_none, first_decides
+from core.processes import all_or_none, first_decides, managers_unlocked
 
 
 def _shares(rank: int, folder: str) -> None:
@@ -83,3 +85,21 @@ def test_one_process_alone_keeps_its_error() -> None:
         raise KeyError("lost")
     with pytest.raises(KeyError, match="lost"):
         first_decides(lambda: {}["lost"])
+
+
+def test_where_mmengine_fails_other_threads_still_build():
+    class Broken(ManagerMixin):
+        def __init__(self, name):
+            raise OSError("the log cannot be opened")
+
+    def take():
+        taken.append(manager._lock.acquire(timeout=20))
+        manager._lock.release()
+
+    taken = []
+    with pytest.raises(OSError, match="cannot be opened"), managers_unlocked():
+        Broken.get_instance("log")
+    thread = Thread(target=take)
+    thread.start()
+    thread.join()
+    assert taken == [True]
