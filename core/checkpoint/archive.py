@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from core.checkpoint.files import CheckpointReadError, UnsafeCheckpointError
-from core.checkpoint.limits import Budget, sizes
+from core.checkpoint.limits import SPARE, TOO_LARGE, sizes
 
 _CHUNK = 1 << 24
+_MAX_RATIO = 8  # of inflated to deflated entries; weights reach 2, masks of zeros more, but are small
 _MAX_DIRECTORY = 1 << 23  # bytes of a zip directory: some hundred thousand entries
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -46,8 +47,8 @@ class _Pieces(io.RawIOBase):
 
 
 @contextmanager
-def opened(file: IO[bytes], budget: Budget) -> Iterator[zipfile.ZipFile]:
-    """The archive, when all entries together fit the budget and each is stored or deflated.
+def opened(file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
+    """The archive, when each entry is stored or deflated and all together state no more than the file can hold.
 
     Raises:
         CheckpointReadError: they do not.
@@ -62,7 +63,11 @@ def opened(file: IO[bytes], budget: Budget) -> Iterator[zipfile.ZipFile]:
         for entry in entries:
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise CheckpointReadError(f"its entry '{entry.filename}' is encrypted, or neither stored nor deflated")
-        budget.take(sum(entry.file_size for entry in entries))
+        packed = sum(entry.compress_size for entry in entries)
+        if packed > pieces.size:
+            raise CheckpointReadError("its entries overlap: together they are larger than the file")
+        if sum(entry.file_size for entry in entries) > _MAX_RATIO * packed + SPARE:
+            raise CheckpointReadError(TOO_LARGE.format(pieces.size / 1e6))
         yield archive
 
 

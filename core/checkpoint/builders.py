@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from core.checkpoint.files import CheckpointReadError, UnsafeCheckpointError
-from core.checkpoint.limits import Budget, sequence, sizes
-
-_CALL = 4  # what a call costs, in instructions of a pickle
+from core.checkpoint.limits import CALL, TENSOR, Budget, sequence, sizes
 
 
 class Record(dict):
@@ -63,7 +61,7 @@ class Reference:
         self.name, self.build = name, build
 
     def __call__(self, arguments: Any, budget: Budget) -> Any:
-        budget.work(_CALL)
+        budget.work(CALL)
         if self.build is None:
             raise UnsafeCheckpointError(f"it calls '{self.name}', which is read as a name only")
         if not isinstance(arguments, tuple):
@@ -98,6 +96,7 @@ class Storage:
     def tensor(self, offset: Any, size: Any, stride: Any, budget: Budget) -> torch.Tensor:
         """The view of `size` and `stride` from element `offset` on; anything outside the memory is refused."""
         (offset,), size, stride = sizes([offset]), sizes(size), sizes(stride)
+        budget.work(TENSOR + len(size))
         if len(size) != len(stride):
             raise ValueError("size and stride must have one length")
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))

@@ -12,8 +12,15 @@ import torch
 from core.checkpoint.files import CheckpointReadError, UnsafeCheckpointError
 
 _MEGABYTE = 1 << 20
+# What costs more than an instruction of a pickle, in instructions.
+SLOW, NAME, CALL, STORAGE, TENSOR, NESTED = 3, 3, 4, 6, 12, 1000
+SPARE = 128 * _MEGABYTE  # what even the smallest file may take
 _MAX_DIMENSIONS = 64
 _MAX_KEY_PARTS = 32
+TOO_LARGE = (
+    "its content would take far more memory than its {:,.1f} MB can hold: it is compressed or repeats itself as no "
+    "checkpoint does"
+)
 # Their hashes are random in every process or take few equal values, so nobody can make many of them collide.
 _SIMPLE_KEYS = (type(None), bool, float, str, bytes, torch.dtype, torch.device, np.integer, np.floating, np.str_)
 
@@ -21,9 +28,14 @@ _SIMPLE_KEYS = (type(None), bool, float, str, bytes, torch.dtype, torch.device, 
 class Budget:
     """Bounds on bytes and steps; both grow with the file, and neither depends on the speed of the machine.
 
-    A checkpoint's tensors fill nearly all of its file, so its content is about as large as the file. Its pickle takes
-    some forty steps per tensor; a file of nothing but single numbers has a tensor in every 125 bytes, and where there
-    are more than a few thousand tensors, most are far larger. The bounds leave a wide margin above that.
+    What a file states of its tensors, it holds: stored entries and the numbers of older files are no larger than the
+    file, deflated entries may state eight times their size and 128 MB (`core.checkpoint.archive` compares before it
+    inflates). Beside that content, what is copied, and what different tensors of one storage state beyond its size, is
+    bounded by twice the file and 128 MB; not by once the file, because pickles of protocols 0 to 2 hold arrays as
+    texts, which are copied twice before they are numbers.
+
+    A pickle takes some sixty steps per tensor (slower instructions count as several); a file of nothing but single
+    numbers has a tensor in every 125 bytes, and where there are more than twenty thousand, most are far larger.
 
     Args:
         size: bytes of the file.
@@ -31,8 +43,8 @@ class Budget:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.bytes = 8 * size + 128 * _MEGABYTE
-        self.steps = 300_000 + min(size, 8 * _MEGABYTE) // 4 + size // 64
+        self.bytes = 2 * size + SPARE
+        self.steps = 300_000 + min(size, 2 * _MEGABYTE) // 2 + size // 64
         self._compound_keys = 0
         self._views: dict[int, _Views] = {}
 
@@ -44,10 +56,7 @@ class Budget:
         """
         self.bytes -= count
         if self.bytes < 0:
-            raise CheckpointReadError(
-                f"its content would take far more memory than its {self.size / 1e6:,.1f} MB can hold: it is compressed "
-                "or repeats itself as no checkpoint does"
-            )
+            raise CheckpointReadError(TOO_LARGE.format(self.size / 1e6))
 
     def work(self, count: int) -> None:
         """Accounts for `count` steps.

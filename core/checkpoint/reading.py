@@ -26,7 +26,7 @@ from core.checkpoint.archive import fill, opened, read_npz
 from core.checkpoint.builders import OFFICIAL_GLOBALS, PLAIN_GLOBALS, Reference, Storage, StorageKind
 from core.checkpoint.files import CheckpointReadError, UnsafeCheckpointError
 from core.checkpoint.formats import HEAD, recognised
-from core.checkpoint.limits import Budget
+from core.checkpoint.limits import NESTED, Budget
 from core.checkpoint.unpickler import AllowListUnpickler, plain
 
 # First object of torch's older, zip-less format, and the version that follows it.
@@ -176,7 +176,7 @@ def _read_nested(budget: Budget, data: Any, allow: Collection[str]) -> Any:
     """A torch file that lies inside a pickle as bytes: a tensor pickled by plain `pickle`."""
     if not isinstance(data, bytes):
         raise ValueError("no bytes")
-    budget.take(len(data))
+    budget.work(NESTED)
     file = io.BytesIO(data)
     return _read_zip(file, allow, budget) if data[:2] == b"PK" else _read_pickles(file, allow, budget)
 
@@ -235,7 +235,7 @@ def _read_stream(file: Any, allow: Collection[str], budget: Budget, encoding: st
 
 def _read_zip(file: IO[bytes], allow: Collection[str], budget: Budget) -> Any:
     """A torch file, or numpy's ``.npz``."""
-    with opened(file, budget) as archive:
+    with opened(file) as archive:
         names = set(archive.namelist())
         pickles = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
         if names and all(name.endswith(".npy") for name in names):
@@ -285,7 +285,7 @@ def _storage(
         kind: of its elements.
         key: its name in the file.
         count: of its elements, as the file states it.
-        budget: pays for the memory, unless an archive has paid for all its entries.
+        budget: pays for the memory, unless it is an entry of an archive, whose size is known to fit.
         there: bytes of its entry in an archive.
     """
     if not isinstance(kind, StorageKind) or type(count) is not int or count < 0 or not isinstance(key, str):

@@ -16,7 +16,6 @@ from typing import Any
 
 from core.checkpoint.archive import opened
 from core.checkpoint.files import CheckpointWriteError, FileRecord, is_temporary, save_atomic, write_text_atomic
-from core.checkpoint.limits import Budget
 from core.errors import ConfigError
 from core.selection import Direction, Metric, ranking
 
@@ -256,7 +255,7 @@ def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
         if "sha256" in entry and path.stat().st_size == entry["size"] and FileRecord.of(path).sha256 == entry["sha256"]:
             return True
         # Not in the index, or written anew just before the index was: the archive's own checksums decide.
-        with open(path, "rb") as file, opened(file, Budget(path.stat().st_size)) as archive:
+        with open(path, "rb") as file, opened(file) as archive:
             return archive.testzip() is None
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return False

@@ -16,6 +16,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any, BinaryIO, ClassVar
@@ -25,7 +26,7 @@ import torch
 
 from core.checkpoint.builders import Array, ArrayType, Record, Reference, Storage, reference
 from core.checkpoint.files import UnsafeCheckpointError
-from core.checkpoint.limits import Budget
+from core.checkpoint.limits import NAME, SLOW, STORAGE, Budget
 
 # Names that Python 2, protocols 0 to 2 and old torch versions use -> today's.
 _MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
@@ -34,22 +35,16 @@ _NAMES = {"builtins.xrange": "range", "builtins.long": "int", "builtins.unicode"
 _QUANTIZED = re.compile(r"torch\.(Q\w+Storage|per_\w+_(affine|symmetric)\w*)")
 
 
-class _Counted(dict):
-    """The table of instructions; every look-up is one step."""
+# Instructions that take several times as long, or as much memory, as the others.
+_SLOW = (pickle.EMPTY_SET, pickle.STRING, pickle.UNICODE, pickle.INT, pickle.LONG, pickle.FLOAT, pickle.LONG1)
 
-    def __init__(self, table: dict[int, Callable], budget: Budget) -> None:
-        super().__init__(table)
-        self.budget = budget
 
-    def __getitem__(self, code: int) -> Callable:
-        budget = self.budget
-        budget.steps -= 1
-        if budget.steps < 0:
-            budget.work(0)
-        try:
-            return super().__getitem__(code)
-        except KeyError:
-            raise pickle.UnpicklingError(f"byte {code:#04x} is not an instruction of a pickle") from None
+def _costly(instruction: Callable[[Any], None]) -> Callable[[Any], None]:
+    def paid(unpickler: AllowListUnpickler) -> None:
+        unpickler.budget.work(SLOW)
+        instruction(unpickler)
+
+    return paid
 
 
 class AllowListUnpickler(pickle._Unpickler):
@@ -77,13 +72,31 @@ class AllowListUnpickler(pickle._Unpickler):
     ) -> None:
         super().__init__(file, encoding=encoding)
         self.allow, self.budget, self.persistent, self.nested = allow, budget, persistent, nested
-        self.dispatch = _Counted(type(self).dispatch, budget)
         self.references: dict[str, Any] = {}
+
+    def load(self) -> Any:
+        """The content: pickle's loop with every instruction counted, and read without frames, which only save calls."""
+        self.read, self.readline = self._file_read, self._file_readline
+        self.metastack, self.stack, self.proto = [], [], 0
+        self.append = self.stack.append
+        read, dispatch, budget = self.read, self.dispatch, self.budget
+        try:
+            while code := read(1):
+                budget.steps -= 1
+                if budget.steps < 0:
+                    budget.work(0)
+                if code[0] not in dispatch:
+                    raise pickle.UnpicklingError(f"byte {code[0]:#04x} is not an instruction of a pickle")
+                dispatch[code[0]](self)
+        except pickle._Stop as stop:
+            return stop.value
+        raise EOFError
 
     def find_class(self, module: str, name: str) -> Any:
         """The builder, element type or inert stand-in of a name; never an import."""
         if type(module) is not str or type(name) is not str:
             raise UnsafeCheckpointError("it asks for a name that is no text")
+        self.budget.work(NAME)
         module = _MODULES.get(module, module)
         name = _NAMES.get(f"{module}.{name}", name)
         full = f"{module}.{name}"
@@ -101,6 +114,7 @@ class AllowListUnpickler(pickle._Unpickler):
         """A tensor storage."""
         if self.persistent is None:
             raise UnsafeCheckpointError("it refers to data outside itself")
+        self.budget.work(STORAGE)
         return self.persistent(pid)
 
     def _call(self, function: Any, arguments: Any) -> Any:
@@ -188,6 +202,20 @@ class AllowListUnpickler(pickle._Unpickler):
         items = self.pop_mark()
         self.append(frozenset(self.budget.elements(items)))
 
+    def load_binunicode(self) -> None:
+        (count,) = struct.unpack("<I", self.read(4))
+        self._text(count)
+
+    def load_binunicode8(self) -> None:
+        (count,) = struct.unpack("<Q", self.read(8))
+        self._text(min(count, self.budget.size))
+
+    def _text(self, count: int) -> None:
+        text = str(self.read(count), "utf-8", "surrogatepass")
+        if count > 1 << 12:
+            self.budget.take(max(0, sys.getsizeof(text) - count))  # one wide character makes all take four bytes
+        self.append(text)
+
     def load_put(self) -> None:
         index = int(self.readline()[:-1])
         if not 0 <= index < 1 << 32:  # what fits the other instructions; larger numbers can be made to collide
@@ -198,7 +226,6 @@ class AllowListUnpickler(pickle._Unpickler):
         (count,) = struct.unpack("<Q", self.read(8))
         if count > self.budget.size:
             raise pickle.UnpicklingError(f"a frame of {count} bytes is longer than the file")
-        self._unframer.load_frame(count)
 
     def load_bytearray8(self) -> None:
         (count,) = struct.unpack("<Q", self.read(8))
@@ -218,11 +245,15 @@ class AllowListUnpickler(pickle._Unpickler):
     dispatch[pickle.ADDITEMS[0]] = load_additems
     dispatch[pickle.DICT[0]] = load_dict
     dispatch[pickle.FROZENSET[0]] = load_frozenset
+    dispatch[pickle.BINUNICODE[0]] = load_binunicode
+    dispatch[pickle.BINUNICODE8[0]] = load_binunicode8
     dispatch[pickle.PUT[0]] = load_put
     dispatch[pickle.FRAME[0]] = load_frame
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
         dispatch[_code[0]] = load_extension
+    for _code in _SLOW:
+        dispatch[_code[0]] = _costly(dispatch[_code[0]])
 
 
 def plain(value: Any, budget: Budget) -> Any:

@@ -110,9 +110,9 @@ def legacy(body: bytes, keys: tuple[str, ...] = ("0",), tail: bytes = struct.pac
     return b"".join(head) + pickled(body) + pickle.dumps(list(keys), 2) + tail
 
 
-def legacy_tensor(count: int) -> bytes:
+def legacy_tensor(count: int, key: str = "0") -> bytes:
     held = tuple_of(
-        text("storage"), named("torch.FloatStorage"), text("0"), text("cpu"), number(count), b"N"
+        text("storage"), named("torch.FloatStorage"), text(key), text("cpu"), number(count), b"N"
     ) + b"Q"  # fmt: skip
     return tensor(held)
 

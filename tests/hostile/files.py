@@ -340,6 +340,52 @@ _add("four million empty sets", lambda: torch_zip(b"](" + b"\x8f" * 4_000_000 + 
 _add("a million objects", lambda: pickled(
     named("argparse.Namespace") + b"\x94" + b"](" + b"h\x00)R" * 1_000_000 + b"e"
 ), readers=("load_official",), reason="steps")  # fmt: skip
+
+
+def _overlapping(archive: bytes) -> bytes:
+    """The archive with a second directory entry of the same large content."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        large = opened.getinfo("archive/data/1")
+    out = bytearray(archive)
+    start, end = out.index(b"PK\x01\x02"), out.index(b"PK\x05\x06")
+    directory = bytes(out[start:end])
+    mine = directory[directory.rindex(b"PK\x01\x02", 0, directory.index(b"archive/data/1")) :]
+    mine = mine[: mine.index(b"PK\x01\x02", 4)].replace(b"archive/data/1", b"archive/data/2")
+    assert large.file_size == 1 << 20
+    tail = bytearray(out[end:])
+    struct.pack_into("<HHI", tail, 8, *(6, 6, len(directory) + len(mine)))
+    return bytes(out[:start]) + directory + mine + bytes(tail)
+
+
+def _repeated(made: bytes, arguments: bytes, wrap: Callable[[bytes], bytes] = pickled) -> Callable[[], bytes]:
+    """Half a million calls of one name with the same arguments."""
+    return lambda: wrap(made + b"q\x00" + arguments + b"q\x01" + b"](" + b"h\x00h\x01R" * 500_000 + b"e")
+
+
+def _inner_file() -> bytes:
+    inner = saved({"w": torch.ones(1)})
+    return tuple_of(b"B" + struct.pack("<I", len(inner)) + inner)
+
+
+_TENSOR = named("torch._utils._rebuild_tensor_v2")
+_ARGUMENTS = tuple_of(storage(), b"K\x00", tuple_of(number(4)), tuple_of(number(1)), b"\x89", b"N")
+_add("half a million tensors of one storage", _repeated(_TENSOR, _ARGUMENTS, torch_zip), reason="steps")
+_add(
+    "half a million files in a pickle",
+    _repeated(named("torch.storage._load_from_bytes"), _inner_file()),
+    readers=("load_official",),
+    reason="steps",
+)
+_add("half a million storages", lambda: torch_zip(
+    storage()[:-1] + b"q\x00](" + b"h\x00Q" * 500_000 + b"e"
+), reason="steps")  # fmt: skip
+_add("half a million names", lambda: pickled(
+    text("torch") + b"q\x00" + text("float32") + b"q\x01](" + b"h\x00h\x01\x93" * 500_000 + b"e"
+), reason="steps")  # fmt: skip
+_add("entries that overlap", lambda: _overlapping(torch_zip(weights(tensor()), {"0": bytes(16), "1": bytes(1 << 20)})))
+_add("a torch file that unpacks to 20 times its size", lambda: torch_zip(
+    b"}", {str(i): bytes(16 << 20) for i in range(10)}, zipfile.ZIP_DEFLATED
+), reason="memory")  # fmt: skip
 _add("a tuple of tuples as a key", torch_zip(state((doubled(60), b"N"))), reason="nested parts")
 _add("a tuple of tuples as a key, DICT", torch_zip(b"(" + doubled(60) + b"Nd"), reason="nested parts")
 _add("a tuple of tuples in a set", torch_zip(b"\x8f(" + doubled(60) + b"\x90"), reason="nested parts")

@@ -17,15 +17,20 @@ from core.checkpoint import (
     Damaged,
     StateMismatch,
     UnsafeCheckpointError,
+    builders,
     load,
     load_official,
     load_state,
+    reading,
     save_atomic,
 )
 from core.checkpoint.limits import Budget
 from core.errors import ConfigError
 from tests.hostile.builders import (
+    MEGABYTE,
     call,
+    legacy,
+    legacy_tensor,
     pickled,
     saved,
     storage,
@@ -112,11 +117,56 @@ def test_keys_of_numbers_and_tuples_are_read(tmp_path):
 
 def test_the_budget_grows_with_the_file_and_ends():
     budget = Budget(1 << 30)
-    budget.take(8 << 30)
+    budget.take(2 << 30)
     with pytest.raises(CheckpointReadError, match="memory"):
         budget.take(129 << 20)
     with pytest.raises(CheckpointReadError, match="steps"):
         Budget(0).work(300_001)
+
+
+def _usual_files():
+    """Files as people write them, each with a tensor `layers.0.weight` that begins with 0, 1."""
+    names = [f"layers.{i}.weight" for i in range(8)]
+    weights = {name: torch.arange(20_000.0) + i for i, name in enumerate(names)}
+    views = {f"{name}.{half}": weights[name].view(2, -1)[half] for name in names for half in (0, 1)}
+    arrays = {name: np.arange(20_000) for name in names}
+    both = {"model": {"w": torch.ones(20_000)}, **weights}
+    return {
+        "a shard": saved({name: weights[name] for name in names[:4]}),
+        "one tensor under all names": saved(dict.fromkeys(names, weights[names[0]])),
+        "views beside what they show": saved({**weights, **views}),
+        "EMA beside weights": saved(both),
+        "EMA beside weights, older format": saved(both, "legacy"),
+        "arrays as texts": saved(arrays, 2),
+        "arrays in a torch file": saved({"model": arrays, **weights}),
+        "arrays as bytes": saved(arrays, 4),
+        "tensors in a plain pickle": saved(weights, 2),
+    }
+
+
+@pytest.mark.parametrize("kind", _usual_files())
+def test_usual_files_need_none_of_the_spare_memory(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("core.checkpoint.limits.SPARE", 0)
+    (tmp_path / "a.pt").write_bytes(_usual_files()[kind])
+    assert load_official(tmp_path / "a.pt")["layers.0.weight"][:2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(["\U0001f600" + "a" * MEGABYTE], 4),  # four bytes a letter
+        legacy(weights(*[legacy_tensor(1 << 20, str(i)) for i in range(3)])),
+        torch_zip(weights(tensor()), {"0": bytes(MEGABYTE)}, zipfile.ZIP_DEFLATED),
+        torch_zip(weights(tensor(storage(1 << 18), (1 << 18, 4), (1, 0))), {"0": bytes(MEGABYTE)}),
+    ],
+    ids=["a wide letter", "storages that are not there", "zeros", "a tensor of four times its storage"],
+)
+def test_what_takes_more_than_the_file_states_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("core.checkpoint.limits.SPARE", 0)
+    monkeypatch.setattr("core.checkpoint.archive.SPARE", 0)
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(CheckpointReadError, match="more memory than its"):
+        load_official(tmp_path / "a.pt")
 
 
 def test_memory_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
@@ -135,6 +185,25 @@ def test_a_repeated_builder_pays_for_what_it_copies(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickled(list_of + made + b"\x94" + b"](" + b"h\x01h\x00R" * 2000 + b"e"))
     with pytest.raises(CheckpointReadError, match="steps"):
         load_official(tmp_path / "a.pkl")
+
+
+def test_slow_builders_pay_for_their_time(tmp_path, monkeypatch):
+    made = {"tensors": 0, "files": 0}
+
+    def counted(name, function):
+        def call(*arguments):
+            made[name] += 1
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(builders.Storage, "tensor", counted("tensors", builders.Storage.tensor))
+    monkeypatch.setattr(reading, "_read_zip", counted("files", reading._read_zip))
+    for name in ("half a million tensors of one storage", "half a million files in a pickle"):
+        FILES[name].write(tmp_path / "a.pt", tmp_path / "mark")
+        with pytest.raises(CheckpointReadError, match="steps"):
+            load_official(tmp_path / "a.pt")
+    assert 10_000 < made["tensors"] < 80_000 and 500 < made["files"] < 2_000
 
 
 def test_a_store_does_not_unpack_a_bomb(tmp_path):
