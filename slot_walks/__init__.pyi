@@ -8,6 +8,7 @@ from .data import Birds as Birds
 from .data import Blobworld as Blobworld
 from .data import Cars as Cars
 from .data import COCOStuff as COCOStuff
+from .data import DigitScenes as DigitScenes
 from .data import Dogs as Dogs
 from .data import Flowers as Flowers
 from .data import MOVi as MOVi

@@ -35,7 +35,7 @@ class FeatureCache:
     as another.
 
     Args:
-        folder: root.
+        folder: root; None: features stay in memory, of data whose samples depend on their index alone (`fixed`).
         dtype: `float32` keeps what the backbone gave; `float16` rounds to 11 bits, in half the space; `bfloat16` to 8.
         crops: views of a picture that is cropped at random.
         batch_size: pictures that the backbone sees at once.
@@ -47,7 +47,7 @@ class FeatureCache:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike | None,
         dtype: str = "float16",
         crops: int | None = None,
         batch_size: int = 32,
@@ -57,7 +57,7 @@ class FeatureCache:
             raise ValueError(f"cache.dtype={dtype!r}: use {', '.join(_DTYPES)}")
         if crops is not None and crops < 1:
             raise ValueError(f"cache.crops={crops}: keep at least one crop of a picture")
-        self.folder, self.dtype, self.crops = Path(folder), _DTYPES[dtype], crops
+        self.folder, self.dtype, self.crops = None if folder is None else Path(folder), _DTYPES[dtype], crops
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def fill(
@@ -66,7 +66,7 @@ class FeatureCache:
         backbone: nn.Module,
         context: Callable[[], AbstractContextManager] = nullcontext,
         **provenance: Any,
-    ) -> CachedFeatures:
+    ) -> Dataset:
         """The data set with features in place of pictures; computes those that are missing, each process its share.
 
         Args:
@@ -76,9 +76,12 @@ class FeatureCache:
             provenance: what else the features depend on.
 
         Raises:
-            ConfigError: augmentation with more outcomes than can be kept, and `crops` is not set.
+            ConfigError: augmentation with more outcomes than can be kept, and `crops` is not set; without a folder,
+                data that are not `fixed`.
             VitrineError: the disk is too small, or features overflow the dtype.
         """
+        if self.folder is None:
+            return self._in_memory(dataset, backbone, context)
         views = Views(dataset, self.crops)
         ids = [f"{index}-{view}" for index in range(len(dataset)) for view in range(len(views))]
         backbone.eval()
@@ -99,6 +102,24 @@ class FeatureCache:
         cache.reload()
         cache.require_complete()
         return CachedFeatures(dataset, views, cache)
+
+    def _in_memory(
+        self, dataset: Dataset, backbone: nn.Module, context: Callable[[], AbstractContextManager]
+    ) -> Dataset:
+        if not getattr(dataset, "fixed", False):
+            raise ConfigError(
+                f"model.cache.folder=null keeps features of drawn scenes in memory; {type(dataset).__name__} is read "
+                "from files: give a folder, or train on images with model.cache=null"
+            )
+        backbone.eval()
+        kept = []
+        with preserved_random_state(), torch.no_grad(), context():
+            for index in range(len(dataset)):
+                sample = dataset[index]
+                image = sample["image"][None].to(_device(backbone))
+                features = self._rounded(backbone(image)).unflatten(1, backbone.grid(image))[0].cpu()
+                kept.append({"features": features, "sample_id": sample["sample_id"]})
+        return _Kept(kept)
 
     def _rounded(self, features: Tensor) -> Tensor:
         kept = features.to(self.dtype)
@@ -160,6 +181,19 @@ class Views(Dataset):
         if self.transforms is None:
             return int(torch.randint(self.crops, ()))
         return self.dataset.transform.choose()
+
+
+class _Kept(Dataset):
+    """Samples that are there already."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.samples[index])
 
 
 class CachedFeatures(Dataset):

@@ -6,6 +6,9 @@ whose feature resembles it (P-W-P). All is computed in float32, also under autoc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -141,6 +144,34 @@ class WalkLoss(nn.Module):
             return streamed_cross_entropy(to_slot, to_part, parts, self.eps, self.block, *target)
         rows = target_rows(parts, 0, parts.shape[1], *target)
         return -(rows * (to_slot @ to_part + self.eps).log()).sum(), torch.special.entr(rows).sum()
+
+    def row_weights(self, slots: int, parts: int) -> tuple[float, float]:
+        """What the cross-entropy of one row weighs in the loss: a slot's in W-P-W, a part's in P-W-P."""
+        if self.reduction == "rows":
+            return self.alpha, self.beta
+        return self.alpha / slots, self.beta / parts
+
+    def gradient_cosine(self, output: Any, parameters: Sequence[nn.Parameter], grid: tuple[int, int]) -> Tensor:
+        """Cosine of the two walks' gradients: at 1 they agree, below 0 they oppose each other.
+
+        Args:
+            output: the network's, of a forward pass with gradients (`slot_walks.models.WalkerOutput`).
+            parameters: those whose gradients are compared, as one vector.
+            grid: `(h, w)` of the parts.
+
+        Returns:
+            A scalar; it does not depend on alpha and beta, which may be 0.
+        """
+        with no_autocast(output.features):
+            parts = unit(output.features.detach())
+            to_slot, to_part = transitions_between(parts, unit(output.whole), self.temperature)
+            cross, _ = self.cross_entropy(to_slot, to_part, parts, grid, output.assignment, output.attention)
+            terms = (self.whole_part_whole(to_slot, to_part), cross)
+            vectors = []
+            for term in terms:
+                found = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+                vectors.append(torch.cat([gradient.flatten() for gradient in found]))
+        return F.cosine_similarity(*vectors, dim=0)
 
     def rows_of_target(
         self,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchmetrics import MeanMetric
+
 from core.errors import ConfigError
 from core.metrics import ARI, BestOverlap, ClusterMIoU, ForegroundIoU, GroupingScores, SegCover, TorchMetrics
 from core.metrics.grouping import Aggregate, Protocol
@@ -25,7 +27,10 @@ __all__ = [
 ]
 
 _DISCOVERY: Mapping[str, Sequence[str]] = {
-    "standard": ("ari", "fg_ari", "mbo", "miou", "recovery", "corloc"),
+    "standard": (
+        *("ari", "fg_ari", "mbo", "miou", "recovery", "corloc"),
+        *("segments_in_use", "background_pieces"),  # whether slots bind
+    ),
     # The released code knows class masks only, so that what it compares is no mBO of instances.
     "official": ("ari", "fg_ari", "msc", "ssc", "msc_fg", "ssc_fg"),
 }
@@ -70,7 +75,8 @@ class ForegroundExtraction(TorchMetrics):
 class ObjectDiscovery(TorchMetrics):
     """Agreement of segments with objects (section 6.2 of the recipe).
 
-    `standard`: `ari`, `fg_ari`, `mbo_i`, `miou` (one-to-one), `recovery`, `corloc` of instances and `mbo_c` of classes;
+    `standard`: `ari`, `fg_ari`, `mbo_i`, `miou` (one-to-one), `recovery`, `corloc` of instances and `mbo_c` of classes,
+    and how many segments are in use and share the background (`segments_in_use`, `background_pieces`);
     pixels that are void are not counted, images without an object are passed over. `official`: `ari`, `fg_ari`, `msc`,
     `ssc`, `msc_fg`, `ssc_fg` of the labels that the official chain gives, with its handling of images without objects
     and its mean of batches. The two are not comparable.
@@ -83,6 +89,7 @@ class ObjectDiscovery(TorchMetrics):
         void: key of the pixels that are not counted `(B, H, W)` bool; a batch may lack it.
         draws: predictions per image; with several each figure has its deviation, `fg_ari_std`, ...
         aggregate: `image` or `batch`, in place of the protocol's.
+        means: keys of predictions `(B,)` whose means are reported, too.
         prefix: in front of all names.
         check_size: more samples than the data set has are an error.
 
@@ -99,6 +106,7 @@ class ObjectDiscovery(TorchMetrics):
         void: str = "void",
         draws: int = 1,
         aggregate: Aggregate | None = None,
+        means: Sequence[str] = (),
         prefix: str = "",
         check_size: bool = True,
     ) -> None:
@@ -110,6 +118,8 @@ class ObjectDiscovery(TorchMetrics):
         if classes is not None and protocol == "standard":
             metrics["classes"] = GroupingScores(("mbo",), **options)
             inputs["classes"] = [prediction, classes, void]
+        for key in means:
+            metrics[key], inputs[key] = MeanMetric(), [key]
         self.void = void
         super().__init__(metrics, inputs=inputs, prefix=prefix, check_size=check_size)
 
@@ -129,8 +139,8 @@ def _renamed(figures: Mapping[str, float], prefix: str, names: Mapping[str, Mapp
     """`prefix/metric/figure` as `prefix/name`, where `names[metric]` has the figures with another name."""
     renamed = {}
     for key, value in figures.items():
-        metric, figure = key.removeprefix(f"{prefix}/").split("/")
+        metric, _, figure = key.removeprefix(f"{prefix}/").partition("/")
         plain = figure.removesuffix("_std")
-        name = names[metric].get(plain, plain) + figure[len(plain) :]
+        name = names[metric].get(plain, plain) + figure[len(plain) :] if figure else metric
         renamed[f"{prefix}/{name}" if prefix else name] = value
     return renamed

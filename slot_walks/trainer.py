@@ -53,10 +53,12 @@ class SlotTrainer(Trainer):
         cache: where features of the training pictures are kept; None: the backbone runs in every step.
         transform: from a PIL picture to an input, for `tools/infer.py`; it also shows pictures as they were before.
         patch: where the walk begins that is shown, as shares of a picture's height and width; None: see `choose_patch`.
+        diagnose: predictions have `gradient_cosine` `(B,)`, that of the two walks' gradients over the batch.
         frozen: see `core.Trainer`; the backbone is frozen anyway.
 
     Raises:
-        ValueError: an unknown mask source, or one that the network has not; fewer than one draw; a patch outside.
+        ValueError: an unknown mask source, or one that the network has not; fewer than one draw; a patch outside;
+            `diagnose` without walks.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class SlotTrainer(Trainer):
         cache: FeatureCache | None = None,
         transform: WholePicture | None = None,
         patch: Sequence[float] | None = None,
+        diagnose: bool = False,
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__(frozen)
@@ -92,7 +95,9 @@ class SlotTrainer(Trainer):
         self.mask_source, self.noise_seed, self.num_slots = source, noise_seed, num_slots
         if patch is not None and not (len(patch) == 2 and all(0 <= share <= 1 for share in patch)):
             raise ValueError(f"patch={patch}: give two shares of height and width, from 0 to 1, as in [0.5, 0.25]")
-        self.draws = draws
+        if diagnose and "walk" not in network.signals:
+            raise ValueError(f"diagnose=true compares the gradients of walks, which signal {network.signal!r} has not")
+        self.draws, self.diagnose = draws, diagnose
         self.transform, self.patch = transform, None if patch is None else tuple(patch)
         self._looked_at_backbone = False
         self.input_shape = self._example_shape() if input_shape is None else tuple(input_shape)
@@ -164,7 +169,17 @@ class SlotTrainer(Trainer):
         }
         if regions is not None:
             predicted["regions"] = regions
+        if self.diagnose:
+            predicted["gradient_cosine"] = self._gradient_cosine(batch, features, grid).expand(len(features))
         return predicted | self._pairs(batch, output)
+
+    @torch.enable_grad()
+    def _gradient_cosine(self, batch: Batch, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        output = self._forward(
+            batch, features, grid, noise=self._noise(batch, 0), num_slots=self.num_slots, decode=False
+        )
+        trained = [parameter for parameter in self.network.encoder.parameters() if parameter.requires_grad]
+        return self.loss.gradient_cosine(output, trained, grid).detach()
 
     def assign(self, output: WalkerOutput) -> tuple[Tensor, Tensor | None]:
         """Parts over slots `(B, N, K)` by the mask source, rows summing to one, and region vectors `(B, K, C)`.
@@ -286,12 +301,13 @@ class SlotTrainer(Trainer):
             "sample_id": names,
         }
 
-    def table_figures(self, cfg: Any) -> dict[str, int]:
+    def table_figures(self, cfg: Any) -> dict[str, float]:
         """Figures for tables that need no data: multiply-accumulates of the parts for one picture, forward.
 
         `macs_backbone`, `macs_slots` (projection and slot attention), `macs_decoder`, `macs_walk` (what the walks add
-        in training: affinities, similarities and the product P Q), `macs_training` (their sum, as the signal says) and
-        `decoder_parameters`. Nothing where there is no `input_shape`.
+        in training: affinities, similarities and the product P Q), `macs_training` (their sum, as the signal says),
+        `decoder_parameters`, and what one row of each walk weighs in the loss (`row_wpw`, `row_pwp`, and `row_ratio`,
+        the latter over the former). Nothing where there is no `input_shape`.
         """
         if self.input_shape is None:
             return {}
@@ -318,6 +334,10 @@ class SlotTrainer(Trainer):
             attention = torch.zeros(1, network.encoder.num_slots, features.shape[1], device=device)
             inputs = (features, whole, grid, attention.transpose(1, 2), attention)
             figures["macs_walk"] = count_macs(self.loss, inputs).total
+            weights = self.loss.row_weights(network.encoder.num_slots, features.shape[1])
+            figures |= dict(zip(("row_wpw", "row_pwp"), weights, strict=True))
+            if weights[0]:
+                figures["row_ratio"] = weights[1] / weights[0]
         training = sum(figures[f"macs_{part}"] for part in ("backbone", "slots", "decoder", "walk"))
         return figures | {"macs_training": training}
 

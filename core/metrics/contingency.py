@@ -176,6 +176,12 @@ def foreground_overlap(table: Tensor, background: int = 0) -> tuple[Tensor, Tens
     return iou.double(), dice.double()
 
 
+def pieces(table: Tensor, share: float, label: int | None = None) -> Tensor:
+    """How many predicted labels have this share of an image's pixels, or of those of a true label, or more: `(B,)`."""
+    counts = table.sum(dim=1) if label is None else table[:, label]
+    return (counts >= share * counts.sum(dim=1, keepdim=True).clamp(min=1)).sum(dim=1).double()
+
+
 def match_clusters(table: Tensor, how: Literal["auto", "hungarian", "majority"] = "auto") -> Tensor:
     """Class of every cluster, `(P,)` int64.
 

@@ -25,6 +25,7 @@ from core.metrics.contingency import (
     foreground_overlap,
     match_clusters,
     matched_overlap,
+    pieces,
     present,
     recovered,
     without,
@@ -45,9 +46,11 @@ FIGURES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "corloc": lambda table: (recovered(table) > 0).double(),
     "iou": lambda table: foreground_overlap(table)[0].amax(dim=1),
     "dice": lambda table: foreground_overlap(table)[1].amax(dim=1),
+    "segments_in_use": lambda table: pieces(table, 0.01),
+    "background_pieces": lambda table: pieces(table, 0.1, label=0),
 }
 # Figures that need no foreground: they are defined for every image.
-_WHOLE = ("ari", "msc", "ssc", "iou", "dice")
+_WHOLE = ("ari", "msc", "ssc", "iou", "dice", "segments_in_use", "background_pieces")
 # What the released scorers of slot_walks count for an image without foreground; others pass such an image over.
 _OFFICIAL_EMPTY = ("fg_ari", "msc_fg", "ssc_fg")
 
@@ -64,6 +67,8 @@ class GroupingScores(Metric):
     miou               mean IoU of true objects under a one-to-one matching
     recovery, corloc   share of objects found with IoU above ½; share of images in which one is
     iou, dice          of the predicted segment that fits the foreground best, chosen for each figure by itself
+    segments_in_use    segments with at least a hundredth of the image's pixels
+    background_pieces  segments with at least a tenth of the background's pixels
 
     Args:
         figures: which.

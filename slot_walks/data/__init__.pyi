@@ -4,6 +4,7 @@ from .birds import Birds as Birds
 from .coco import COCO as COCO
 from .cocostuff import COCOSTUFF27 as COCOSTUFF27
 from .cocostuff import COCOStuff as COCOStuff
+from .digit_scenes import DigitScenes as DigitScenes
 from .dogs_cars import Cars as Cars
 from .dogs_cars import Dogs as Dogs
 from .flowers import Flowers as Flowers

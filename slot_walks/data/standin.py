@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -120,8 +121,51 @@ def _paint_stroke(rng: np.random.Generator, image: np.ndarray, x: np.ndarray, y:
     image[(np.abs(u) < 0.12) & (np.abs(v) < 0.015)] = colorsys.hsv_to_rgb(rng.uniform(), 0.85, 0.85)
 
 
-class Blobworld(Dataset):
-    """Scenes of `draw_scene`; scene i of a split depends on the seed, the split and i alone, whatever `count`.
+Draw = Callable[[int], Scene]
+
+
+class Scenes(Dataset):
+    """Drawn scenes as samples; scene i of a split depends on the seed, the split and i alone, whatever the count.
+
+    Args:
+        name: in `sample_id`.
+        draw: from a seed to a `Scene`; hashable, so that what is drawn once is kept.
+        split: `train`, `val` or `test`.
+        seed: of all scenes.
+        count: number of scenes; None: 500 for training, else 80.
+        foreground: samples have a `mask` of 0 and 1, and no `classes`.
+
+    Raises:
+        ValueError: unknown split, no scene, or what `draw` refuses.
+    """
+
+    fixed = True  # without augmentation: see `slot_walks.FeatureCache`
+
+    def __init__(
+        self, name: str, draw: Draw, split: str, seed: int, count: int | None = None, foreground: bool = False
+    ) -> None:
+        if split not in _SPLITS:
+            raise ValueError(f"{type(self).__name__} has no split {split!r}: use {', '.join(_SPLITS)}")
+        self.name, self.split, self.foreground, self.seed = name, split, foreground, seed
+        number = _SPLITS[split][1] if count is None else count
+        if number < 1:
+            raise ValueError(f"{type(self).__name__}: count is at least 1")
+        self.images, self.instances, self.categories = _scenes(draw, split, seed, number)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # Copies: the arrays are shared by all data sets with these settings.
+        maps = {"mask": torch.from_numpy(self.instances[index].astype(np.int64))}
+        if not self.foreground:
+            maps["classes"] = torch.from_numpy(self.categories[index].astype(np.int64))
+        image = torch.from_numpy(self.images[index].transpose(2, 0, 1).copy())
+        return {"image": image, **maps, "sample_id": f"{self.name}-{self.split}-{self.seed}-{int(index)}"}
+
+
+class Blobworld(Scenes):
+    """Scenes of `draw_scene`.
 
     Samples: `image` `(3, size, size)` float32 in [0, 1]; `sample_id`; for object discovery `mask` (instances from 1
     on) and `classes` (1 + category), `(size, size)` int64 with 0 for background; with `foreground` only `mask`, 0 or 1.
@@ -149,35 +193,28 @@ class Blobworld(Dataset):
         shape: str | None = None,
         clutter: int = 0,
     ) -> None:
-        if split not in _SPLITS:
-            raise ValueError(f"Blobworld has no split {split!r}: use {', '.join(_SPLITS)}")
-        self.split, self.foreground, self.seed = split, foreground, seed
-        number = _SPLITS[split][1] if count is None else count
         options = (size, (int(objects[0]), int(objects[1])), foreground, repeat, shape, clutter)
-        self.images, self.instances, self.categories = _scenes(split, seed, number, options)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        # Copies: the arrays are shared by all data sets with these settings.
-        maps = {"mask": torch.from_numpy(self.instances[index].astype(np.int64))}
-        if not self.foreground:
-            maps["classes"] = torch.from_numpy(self.categories[index].astype(np.int64))
-        image = torch.from_numpy(self.images[index].transpose(2, 0, 1).copy())
-        return {"image": image, **maps, "sample_id": f"blobworld-{self.split}-{self.seed}-{int(index)}"}
+        super().__init__("blobworld", Drawing(draw_scene, options), split, seed, count, foreground)
 
 
 def scene_seed(split: str, seed: int, index: int) -> int:
-    """The seed of a scene of `Blobworld`."""
+    """The seed of a scene of a split."""
     return derive_seed(seed, _SPLITS[split][0], index)
 
 
+class Drawing(NamedTuple):
+    """A function with its options: equal where both are."""
+
+    function: Callable[..., Scene]
+    options: tuple[Any, ...]
+
+    def __call__(self, seed: int) -> Scene:
+        return self.function(seed, *self.options)
+
+
 @lru_cache(maxsize=8)
-def _scenes(split: str, seed: int, count: int, options: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
-    scenes = [draw_scene(scene_seed(split, seed, index), *options) for index in range(count)]
-    if not scenes:
-        raise ValueError("Blobworld: count is at least 1")
+def _scenes(draw: Draw, split: str, seed: int, count: int) -> tuple[np.ndarray, ...]:
+    scenes = [draw(scene_seed(split, seed, index)) for index in range(count)]
     arrays = tuple(np.stack(part) for part in zip(*scenes, strict=True))
     for array in arrays:
         array.flags.writeable = False
