@@ -24,6 +24,7 @@ from core.metrics.contingency import (
     match_clusters,
     matched_overlap,
     overlaps,
+    pieces,
     present,
     recovered,
     without,
@@ -167,6 +168,18 @@ def test_foreground_overlap_of_every_slot():
     iou, dice = foreground_overlap(contingency(truth, torch.tensor([[0, 1, 1, 1]]), 3, 3))
     assert iou[0].tolist() == pytest.approx([0, 2 / 3, 0], abs=1e-7)
     assert dice[0].tolist() == pytest.approx([0, 4 / 5, 0], abs=1e-7)
+
+
+def test_pieces_have_a_share_of_the_image_or_of_one_label():
+    table = torch.tensor([[[80, 9, 10, 1], [0, 0, 99, 1]], [[100, 0, 0, 0], [0, 0, 50, 50]]])
+    assert pieces(table, 0.01).tolist() == [4, 3]  # 80, 9, 109 and 2 of 200; 100, 50, 50
+    assert pieces(table, 0.02).tolist() == [3, 3]
+    assert pieces(table, 0.1, label=0).tolist() == [2, 1]  # 80 and 10 of the background's 100; 9 is too few
+    assert pieces(torch.zeros(1, 2, 3), 0.1, label=0).tolist() == [0]
+    truth, found = torch.zeros(1, 4, 4, dtype=torch.long), torch.arange(16).reshape(1, 4, 4) // 8
+    scores = GroupingScores(["segments_in_use", "background_pieces"])
+    scores.update(found, truth)  # an image without an object counts
+    assert {name: float(value) for name, value in scores.compute().items()} == dict.fromkeys(scores.figures, 2.0)
 
 
 def test_images_without_objects_score_zero_in_what_needs_objects():

@@ -19,12 +19,14 @@ from slot_walks.data import (
     Cars,
     COCOStuff,
     CropTrain,
+    DigitScenes,
     Dogs,
     Flowers,
     MOVi,
     OfficialEval,
     Square,
     StandardEval,
+    digit_scenes,
 )
 from slot_walks.data.cocostuff import COCOSTUFF27, coarse_labels
 from slot_walks.data.files import load_foreground, load_labels
@@ -567,6 +569,32 @@ def test_foreground_scenes_and_harder_options():
             draw_scene(0, **wrong)
     with pytest.raises(ValueError, match="no split"):
         Blobworld("all")
+
+
+def test_digits_of_test_scenes_are_in_no_training_scene():
+    few, many = DigitScenes("val", count=2), DigitScenes("val", count=4)
+    assert torch.equal(few[1]["image"], many[1]["image"]) and few[1]["sample_id"] == "digits-val-0-1"
+    assert not torch.equal(few[0]["image"], DigitScenes("val", count=2, seed=1)[0]["image"])
+    rows = [set(digit_scenes._digits(split)[1].ravel().tolist()) for split in ("train", "val", "test")]
+    assert [len(each) for each in rows] == [4000, 500, 500] and not rows[0] & (rows[1] | rows[2]) | (rows[1] & rows[2])
+    numbers = set()
+    for sample in (many[i] for i in range(4)):
+        mask, classes = sample["mask"], sample["classes"]
+        assert sample["image"].shape == (3, 64, 64) and sample["image"].min() >= 0 and sample["image"].max() <= 1
+        assert torch.equal(mask > 0, classes > 0) and 0.02 < (mask > 0).float().mean() < 0.35
+        kinds = [classes[mask == number].unique() for number in mask.unique() if number]
+        assert all(len(kind) == 1 for kind in kinds) and len({int(kind) for kind in kinds}) == len(kinds)
+        numbers.add(int(mask.max()))
+        # A mask is where its colour is: saturated inside, greyish outside.
+        spread = sample["image"].amax(dim=0) - sample["image"].amin(dim=0)
+        assert spread[mask > 0].mean() > 0.4 > 0.25 > spread[mask == 0].mean()
+    assert numbers <= {2, 3, 4} and len(DigitScenes("train", size=32)) == 500
+    for wrong in (dict(objects=(2, 11)), dict(objects=(3, 2)), dict(size=16)):
+        with pytest.raises(ValueError, match="DigitScenes"):
+            DigitScenes("val", count=1, **wrong)
+    for wrong in (dict(split="all"), dict(count=0)):
+        with pytest.raises(ValueError, match=r"DigitScenes (has no split|: count)|DigitScenes: count"):
+            DigitScenes(**wrong)
 
 
 def test_samples_stack_into_batches():

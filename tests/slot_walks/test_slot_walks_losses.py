@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slot_walks import WalkLoss, affinity_target, masks, region_vectors, segments, transitions
 from slot_walks.losses import reconstruction_loss
-from slot_walks.models import position_affinity
+from slot_walks.models import position_affinity, position_table
 from slot_walks.streaming import streamed_cross_entropy
 from slot_walks.targets import KINDS, POSITIONS, target_rows, unit_places
 from slot_walks.walks import unit
@@ -142,6 +142,50 @@ def test_what_each_target_joins() -> None:
     product = rows("thresholded") * near
     wanted = product / product.sum(dim=2, keepdim=True)
     assert torch.allclose(affinity_target(features, grid=GRID, position="product"), wanted)
+
+
+def by_loops(cosine: Tensor, temperature: float, threshold: float = -2.0) -> Tensor:
+    """A target's rows in words: exp(cosine / temperature) over those of the row that reach the threshold."""
+    rows = [[math.exp(float(c) / temperature) if c >= threshold else 0.0 for c in row] for row in cosine]
+    return torch.tensor([[value / sum(row) for value in row] for row in rows], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.4])
+def test_the_temperature_is_that_of_features_and_of_places(temperature: float) -> None:
+    features = scene(1)[0]
+    parts = unit(features)[0]
+    places = torch.nn.functional.normalize(position_table(16, *GRID).flatten(1).T.double(), dim=-1)
+    alike, near = by_loops(parts @ parts.T, temperature, 0.7), by_loops(places @ places.T, temperature)
+    assert torch.allclose(affinity_target(features, temperature), alike[None])
+    average = affinity_target(features, temperature, grid=GRID, position="average")
+    assert torch.allclose(average, (alike + near)[None] / 2, atol=1e-6)
+    product = affinity_target(features, temperature, grid=GRID, position="product")
+    assert torch.allclose(product, (alike * near / (alike * near).sum(dim=1, keepdim=True))[None], atol=1e-6)
+
+
+def test_the_target_has_the_walks_temperature_unless_it_is_given_its_own() -> None:
+    features, slots, *_ = scene()
+    rows = {t: affinity_target(features, t) for t in (0.05, 0.1, 0.3)}
+    for options, wanted in (
+        ({}, 0.1),
+        ({"temperature": 0.05}, 0.05),
+        ({"temperature": 0.05, "target_temperature": None}, 0.05),
+        ({"temperature": 0.05, "target_temperature": 0.3}, 0.3),
+    ):
+        loss = WalkLoss(alpha=0.0, beta=1.0, **options)
+        assert torch.allclose(loss.rows_of_target(features, 0, 35), rows[wanted])
+        to_slot, to_part = transitions(features, slots, options.get("temperature", 0.1))
+        value = -(rows[wanted] * (to_slot @ to_part + 1e-4).log()).mean()
+        assert torch.allclose(loss(features, slots)["loss"], value, rtol=1e-5)
+
+
+def test_a_row_weighs_less_with_more_slots_and_parts() -> None:
+    assert WalkLoss(1, 100).row_weights(5, 256) == (0.2, 100 / 256)
+    assert WalkLoss(1, 100, reduction="rows").row_weights(5, 256) == (1, 100)
+    features, slots, *_ = scene()
+    (weight, other), terms = WalkLoss(3, 50).row_weights(4, 35), WalkLoss(3, 50)(features, slots)
+    rows = WalkLoss(1, 1, reduction="rows")(features, slots)
+    assert torch.allclose(terms["loss"], weight * rows["wpw"] + other * rows["pwp"])
 
 
 # ------------------------------------------------------------------ streaming

@@ -79,6 +79,14 @@ def test_object_discovery_reports_instances_and_classes_without_void_pixels():
     assert set(found) == {"ari", "fg_ari", "mbo_i", "mbo_c", "miou", "recovery", "corloc"} | binding
 
 
+def test_means_of_predictions_stand_beside_the_scores():
+    everything = batch() | {"gradient_cosine": torch.arange(6.0)}
+    plain, found = (evaluated(ObjectDiscovery(means=keys), everything) for keys in ((), ("gradient_cosine",)))
+    assert found == plain | {"gradient_cosine": pytest.approx(2.5)}
+    prefixed = evaluated(ObjectDiscovery(means=["gradient_cosine"], prefix="val"), everything)
+    assert prefixed == {f"val/{name}": value for name, value in found.items()}
+
+
 def test_void_may_be_missing_and_classes_switched_off():
     plain, marked = batch(void=False), batch(void=False)
     marked["void"] = torch.zeros_like(plain["mask"], dtype=torch.bool)

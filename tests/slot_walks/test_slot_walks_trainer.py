@@ -301,6 +301,37 @@ def test_profiles_of_training_from_kept_features_leave_out_the_backbone(tmp_path
     assert "image" in trainer().example_batch(2, "cpu")
 
 
+def test_features_in_memory_are_those_of_the_scenes() -> None:
+    model, data = trainer(init="learned", cache=FeatureCache(None, "float32")).train(), Blobworld("train", count=4)
+    kept = model.training_data(data)
+    assert len(kept) == 4 and set(kept[1]) == {"features", "sample_id"} and kept[1]["features"].shape == (16, 16, 32)
+    assert [kept[i]["sample_id"] for i in range(4)] == [data[i]["sample_id"] for i in range(4)]
+    live, cached = (default_collate([each[i] for i in range(4)]) for each in (data, kept))
+    for name, value in model.losses(live).items():
+        assert torch.allclose(model.losses(cached)[name], value, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"cache\.folder=null keeps features of drawn scenes"):
+        model.training_data([{"image": torch.zeros(3, 8, 8)}])
+
+
+def test_the_cosine_of_both_walks_gradients_is_that_of_their_steps() -> None:
+    batch = scenes(0, 4)
+    gradients = []
+    for alpha, beta in ((1.0, 0.0), (0.0, 1.0)):
+        model = trainer(init="learned", loss=WalkLoss(alpha, beta))
+        total, _ = model.parse_losses(model.losses(batch))
+        found = torch.autograd.grad(total, list(model.network.encoder.parameters()), materialize_grads=True)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    model = trainer(init="learned", loss=WalkLoss(0.0, 7.0), diagnose=True).eval()
+    cosine = model.val_step(batch)["gradient_cosine"]
+    assert cosine.shape == (4,) and not cosine.requires_grad
+    wanted = torch.cosine_similarity(*gradients, dim=0)
+    assert torch.allclose(cosine, wanted.expand(4), atol=1e-4) and wanted.abs() > 1e-3
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert "gradient_cosine" not in trainer().eval().val_step(batch)
+    with pytest.raises(ValueError, match="diagnose=true compares"):
+        trainer("mlp", diagnose=True)
+
+
 def test_clusters_of_patches_separate_what_differs_and_are_not_trained() -> None:
     image = torch.full((2, 3, 32, 48), 0.2)
     image[0, 0, :, 24:] = 1.0
