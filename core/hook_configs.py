@@ -53,8 +53,12 @@ def build_hooks(configs: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     hooks = []
     for place, config in configs.items():
         with config_key(place):
-            hook = build(config)
+            given = dict(config)
+            priority = given.pop("priority", None)  # of every hook, as in mmengine
+            hook = build(given)
             if not isinstance(hook, Hook):
                 raise ConfigError(f"{config['type']} builds a {type(hook).__name__}, which is not an mmengine Hook")
+            if priority is not None:
+                hook.priority = priority
             hooks.append(hook)
     return hooks

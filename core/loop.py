@@ -216,10 +216,11 @@ class TrainLoop(BaseLoop):
 
     def _run_epoch(self) -> None:
         runner = self.runner
+        if self.batches_taken == 0:
+            runner.restore_random_state()
+        runner.call_hook("before_train_epoch")  # before the workers start: it may change the data set
         batches = self._batches()
-        # The iterator exists before the generators are put back: whatever making it draws, resume draws too.
-        runner.restore_random_state()
-        runner.call_hook("before_train_epoch")
+        runner.restore_random_state()  # within an epoch, what its beginning draws has been drawn before
         runner.model.train()
         exhausted = True
         for batch in batches:

@@ -22,6 +22,7 @@ from core.checkpoint import CheckpointStore
 from core.config_key import config_key
 from core.data.seeds import preserved_random_state
 from core.hook_configs import build_hooks, hook_configs
+from core.hook_state import HookMemory
 from core.hooks.checkpoint import CheckpointHook
 from core.hooks.media import MediaHook
 from core.initial_weights import Beginning
@@ -70,9 +71,6 @@ class Runner(Building, Placement, RunState):
         hooks = hook_configs(cfg["custom_hooks"])
         if cfg["ema"] is not None:
             hooks["ema"] = {"type": "core.EMAHook", **cfg["ema"]}
-        added = build_hooks(hooks)
-        if cfg["media"] is not None and not any(isinstance(hook, MediaHook) for hook in added):
-            added.append(MediaHook(**cfg["media"]))
         super().__init__(
             model=cfg["model"],
             work_dir=str(cfg["run_dir"]),
@@ -94,7 +92,7 @@ class Runner(Building, Placement, RunState):
                 "param_scheduler": {"type": "ParamSchedulerHook"},
                 "checkpoint": checkpoint,
             },
-            custom_hooks=added,
+            custom_hooks=hooks,
             launcher="pytorch" if dist.is_initialized() else "none",
             env_cfg={"cudnn_benchmark": runtime["cudnn_benchmark"]},
             visualizer=cfg["visualizer"],
@@ -102,6 +100,7 @@ class Runner(Building, Placement, RunState):
             experiment_name=f"{cfg['name']}_{next(_RUNS)}",  # mmengine keeps one logger per name for the whole process
             cfg={"compile": False, "experiment": cfg},
         )
+        self.memory = HookMemory(self)
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
         """Plain log file ``run.log`` in the run's folder, besides the console; a resumed run appends to it."""
@@ -114,6 +113,14 @@ class Runner(Building, Placement, RunState):
     def _remove_empty(folder: str) -> None:
         with contextlib.suppress(OSError):
             os.rmdir(folder)
+
+    def register_custom_hooks(self, hooks: dict[str, dict[str, Any]]) -> None:
+        """Builds the hooks, by their places in the config, now that there is the visualizer that mmdet's ask for."""
+        built = build_hooks(hooks)
+        media = self.settings["media"]
+        if media is not None and not any(isinstance(hook, MediaHook) for hook in built):
+            built.append(MediaHook(**media))
+        super().register_custom_hooks(built)
 
     def train(self) -> nn.Module:
         """As mmengine's, with the test loop built first: a wrong setting of it ends the run before anything is trained.
@@ -131,6 +138,8 @@ class Runner(Building, Placement, RunState):
                 return
             self._begun = True
         super().call_hook(fn_name, **kwargs)
+        if fn_name == "before_train":
+            self.memory.begun()
 
     def _init_model_weights(self) -> None:
         """Nothing: `build_model` has done it, alike on every process, and DDP sees to it."""

@@ -17,7 +17,9 @@ from core.buffers import reconcile, reconcile_module
 from core.checkpoint import CheckpointWriteError, load, load_state, save_atomic
 from core.ema import EMA
 from core.errors import ConfigError
+from core.hook_state import keeps_itself, named
 from core.parallel import full_model_state, load_full_model_state
+from core.plain_state import unpack
 from core.randomness import random_state, set_random_state
 from core.regime import regime, restore_regime, scheduler_states
 from core.sharding import local
@@ -38,7 +40,10 @@ class RunState(MMRunner):
         model = unwrap(self.model)
         model_state = full_model_state(model) if self.sharded else model.state_dict()
         optim_state = self.optim_wrapper.state_dict()
-        hooks = {name: hook.state_dict() for name, hook in self._hooks_with_state().items()}
+        schedulers = scheduler_states(self.param_schedulers)
+        said = {name: hook.state_dict() for name, hook in self._hooks_with_state().items()}
+        hooks = self.memory.packed("{}.state_dict()", said, copies=False)
+        kept = self.memory.state(model_state, optim_state, schedulers)
         position = self.train_loop.state_dict()
         states: list[Any] = [None] * self.world_size
         if dist.is_initialized():
@@ -53,9 +58,10 @@ class RunState(MMRunner):
             "position": position,
             "model": model_state,
             "optim": optim_state,
-            "schedulers": scheduler_states(self.param_schedulers),
+            "schedulers": schedulers,
             "regime": regime(self),
             "hooks": hooks,
+            "kept": kept,
             "random": states,
             "seconds": self.seconds,
             "beginning": self._beginning.state_dict() if self._beginning else None,
@@ -84,14 +90,8 @@ class RunState(MMRunner):
         return self._seconds_before + time.perf_counter() - self._started
 
     def _hooks_with_state(self) -> dict[str, Any]:
-        """Hooks that keep something, by class; a second one of a class is ``Name#2``, in the order of the hooks."""
-        found: dict[str, Any] = {}
-        for hook in self.hooks:
-            if hasattr(hook, "state_dict"):
-                name = type(hook).__name__
-                count = sum(type(other).__name__ == name for other in found.values())
-                found[f"{name}#{count + 1}" if count else name] = hook
-        return found
+        """Hooks that say what they keep, by name."""
+        return named(hook for hook in self.hooks if keeps_itself(hook))
 
     def save_state(self, must: bool = False, interim: bool = False) -> Path | None:
         """Writes a checkpoint, once for a step; a full disk leaves the earlier ones intact and is reported.
@@ -182,8 +182,10 @@ class RunState(MMRunner):
         self.train_loop.load_state_dict(state["position"])
         restore_regime(self, state)
         for name, hook in self._hooks_with_state().items():
-            if hasattr(hook, "load_state_dict") and name in state["hooks"]:
-                hook.load_state_dict(state["hooks"][name])
+            if name in state["hooks"]:
+                hook.load_state_dict(unpack(state["hooks"][name]))
+        if "kept" in state:  # not in checkpoints of former versions
+            self.memory.restore(state)
         self._seconds_before = state.get("seconds", 0.0)
         self._random_state = state["random"][self.rank % len(state["random"])]
         self._resumed_from = path
@@ -216,7 +218,9 @@ class RunState(MMRunner):
         self._restore_model(state)
         for hook in self.hooks:
             if getattr(hook, "evaluation_weights", False) and type(hook).__name__ in state["hooks"]:
-                hook.load_state_dict(state["hooks"][type(hook).__name__])
+                hook.load_state_dict(unpack(state["hooks"][type(hook).__name__]))
+        if "kept" in state:
+            self.memory.give_back(state)
         self.evaluated_step = state["step"]
         self.logger.info(f"the final evaluation is that of the best checkpoint, {path}")
         return path

@@ -40,6 +40,13 @@ class Inference:
     write: Callable[[Path], Path] | None = None
 
 
+class _Wrapper(list):
+    """The distributed wrapper of a trainer, in a list, so that it is not a child of its child; a copy has none."""
+
+    def __deepcopy__(self, memo: dict) -> _Wrapper:
+        return _Wrapper()
+
+
 class Trainer(BaseModel):
     """One optimisation step and one prediction, as tensors.
 
@@ -64,7 +71,7 @@ class Trainer(BaseModel):
             raise ConfigError(f"frozen={frozen}: a list of names, [{frozen}]")
         self.frozen = tuple(frozen)
         self.precision = "fp32"
-        self._data_parallel: list[nn.Module] = []  # a list, so that the wrapper does not become a child of its child
+        self._data_parallel = _Wrapper()
 
     # ------------------------------------------------------------------ what a paper says
     def losses(self, batch: Batch) -> dict[str, Tensor]:

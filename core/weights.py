@@ -106,6 +106,11 @@ def _model_of_run(content: Mapping[str, Any], path: Path, averaged: bool) -> dic
     parts = [content["model"]]
     if averaged and ema is not None:
         parts.append(ema.get("average") if isinstance(ema, Mapping) else None)
+    elif averaged:  # mmengine's EMAHook puts its average where deployment looks for weights
+        kept = content.get("kept")
+        added = kept.get("checkpoint") if isinstance(kept, Mapping) else None
+        if isinstance(added, Mapping) and "ema_state_dict" in added:
+            parts.append(added.get("state_dict"))
     if not isinstance(hooks, Mapping) or not all(isinstance(part, Mapping) for part in parts):
         raise ConfigError(f"'{path}' is not a whole checkpoint of a run: its model or hooks are of a wrong kind")
     return {name: value for part in parts for name, value in part.items()}

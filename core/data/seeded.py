@@ -25,7 +25,8 @@ class SeededDataset(Dataset):
     as one with workers. A plain index is not reseeded in training, and gets a seed made from the index in evaluation,
     which makes evaluation repeatable.
 
-    Attributes of the inner dataset (``metainfo``, ``classes``, ``get_data_info``, ...) are reached through this one.
+    Attributes of the inner dataset (``metainfo``, ``classes``, ``get_data_info``, ...) are read and
+    set through this one.
 
     Args:
         dataset: map-style.
@@ -50,10 +51,10 @@ class SeededDataset(Dataset):
                 f"{type(dataset).__name__} is not map-style: samples are drawn by index, so a dataset needs "
                 "__len__ and __getitem__ (for tar shards see core.data.TarShards)"
             )
-        self.dataset = dataset
         self.on_error = on_error
         self.training = training
         self.max_substitutes = max_substitutes
+        self.dataset = dataset  # last: from here on, what is set of the data set's goes there
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -63,6 +64,12 @@ class SeededDataset(Dataset):
         if name == "dataset" or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # mmdet's hooks give a loader's data set another pipeline while the run goes on
+        inner = vars(self).get("dataset")
+        mine = name in vars(self) or not hasattr(inner, name)
+        super().__setattr__(name, value) if mine else setattr(inner, name, value)
 
     def __getitem__(self, index: int) -> Any:
         """The sample (training: or its substitute); SampleError for one that evaluation would leave out."""
