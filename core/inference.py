@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from core.data.files import IMAGE_EXTENSIONS, files_below
 from core.errors import ConfigError, VitrineError
 from core.run_options import InferOptions
 from core.signals import StopRequest
@@ -18,7 +19,7 @@ from core.signals import StopRequest
 if TYPE_CHECKING:
     from core.trainer import Inference
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".mp4", ".avi", ".mov", ".mkv", ".webm")
+SUFFIXES = (*IMAGE_EXTENSIONS, ".gif", ".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
 def infer(overrides: list[str], options: Any) -> list[dict[str, Any]]:
@@ -130,14 +131,15 @@ def _written(result: Inference, output: Path) -> dict[str, Any]:
 
 
 def input_files(path: Path) -> list[Path]:
-    """The file, or the images and videos below a folder in order.
+    """The file, or the images and videos below a folder in order, without hidden ones.
 
     Raises:
         ConfigError: there are none.
+        core.data.DataFileError: a folder that cannot be read.
     """
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else []
+    files = [path / name for name in files_below(path, SUFFIXES)] if path.is_dir() else []
     if not files:
         raise ConfigError(f"input={path}: no such file, or a folder without images or videos ({', '.join(SUFFIXES)})")
     return files

@@ -13,12 +13,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
-from core.data.files import files_below, is_folder, listed, read_json, read_lines, reading
+from core.data.files import IMAGE_EXTENSIONS, image_files, is_folder, listed, read_json, read_lines, reading
 from core.errors import VitrineError
 from core.prepare import preparer
 from core.progress import Progress
-
-_IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".webp", ".tif", ".tiff")
 
 
 class PreparationError(VitrineError, ValueError):
@@ -227,10 +225,11 @@ def _labelled_images(root: Path) -> list[tuple[Path, int]]:
     found = [
         (path, label)
         for label, name in enumerate(_folders(root))
-        for path in sorted(root / name / file for file in files_below(root / name, _IMAGES))
+        for path in sorted(root / name / file for file in image_files(root / name, deep=True))
     ]
     if not found:
-        raise PreparationError(f"'{root}' holds no images: one folder per class is expected, with {', '.join(_IMAGES)}")
+        known = ", ".join(IMAGE_EXTENSIONS)
+        raise PreparationError(f"'{root}' holds no images: one folder per class is expected, with {known}")
     return found
 
 

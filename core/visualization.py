@@ -303,11 +303,11 @@ class TensorBoard(TensorboardVisBackend):
         if path.suffix.lower() != ".gif":
             self.experiment.add_text(name, path.name, step)
             return
-        from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        with Image.open(path) as picture:
-            width, height = picture.size
+        from core.data import load_image
+
+        width, height = load_image(path).size
         encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
         summary = Summary(value=[Summary.Value(tag=name, image=encoded)])
         self.experiment._get_file_writer().add_summary(summary, step)

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from core.cli import parse, run
 from core.data import load_image
-from core.data.files import files_below, reading
-from core.data.images import IMAGE_EXTENSIONS
+from core.data.files import IMAGE_EXTENSIONS, image_files, reading
 from core.errors import ConfigError
 from core.progress import Progress
 
@@ -63,7 +62,7 @@ class Pictures:
         self.array: np.ndarray | None = None
         self.files: list[Path] = []
         if path.is_dir():
-            found = sorted(path / name for name in files_below(path, IMAGE_EXTENSIONS))
+            found = [path / name for name in image_files(path, deep=True)]
             overviews = _overviews(found)
             for file in overviews:
                 print(f"{key}: {file} is left out: it shows pictures that lie beside it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from core.data import DataFileError, MissingDataError
-from core.data.files import read_json, reading, replacing
+from core.data import DataFileError, MissingDataError, load_image, load_labels
+from core.data.files import read_json, replacing
 from core.errors import ConfigError
 from core.prepare import preparer
 from core.progress import Progress
@@ -77,11 +76,13 @@ def _write_clip(record: bytes, folder: Path, clip: str, place: str, quality: int
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for frame, encoded in enumerate(pictures if kind == "rgb" else labels):
-            with reading(f"record {place}"), Image.open(io.BytesIO(encoded)) as picture:
-                if kind == "rgb":
-                    picture.convert("RGB").save(part / f"{frame:05d}.jpg", quality=quality, subsampling=0)
-                else:
-                    picture.save(part / f"{frame:05d}.png")
+            name = f"record {place}: frame {frame} of {kind}"
+            if kind == "rgb":
+                picture = load_image(encoded, name=name)
+                picture.save(part / f"{frame:05d}.jpg", quality=quality, subsampling=0)
+            else:
+                load_labels(encoded, name)
+                (part / f"{frame:05d}.png").write_bytes(encoded)
         shutil.rmtree(folder / kind / clip, ignore_errors=True)
         os.replace(part, folder / kind / clip)
     return len(pictures)

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from core.data import MissingDataError, data_root, load_image
-from core.data.files import listed
+from core.data import MissingDataError, data_root, load_image, load_labels
+from core.data.files import image_files
 from stvit.losses import IGNORE
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,9 +55,11 @@ class ADE20K(Dataset):
             raise ValueError(f"ADE20K has no split {split!r}: use training or validation")
         base = data_root(root, what="ADE20K", layout=_LAYOUT)
         images = data_root(base / "images" / split, what=f"ADE20K {split} images", layout=_LAYOUT)
-        self.files = [Path(entry) for entry in listed(images) if entry.name.lower().endswith((".jpg", ".jpeg", ".png"))]
-        self.masks = [base / "annotations" / split / f"{p.stem}.png" for p in self.files]
-        missing = [path for path in self.masks if not path.is_file()]
+        self.files = [images / name for name in image_files(images)]
+        folder = data_root(base / "annotations" / split, what=f"ADE20K {split} annotations", layout=_LAYOUT)
+        masks = {Path(name).stem: folder / name for name in image_files(folder)}
+        self.masks = [masks.get(path.stem, folder / f"{path.stem}.png") for path in self.files]
+        missing = [path for path in self.masks if path.stem not in masks]
         if missing or not self.files:
             what = (
                 f"{len(missing)} pictures have no annotation, first {missing[0]}" if missing else f"{images} is empty"
@@ -74,8 +76,8 @@ class ADE20K(Dataset):
         return self.files[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = F.pil_to_tensor(load_image(self.files[index]))
-        labels = torch.from_numpy(np.array(load_image(self.masks[index], mode="L"), dtype=np.int64))
+        labels = torch.from_numpy(load_labels(self.masks[index]))
+        image = F.pil_to_tensor(load_image(self.files[index], size=(labels.shape[1], labels.shape[0])))
         if labels.shape != image.shape[-2:]:
             raise ValueError(
                 f"{self.masks[index]} is {tuple(labels.shape)}, its picture {tuple(image.shape[-2:])}: not a pair"

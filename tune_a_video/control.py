@@ -16,6 +16,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from torch import Tensor
 
+from core.data import to_pil
 from tune_a_video.models import fold
 
 Frames = Tensor | np.ndarray | Sequence[Image.Image]
@@ -170,7 +171,7 @@ def _fitting(frames: Frames, videos: int, latents: Tensor, unit: int) -> Tensor:
 def _tensor(frames: Frames) -> Tensor:
     """`(b, f, 3, H, W)`, float32 in [0, 1]."""
     if isinstance(frames, Sequence) and frames and all(isinstance(frame, Image.Image) for frame in frames):
-        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+        frames = np.stack([np.asarray(to_pil(frame)) for frame in frames])
     if isinstance(frames, np.ndarray) and frames.ndim in (4, 5) and frames.shape[-1] == 3:
         frames = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3)
     if not isinstance(frames, Tensor) or frames.ndim not in (4, 5) or frames.shape[-3] != 3:

@@ -17,6 +17,7 @@ from .folder import ImageFolder as ImageFolder
 from .image_zip import ImageZip as ImageZip
 from .imagenet import ImageNet as ImageNet
 from .images import load_image as load_image
+from .images import load_labels as load_labels
 from .images import to_pil as to_pil
 from .loader import Loader as Loader
 from .loader import build_loader as build_loader

@@ -21,6 +21,8 @@ _MARKS = (  # UTF-32 before UTF-16, whose mark begins alike
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+#: Endings of files that count as images when a folder is listed, lower case; what a file holds is seen from its bytes.
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _LARGEST_LABEL = (1 << 31) - 1
 
 
@@ -172,14 +174,16 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray] | None:
 
 
 def listed(folder: str | os.PathLike) -> list[os.DirEntry]:
-    """The entries of a folder that are not hidden, by name.
+    """The entries of a folder, by name, without hidden ones (.DS_Store, ._photo.jpg) and what macOS packs beside them.
 
     Raises:
         MissingDataError: there is no such folder.
         DataFileError: it cannot be read, or a name in it is not UTF-8.
     """
     with reading(folder, "Check the rights of the folder."), os.scandir(folder) as found:
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        entries = sorted(
+            (entry for entry in found if not entry.name.startswith((".", "__MACOSX"))), key=lambda entry: entry.name
+        )
     for entry in entries:
         try:
             entry.name.encode()
@@ -243,6 +247,17 @@ def files_below(
             elif is_folder(entry):
                 pending.append((path, (*above, identity)))
     return sorted(found)
+
+
+def image_files(folder: str | os.PathLike, deep: bool = False) -> list[str]:
+    """Names of the images in a folder, or at any depth below it, in order: by their endings, without hidden files.
+
+    Raises:
+        MissingDataError, DataFileError: see `listed` and `files_below`.
+    """
+    if deep:
+        return files_below(folder, IMAGE_EXTENSIONS)
+    return [entry.name for entry in listed(folder) if entry.name.lower().endswith(IMAGE_EXTENSIONS)]
 
 
 @contextmanager

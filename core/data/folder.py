@@ -9,8 +9,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data.errors import MissingDataError, data_root
-from core.data.files import files_below, is_folder, listed, read_arrays, replacing
-from core.data.images import IMAGE_EXTENSIONS, load_image, to_uint8
+from core.data.files import IMAGE_EXTENSIONS, files_below, is_folder, listed, read_arrays, replacing
+from core.data.images import load_image, to_uint8
 from core.data.packed import PackedStrings
 
 _INDEX_VERSION = 1

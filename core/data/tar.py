@@ -20,13 +20,12 @@ from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
 from core.data.errors import MissingDataError
-from core.data.files import FilePool, read_arrays, reading, replacing
+from core.data.files import IMAGE_EXTENSIONS, FilePool, read_arrays, reading, replacing
 from core.data.images import load_image
 from core.data.packed import PackedStrings
 
 _INDEX_VERSION = 1
 
-_IMAGES = ("jpg", "jpeg", "png", "ppm", "pgm", "bmp", "webp", "tif", "tiff")
 _INTEGERS = ("cls", "cls2", "class", "count", "index", "inx", "id")
 _TEXTS = ("txt", "text", "transcript")
 
@@ -38,7 +37,7 @@ def decode_member(extension: str, data: bytes, name: str = "member") -> Any:
     what it holds; ``npy`` an array, ``npz`` a dict of arrays. Everything else stays bytes: pickles are never opened.
     """
     kind = extension.rpartition(".")[2].lower()
-    if kind in _IMAGES:
+    if f".{kind}" in IMAGE_EXTENSIONS:
         return load_image(data, name=name)
     if kind in _INTEGERS:
         return int(data)

@@ -179,7 +179,7 @@ def _file_name(name: str) -> str:
 
 def _read_picture(path: Path) -> Any:
     import numpy as np
-    from PIL import Image
 
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    from core.data import load_image
+
+    return np.asarray(load_image(path))

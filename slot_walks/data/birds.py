@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from core.data import DataFileError, MissingDataError, data_root, load_image
+from core.data import DataFileError, MissingDataError, data_root
 from core.data.files import reading
-from slot_walks.data.files import check_size, load_foreground, read_table
+from slot_walks.data.files import load_foreground, load_pair, read_table
 from slot_walks.data.transforms import Square, bird_window
 
 _LAYOUT = """\
@@ -90,10 +90,11 @@ class Birds(Dataset):
         return self.files[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, maps = load_image(self.files[index]), {}
+        given = {}
         if self.masks:
             path = self.root / "segmentations" / f"{self.names[index]}.png"
-            maps["mask"] = check_size(load_foreground(path, self.dither), image.size, path)
+            given["mask"] = (path, load_foreground(path, self.dither))
+        image, maps = load_pair(self.files[index], **given)
         image, maps = bird_window(self.boxes[index], image.size).cut(image, maps)
         image, maps = self.transform(image, maps)
         return {"image": image, **maps, "sample_id": self.names[index]}

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from core.data import MissingDataError, data_root, load_image
-from slot_walks.data.files import VOID, check_size, load_labels, read_lines
+from core.data import MissingDataError, data_root, load_labels
+from core.data.files import image_files
+from slot_walks.data.files import VOID, load_pair, read_lines
 from slot_walks.data.transforms import CropTrain, StandardEval
 
 _LAYOUT = """\
@@ -114,7 +115,7 @@ class COCOStuff(Dataset):
             for kind in ("images", "annotations")
         )
         if list_file is None:
-            self.names = sorted(path.stem for path in self.labels.glob("*.png"))
+            self.names = [Path(name).stem for name in image_files(self.labels)]
         else:
             self.names = read_lines(base / "curated" / part / list_file, f"COCO-Stuff ({_PREPARE})")
         if not self.names:
@@ -131,12 +132,13 @@ class COCOStuff(Dataset):
         return self.images / f"{self.names[index]}.jpg"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, maps = load_image(self.describe(index)), {}
+        given = {}
         if self.masks:
             path = self.labels / f"{self.names[index]}.png"
-            fine = check_size(load_labels(path), image.size, path)
+            fine = load_labels(path)
             if fine.min() < 0 or fine.max() > 255:
                 raise ValueError(f"{path} has labels from {fine.min()} to {fine.max()}; 0 to 181 and 255 are expected")
-            maps["mask"] = self.table[fine]
+            given["mask"] = (path, self.table[fine])
+        image, maps = load_pair(self.describe(index), **given)
         image, maps = self.transform(image, maps)
         return {"image": image, **maps, "sample_id": self.names[index]}

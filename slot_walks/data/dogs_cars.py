@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from core.data import MissingDataError, data_root, load_image
+from core.data import MissingDataError, data_root
 from core.data.files import reading
-from slot_walks.data.files import check_size, load_foreground
+from slot_walks.data.files import load_foreground, load_pair
 from slot_walks.data.transforms import Square
 
 # Every tenth picture of the training list is held out for validation under the standard protocol.
@@ -74,12 +74,13 @@ class _SelectedPictures(Dataset):
         return self.folder / f"{self.ids[index]}_resized.png"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, maps = load_image(self.describe(index)), {}
-        if self.bgr:
-            image = Image.fromarray(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
+        given = {}
         if self.masks:
             path = self.folder / f"{self.ids[index]}_maskresized.png"
-            maps["mask"] = check_size(load_foreground(path, self.dither), image.size, path)
+            given["mask"] = (path, load_foreground(path, self.dither))
+        image, maps = load_pair(self.describe(index), **given)
+        if self.bgr:
+            image = Image.fromarray(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
         image, maps = self.transform(image, maps)
         return {"image": image, **maps, "sample_id": self.ids[index]}
 

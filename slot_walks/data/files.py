@@ -9,41 +9,32 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from core.data import DataFileError, MissingDataError, files
+from core.data import DataFileError, MissingDataError, files, load_image
+from core.data import load_labels as load_labels
 from core.data.files import reading
 
+Pair = tuple[Image.Image, dict[str, np.ndarray]]
 #: Label of pixels that nobody labelled, in the files of VOC and COCO-Stuff.
 VOID = 255
 
 
-def load_labels(path: str | os.PathLike) -> np.ndarray:
-    """A label map `(H, W)` int32: the numbers in the file, whether it has a palette, grey values or 16 bits.
-
-    Raises:
-        MissingDataError: no such file.
-        DataFileError: not a picture, a broken one, or one of colours; names the file.
-    """
-    remedy = "Labels are pictures with a palette or of grey values: copy or make it again."
-    with reading(path, remedy), Image.open(path) as picture:
-        if picture.mode not in ("P", "L", "I", "I;16", "1"):
-            raise ValueError(f"its mode is {picture.mode}")
-        return np.array(picture).astype(np.int32)
-
-
 def load_foreground(path: str | os.PathLike, dither: bool = False) -> np.ndarray:
-    """A foreground mask `(H, W)` int32, 0 or 1, from grey values: 1 from the middle of their range on.
+    """A foreground mask `(H, W)` int64, 0 or 1: grey values from the middle of their range on, or a map of 0 and 1.
 
     Args:
         path: the picture.
         dither: PIL's rule for black-and-white pictures instead, which turns grey areas into dots.
 
     Raises:
-        MissingDataError, DataFileError: see `load_labels`.
+        MissingDataError, DataFileError: see `core.data.load_image`; or it is of colours.
     """
-    with reading(path), Image.open(path) as picture:
-        if dither:
-            return np.array(picture.convert("1")).astype(np.int32)
-        return (np.array(picture.convert("L")) >= 128).astype(np.int32)
+    picture = load_image(path)
+    pixels = np.asarray(picture)
+    if (pixels != pixels[..., :1]).any():
+        raise DataFileError(f"{os.fspath(path)!r} is a picture of colours: a foreground mask has grey values")
+    if dither:
+        return np.asarray(picture.convert("1")).astype(np.int64)
+    return (pixels[..., 0] >= (1 if pixels.max() == 1 else 128)).astype(np.int64)
 
 
 def load_mat(path: Path, what: str) -> dict[str, Any]:
@@ -90,6 +81,22 @@ def read_table(path: Path, columns: int, what: str) -> dict[str, list[str]]:
             raise DataFileError(f"{path}, line {number}: {line[:200]!r} should have {columns + 1} columns")
         table[first] = others
     return table
+
+
+def load_pair(picture: str | os.PathLike, **maps: tuple[str | os.PathLike, np.ndarray]) -> Pair:
+    """A picture, upright where its label maps are, with them.
+
+    Args:
+        picture: its file.
+        maps: name -> the map's file and the map `(H, W)`.
+
+    Raises:
+        MissingDataError, DataFileError: see `core.data.load_image`.
+        ValueError: a map of another size than the picture; names its file.
+    """
+    sizes = [(labels.shape[1], labels.shape[0]) for _, labels in maps.values()]
+    image = load_image(picture, size=sizes[0] if sizes else None)
+    return image, {name: check_size(labels, image.size, path) for name, (path, labels) in maps.items()}
 
 
 def check_size(labels: np.ndarray, size: tuple[int, int], path: str | os.PathLike) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from core.data import DataFileError, data_root, load_image
 from core.data.files import reading
-from slot_walks.data.files import check_size, load_mat
+from slot_walks.data.files import load_mat, load_pair
 from slot_walks.data.transforms import Square
 
 _LAYOUT = """\
@@ -70,11 +70,11 @@ class Flowers(Dataset):
         return self.root / "jpg" / f"image_{self.numbers[index]:05d}.jpg"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path, maps = self.describe(index), {}
-        image = load_image(path)
+        path, given = self.describe(index), {}
         if self.masks:
             segmented = self.root / "segmim" / f"segmim_{self.numbers[index]:05d}.jpg"
-            maps["mask"] = check_size(self._foreground(np.array(load_image(segmented))), image.size, segmented)
+            given["mask"] = (segmented, self._foreground(np.array(load_image(segmented))))
+        image, maps = load_pair(path, **given)
         image, maps = self.transform(image, maps)
         return {"image": image, **maps, "sample_id": path.stem}
 

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from core.data import MissingDataError, data_root, load_image
-from core.data.files import is_folder, listed
-from core.data.images import IMAGE_EXTENSIONS
-from slot_walks.data.files import check_size, load_labels
+from core.data import MissingDataError, data_root, load_labels
+from core.data.files import image_files, is_folder, listed
+from slot_walks.data.files import load_pair
 from slot_walks.data.transforms import CropTrain, Square
 
 _LAYOUT = """\
@@ -67,8 +66,8 @@ class MOVi(Dataset):
             frames = 9
         self.frames: list[str] = []
         for clip in [entry.name for entry in listed(self.folder) if is_folder(entry)]:
-            names = [e.name for e in listed(self.folder / clip) if e.name.lower().endswith(IMAGE_EXTENSIONS)]
-            self.frames += [f"{clip}/{name}" for name in chosen_frames(names, frames, clip, seed)]
+            names = chosen_frames(image_files(self.folder / clip), frames, clip, seed)
+            self.frames += [f"{clip}/{name}" for name in names]
         if not self.frames:
             raise MissingDataError(f"MOVi: {self.folder} holds no frame; expected\n{_LAYOUT}\nprepare  {_PREPARE}")
         self.masks = split != "train" if masks is None else masks
@@ -84,10 +83,8 @@ class MOVi(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         frame = Path(self.frames[index]).with_suffix("")
-        image, maps = load_image(self.describe(index)), {}
-        if self.masks:
-            path = self.labels / frame.with_suffix(".png")
-            maps["mask"] = check_size(load_labels(path), image.size, path)
+        path = self.labels / frame.with_suffix(".png")
+        image, maps = load_pair(self.describe(index), **({"mask": (path, load_labels(path))} if self.masks else {}))
         image, maps = self.transform(image, maps)
         return {"image": image, **maps, "sample_id": frame.as_posix()}
 

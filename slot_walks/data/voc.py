@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
-from core.data import MissingDataError, data_root, load_image
-from slot_walks.data.files import VOID, check_size, load_labels, read_lines
+from core.data import MissingDataError, data_root, load_labels
+from slot_walks.data.files import VOID, load_pair, read_lines
 from slot_walks.data.transforms import CropTrain, OfficialEval, StandardEval
 
 #: Names of the classes, in the order of their labels.
@@ -111,17 +111,19 @@ class VOC(Dataset):
         return self.images / f"{self.names[index]}.jpg"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, maps = load_image(self.describe(index)), {}
+        given = {}
         if self.masks:
-            name = f"{self.names[index]}.png"
-            classes = check_size(load_labels(self.class_folder / name), image.size, self.class_folder / name)
-            if self.protocol == "official":
-                maps = {"mask": classes}
-            else:
-                objects = load_labels(self.object_folder / name)
-                check_size(objects, image.size, self.object_folder / name)
-                void = (classes == VOID) | (objects == VOID)
-                maps = {"mask": objects, "classes": classes, "void": void.astype(np.int32)}
+            folders = {"classes": self.class_folder} | (
+                {"mask": self.object_folder} if self.protocol == "standard" else {}
+            )
+            paths = {kind: folder / f"{self.names[index]}.png" for kind, folder in folders.items()}
+            given = {kind: (path, load_labels(path)) for kind, path in paths.items()}
+        image, maps = load_pair(self.describe(index), **given)
+        if self.masks and self.protocol == "official":
+            maps = {"mask": maps["classes"]}
+        elif self.masks:
+            void = (maps["classes"] == VOID) | (maps["mask"] == VOID)
+            maps = {"mask": maps["mask"], "classes": maps["classes"], "void": void.astype(np.int32)}
         image, maps = self.transform(image, maps)
         if "void" in maps:
             maps["void"] = maps["void"].bool()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tiny_experiment import train
 
+from core.data.files import image_files
 from core.errors import ConfigError
 from core.inference import infer, input_files
 from core.run_folder import find_checkpoint
@@ -75,6 +76,8 @@ def test_infer_writes_pictures_and_records_and_survives_a_broken_file(user, trai
     Image.new("RGB", (8, 8), (90, 90, 90)).save(files / "deeper" / "b.jpg")
     (files / "broken.png").write_bytes(b"not a picture")
     (files / "notes.txt").write_text("not an input")
+    for name in ("._a.png", ".DS_Store", "deeper/._b.jpg"):
+        (files / name).write_bytes(b"of macOS")
     options = Options(checkpoint=str(trained), input=str(files), output=str(tmp_path / "out"))
     records = infer(["experiment=mine/tiny", "model.type=mylook.Look"], options)
     by_name = {r["file"].rsplit("/", 1)[-1]: r for r in records}
@@ -98,6 +101,27 @@ def test_files_of_one_name_do_not_overwrite_each_others_pictures(user, trained, 
     assert len(records) == 5 and sizes == {8, 9, 10, 11, 12}
     named = {record["file"].rsplit("/in/", 1)[-1]: record["pictures"]["still"].rsplit("/", 1)[-1] for record in records}
     assert named["b.png"] == "b_still.png" and named["x/a.png"] == "x_a_png_still.png"
+
+
+def test_inputs_are_listed_by_one_rule(tmp_path):
+    for name in (
+        "A.JPG",
+        "b.tif",
+        "c.webp",
+        "d.gif",
+        "deep/e.PNG",
+        "._A.JPG",
+        "__MACOSX/._b.tif",
+        "__MACOSX/b.tif",
+        "f.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "lost.png").symlink_to("gone.png")  # is listed: its record says what is wrong with it
+    found = [path.relative_to(tmp_path).as_posix() for path in input_files(tmp_path)]
+    assert found == ["A.JPG", "b.tif", "c.webp", "d.gif", "deep/e.PNG", "lost.png"]
+    assert image_files(tmp_path, deep=True) == [name for name in found if name != "d.gif"]
+    assert image_files(tmp_path) == ["A.JPG", "b.tif", "c.webp", "lost.png"]
 
 
 def test_nothing_to_look_at_is_an_error(tmp_path):

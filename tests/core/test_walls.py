@@ -1,9 +1,12 @@
 """The walls of the house are held by a tool, and the tool knows every paper."""
 
+import ast
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = (
@@ -74,3 +77,62 @@ def test_tools_reach_papers_through_the_registries_only():
             words = line.split()
             if words[:1] in (["import"], ["from"]):
                 assert words[1].split(".")[0] not in PAPERS, f"{tool.name}: {line}"
+
+
+# How images are opened without core's readers, which know every mode and Exif's orientation.
+OPENERS = {
+    "PIL.Image.open", "PIL.ImageFile.Parser", "PIL.ImageOps.exif_transpose", "cv2.imread", "cv2.imreadmulti",
+    "cv2.imdecode", "torchvision.io", "torchvision.datasets.folder.default_loader", "torchvision.datasets.ImageFolder",
+    "imageio", "skimage.io", "tifffile", "matplotlib.image.imread", "matplotlib.pyplot.imread", "mmcv.imread",
+    "mmcv.imfrombytes", "mmcv.image", "diffusers.utils.load_image", "transformers.image_utils.load_image",
+}  # fmt: skip
+
+
+def openers(source):
+    """What a file's code calls or imports of `OPENERS`, by its full name, whatever it was imported as."""
+    if not any(one.split(".")[0] in source for one in OPENERS):
+        return []
+    tree, names, found = ast.parse(source), {}, []
+
+    def full(node):
+        if isinstance(node, ast.Attribute):
+            return f"{full(node.value)}.{node.attr}"
+        return names.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for one in node.names:
+                names[one.asname or one.name.split(".")[0]] = base + (
+                    one.name if one.asname or base else one.name.split(".")[0]
+                )
+                found.append(base + one.name)
+    found += [full(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return sorted(name for name in set(found) if f"{name}.".startswith(tuple(f"{one}." for one in OPENERS)))
+
+
+def test_images_are_opened_in_one_place():
+    places = ["core", "tools", "benchmarks", *present()]
+    found = {}
+    for path in (path for place in places for path in sorted((ROOT / place).rglob("*.py"))):
+        if names := openers(path.read_text()):
+            found[path.relative_to(ROOT).as_posix()] = names
+    assert found == {"core/data/images.py": ["PIL.Image.open"]}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from PIL import Image\nImage.open('a')",
+        "import PIL.Image\nPIL.Image.open('a')",
+        "from PIL import Image as I\nread = I.open",
+        "from PIL.Image import open as read",
+        "def f():\n    import cv2\n    return cv2.imread('a')",
+        "from torchvision.io import read_image",
+        "import torchvision\ntorchvision.io.read_image('a')",
+        "from diffusers.utils import load_image",
+    ],
+)
+def test_another_opener_of_images_is_noticed(code):
+    assert openers(code)
+    assert not openers("from PIL import Image\nImage.fromarray(a).save('b')\nimport cv2\ncv2.VideoCapture('c')")

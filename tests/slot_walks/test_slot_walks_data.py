@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from core.data import MissingDataError, build_loader
+from core.data import DataFileError, MissingDataError, build_loader
 from slot_walks.data import (
     COCO,
     VOC,
@@ -501,6 +501,35 @@ def test_labels_keep_their_numbers_whatever_the_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_labels(tmp_path / "none.png")
     assert load_foreground(tmp_path / "grey.png").max() == 1
+
+
+def test_foregrounds_are_read_from_every_kind_of_grey(tmp_path):
+    values = labels([0, 255])
+    save(values, tmp_path / "grey.png")
+    save(values // 255, tmp_path / "numbers.png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(values > 0).save(tmp_path / "bits.png")
+    for name in ("grey", "numbers", "deep", "bits"):
+        assert np.array_equal(load_foreground(tmp_path / f"{name}.png"), values // 255), name
+    save(labels([0, 1]), tmp_path / "colours.png", palette=True)
+    with pytest.raises(DataFileError, match=r"colours\.png' is a picture of colours"):
+        load_foreground(tmp_path / "colours.png")
+
+
+def test_a_turned_picture_stands_as_its_masks_do(tmp_path):
+    data = VOC(
+        voc(tmp_path), "val", transform=lambda image, maps: (image, {k: torch.tensor(v) for k, v in maps.items()})
+    )
+    file, exif = data.describe(0), Image.Exif()
+    exif[274] = 6
+    with Image.open(file) as image:
+        size = image.size
+        image.save(file, exif=exif)
+    assert size[0] != size[1] and data[0]["image"].size == size  # masks of the stored pixels
+    for folder in (data.class_folder, data.object_folder):
+        with Image.open(folder / f"{data.names[0]}.png") as mask:
+            mask.save(folder / f"{data.names[0]}.png", exif=exif)
+    assert data[0]["image"].size == size[::-1] and data[0]["mask"].shape == size
 
 
 # ---------------------------------------------------------------------- drawn scenes

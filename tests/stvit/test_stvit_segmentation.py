@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from core.config import compose, to_dict
-from core.data import MissingDataError
+from core.data import DataFileError, MissingDataError
 from core.errors import ConfigError
 from core.inference import infer
 from core.launch import build_trainer, run
@@ -268,6 +268,43 @@ def test_ade20k_shifts_labels_and_keeps_masks_whole(ade):
     assert (sample["mask"][:, :10] == IGNORE).all() and (sample["mask"][:, 10:20] == 0).all()
     raw = ADE20K(ade, "validation", SegmentationEval(short=32), reduce_zero_label=False)[0]
     assert raw["mask"].unique().tolist() == list(range(9))
+
+
+def test_masks_of_every_kind_hold_the_numbers_in_the_file(ade):
+    """0, 1, 2, 150 are other, the first, the second and the last class, with a palette and without."""
+    place, numbers = ade / "annotations" / "validation" / "ADE_d.png", np.repeat([0, 1, 2, 150], 24)[None, :90]
+    grey = Image.fromarray(np.broadcast_to(numbers.astype(np.uint8), (60, 90)).copy())
+    palette = grey.convert("P")
+    palette.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    deep = Image.fromarray(np.broadcast_to(numbers.astype(np.uint16) * 2, (60, 90)).copy())
+    for image, expected in ((grey, [255, 0, 1, 149]), (palette, [255, 0, 1, 149]), (deep, [255, 1, 3, 299])):
+        image.save(place)
+        mask = ADE20K(ade, "validation")[0]["mask"]
+        assert mask.dtype == torch.int64 and mask[0, [0, 24, 48, 72]].tolist() == expected
+    place.rename(place.with_name("ADE_d.PNG"))
+    (place.parent / "._ADE_d.PNG").write_bytes(b"of macOS")
+    (ade / "images" / "validation" / "._ADE_d.jpg").write_bytes(b"of macOS")
+    assert len(ADE20K(ade, "validation")) == 1 and ADE20K(ade, "validation")[0]["mask"][0, 72] == 299
+    Image.fromarray(np.zeros((60, 90, 3), np.uint8) + np.arange(3, dtype=np.uint8)).save(place)
+    with pytest.raises(DataFileError, match=r"ADE_d\.png: it is PNG of mode RGB.*colours are no labels"):
+        place.with_name("ADE_d.PNG").unlink()
+        ADE20K(ade, "validation")[0]
+
+
+def test_photographs_that_a_camera_turned_stand_as_their_masks_do(ade):
+    files = [
+        ade / kind / "validation" / f"ADE_d.{suffix}" for kind, suffix in (("images", "jpg"), ("annotations", "png"))
+    ]
+    exif = Image.Exif()
+    exif[274] = 6
+    with Image.open(files[0]) as image:
+        image.save(files[0], exif=exif, quality=100, subsampling=0)
+    assert ADE20K(ade, "validation", lambda pair: pair)[0]["image"].shape == (3, 60, 90)  # masks of the stored pixels
+    with Image.open(files[1]) as mask:
+        mask.save(files[1], exif=exif)
+    sample = ADE20K(ade, "validation", lambda pair: pair)[0]
+    assert sample["image"].shape == (3, 90, 60) and sample["mask"].shape == (90, 60)
+    assert (sample["image"][0].float() - 20 * (sample["mask"] + 1) % (20 * (IGNORE + 1))).abs().median() < 6
 
 
 def test_training_transform_moves_pixels_and_labels_together(ade):

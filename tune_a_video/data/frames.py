@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from core.data import MissingDataError, VideoError, VideoReader, load_image
-from core.data.files import listed
-from core.data.images import IMAGE_EXTENSIONS, to_uint8
+from core.data.files import IMAGE_EXTENSIONS, image_files
+from core.data.images import to_uint8
 from core.errors import ConfigError
 
 Resize = Literal["stretch", "center_crop", "pad"]
@@ -69,7 +69,7 @@ def open_frames(source: str | os.PathLike | np.ndarray | Tensor) -> FrameSource:
 def is_clip(path: Path) -> bool:
     """Whether a path is a video file by its name, or a folder that holds pictures."""
     if path.is_dir():
-        return any(entry.name.lower().endswith(IMAGE_EXTENSIONS) for entry in listed(path))
+        return bool(image_files(path))
     return path.name.lower().endswith(VIDEO_EXTENSIONS)
 
 
@@ -110,7 +110,7 @@ def _decode_all(path: Path) -> Tensor:
 
 
 def _folder(path: Path) -> FrameSource:
-    names = sorted((e.name for e in listed(path) if e.name.lower().endswith(IMAGE_EXTENSIONS)), key=natural)
+    names = sorted(image_files(path), key=natural)
     if not names:
         raise MissingDataError(f"{path} holds no picture: expected one per frame ({', '.join(IMAGE_EXTENSIONS)})")
 
