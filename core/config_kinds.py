@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from core.config_key import config_key, unsuited
 from core.errors import ConfigError
 from core.kinds import Built, Count, Range, Whole, shown, suits
+from core.shortened import SPLITS, Batches
 
 _Path = str | None
 _Seconds = Annotated[float, Range(0)]
@@ -74,6 +75,10 @@ RUNTIME: dict[str, Any] = {
     "sync_batchnorm": bool,
     "timeout_s": Annotated[float, Range(1)],
     "debug": bool,
+    "sanity_batches": Whole,
+    "fast_dev_run": bool | Count | None,
+    "limit_batches": Mapping[str, Batches] | None,
+    "overfit_batches": Batches,
 }
 
 # A loop of another type has other keys, or means the same by these.
@@ -110,7 +115,13 @@ def check_kinds(cfg: Mapping[str, Any]) -> None:
         if isinstance(cfg.get(key), Mapping):
             with config_key(key):
                 _check(cfg[key], kinds)
-    from core.registry import check
+    from core.registry import check, nearest
+
+    for split in (cfg.get("runtime") or {}).get("limit_batches") or ():
+        if split not in SPLITS:
+            raise ConfigError(
+                f"runtime.limit_batches.{split}: the splits are {', '.join(SPLITS)}{nearest(split, SPLITS)}"
+            )
 
     for key, name in _CLASSES.items():
         if isinstance(cfg.get(key), Mapping):

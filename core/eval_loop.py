@@ -12,6 +12,7 @@ from mmengine.runner import BaseLoop
 from core.data.batch import Batch
 from core.data.prefetch import DevicePrefetcher
 from core.errors import ConfigError
+from core.metrics.reading import MetricError
 from core.processes import largest, total
 from core.randomness import fixed_randomness
 from core.registry import LOOPS
@@ -39,6 +40,7 @@ class EvalLoop(BaseLoop):
         self._prepare_metrics()
         self.split = split
         self.metrics: dict[str, Any] = {}
+        self.left_out: list[str] = []  # metrics that the last evaluation, a trial's, could not compute
 
     def _prepare_metrics(self) -> None:
         """mmengine's metrics want the data set's classes, and a folder that every process can write to."""
@@ -130,8 +132,23 @@ class EvalLoop(BaseLoop):
             self.runner.model.val_step(batch)
 
     def _compute(self) -> dict[str, Any]:
-        size = len(self.dataloader.dataset)
+        """The figures; in a trial that has not seen the whole set, without those that so few samples do not give."""
+        size, whole = getattr(self.dataloader, "samples", None), len(self.dataloader.dataset)
+        if few := size is not None and size < whole:
+            self.runner.logger.info(f"{self.split}: evaluated on {size} of {whole} samples")
+        self.left_out = []
         metrics: dict[str, Any] = {}
         for metric in self.evaluator.metrics:
-            metrics.update(metric.evaluate(size))
+            try:
+                metrics.update(metric.evaluate(whole if size is None else size))
+            except Exception as error:
+                # Of several processes, others may wait for a figure that this one does not compute.
+                if not few or (self.runner.world_size > 1 and not isinstance(error, MetricError)):
+                    raise
+                getattr(metric, "results", []).clear()
+                self.left_out.append(type(metric).__name__)
+                self.runner.logger.warning(
+                    f"{type(metric).__name__} cannot be computed of {size} of {whole} samples: "
+                    f"{type(error).__name__}: {error}"
+                )
         return metrics

@@ -42,7 +42,7 @@ class EvalSetsLoop(EvalLoop):
         self.parts = {}
         for name, loader in loaders.items():
             with config_key(eval_sets.place(f"{split}_dataloader", name)):
-                opened = runner.build_dataloader(loader)
+                opened = runner.build_dataloader(loader, split=split)
             with config_key(eval_sets.place(f"{split}_evaluator", name)):
                 judge = runner.build_evaluator(judges[name])
             self.parts[name] = EvalLoop(runner, opened, judge, split)
@@ -64,4 +64,5 @@ class EvalSetsLoop(EvalLoop):
         return 0
 
     def _compute(self) -> dict[str, Any]:
+        self.left_out = [metric for part in self.parts.values() for metric in part.left_out]
         return self._found

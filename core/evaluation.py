@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from core.config_check import checked
 from core.errors import ConfigError
-from core.launch import make_runner, set_up_process
+from core.launch import make_runner, process_set_up
 from core.processes import managers_unlocked
 from core.run_config import stage_for
 from core.run_folder import choose_run_dir, find_checkpoint
@@ -41,7 +41,11 @@ def evaluate(
         raise ConfigError(f"split={split}: test or val")
     file = None if checkpoint is None else find_checkpoint(checkpoint)
     plain = checked(stage_for(cfg, file, stage))
-    set_up_process(plain["runtime"])
+    with process_set_up(plain["runtime"]):
+        return _evaluated(plain, file, split, load)
+
+
+def _evaluated(plain: dict[str, Any], file: Path | None, split: str, load: Mapping[str, Any] | None) -> dict[str, Any]:
     if plain["test_dataloader"] is None:
         split = "val"
     if plain.get(f"{split}_dataloader") is None:

@@ -6,6 +6,7 @@ import json
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from core.data.files import IMAGE_EXTENSIONS, files_below
 from core.errors import ConfigError, VitrineError
 from core.run_options import InferOptions
 from core.signals import StopRequest
+from core.switches import switches
 
 if TYPE_CHECKING:
     from core.trainer import Inference
@@ -40,14 +42,8 @@ def infer(overrides: list[str], options: Any) -> list[dict[str, Any]]:
         ConfigError: no input, weights that do not fit or hold NaN, or no file could be processed.
         core.signals.Interrupted: a signal asked to stop.
     """
-    import torch
-
-    from core.checkpoint import write_text_atomic
-    from core.config_check import checked
-    from core.launch import build_trainer
     from core.messages import first_process
     from core.runner import pick_device
-    from core.weights import load_weights
 
     options = InferOptions.of(options)
     if not first_process():
@@ -59,6 +55,20 @@ def infer(overrides: list[str], options: Any) -> list[dict[str, Any]]:
         files, names = list(found), _names(found, Path(options.input))
     device = pick_device(options.device)
     cfg, checkpoint = options.configured(overrides)
+    with switches(cfg.get("runtime") or {}):
+        return _inferred(cfg, checkpoint, options, device, dict(zip(names, files, strict=True)))
+
+
+def _inferred(
+    cfg: Any, checkpoint: Path | None, options: InferOptions, device: Any, files: Mapping[str, Path | None]
+) -> list[dict[str, Any]]:
+    import torch
+
+    from core.checkpoint import write_text_atomic
+    from core.config_check import checked
+    from core.launch import build_trainer
+    from core.weights import load_weights
+
     trainer = build_trainer(checked(cfg))
     print(load_weights(trainer, checkpoint, **options.load(), rest=cfg["load_from"]), file=sys.stderr)
     trainer.to(device).eval()
@@ -67,7 +77,7 @@ def infer(overrides: list[str], options: Any) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     try:
         with torch.no_grad(), StopRequest(f"stopped: {output / 'results.json'} holds what was done"):
-            for file, name in zip(files, names, strict=True):
+            for name, file in files.items():
                 records.append(_one(trainer, file, output / name))
                 print(json.dumps(records[-1], default=float), flush=True)
     finally:

@@ -22,17 +22,21 @@ _UNIONS = (typing.Union, types.UnionType)
 
 @dataclass(frozen=True)
 class Range:
-    """A number's bounds, both included, as metadata of ``Annotated[int, Range(1)]``."""
+    """A number's bounds, both included unless `above`, as metadata of ``Annotated[int, Range(1)]``."""
 
     low: float
     high: float = math.inf
+    above: bool = False  # the lower one is excluded
 
     def __str__(self) -> str:
+        if self.above:
+            return f"above {self.low}" + (f", at most {self.high}" if self.high < math.inf else "")
         return f"from {self.low} on" if self.high == math.inf else f"from {self.low} to {self.high}"
 
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1, above=True)]
 
 
 class Built:
@@ -84,7 +88,9 @@ def _suits_container(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
 
 
 def _within(value: Any, bound: Any) -> bool:
-    return not isinstance(bound, Range) or not isinstance(value, int | float) or bound.low <= value <= bound.high
+    if not isinstance(bound, Range) or not isinstance(value, int | float):
+        return True
+    return bound.low <= value <= bound.high and not (bound.above and value == bound.low)
 
 
 def _plain(value: Any) -> bool:

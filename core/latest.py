@@ -1,7 +1,7 @@
 """Which run of an experiment is the latest: what ``runs/PAPER/NAME/latest`` and ``checkpoint=latest`` mean.
 
 The link leads to the run that was started last, for people and for TensorBoard. Tools take the newest run that has a
-whole checkpoint: a start that failed has none. Runs of ablations and tables are passed over by both.
+whole checkpoint: a start that failed has none. Runs of ablations and tables, and trials, are passed over by both.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from core.shortened import is_trial
 
 LATEST = "latest"
 
@@ -24,7 +26,7 @@ def point_latest(cfg: dict[str, Any]) -> None:
     """
     folder = Path(cfg["run_dir"])
     home = Path(cfg["runs_dir"]) / cfg["name"]
-    if cfg.get("started_by", "train") != "train" or folder.parent != home or folder.name == LATEST:
+    if not _meant(cfg) or folder.parent != home or folder.name == LATEST:
         return
     link, new = home / LATEST, home / f".{LATEST}.{os.getpid()}"
     if link.exists() and not link.is_symlink():  # somebody's own folder of that name
@@ -44,7 +46,7 @@ def newest_first(home: Path) -> Iterator[Path]:
     if link.is_symlink() and link.resolve() in (resolved := [p.resolve() for p in runs]):
         first = runs[resolved.index(link.resolve())]
         runs = [first, *(p for p in runs if p != first)]
-    return (p for p in runs if _started_by(p) == "train")
+    return (p for p in runs if _is_run(p))
 
 
 def _started(run: Path) -> tuple[str, int]:
@@ -53,12 +55,17 @@ def _started(run: Path) -> tuple[str, int]:
     return (match[1], int(match[2] or 0)) if match else ("", 0)
 
 
-def _started_by(run: Path) -> str:
-    """Which tool started a run; a folder without a readable config is no run."""
+def _is_run(run: Path) -> bool:
+    """Whether a folder is a run that a user can mean; one without a readable config is no run."""
     import yaml
 
     try:
         cfg = yaml.safe_load((run / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
-        return ""
-    return cfg.get("started_by", "train") if isinstance(cfg, dict) and cfg.get("model") else ""
+        return False
+    return isinstance(cfg, dict) and bool(cfg.get("model")) and _meant(cfg)
+
+
+def _meant(cfg: dict[str, Any]) -> bool:
+    """Whether a run was started by a user, and as a whole one."""
+    return cfg.get("started_by", "train") == "train" and not is_trial(cfg.get("runtime") or {})

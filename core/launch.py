@@ -5,9 +5,11 @@ Heavy libraries are imported when a config needs them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from core.results import fingerprint
 from core.resume import Origin
 from core.run_folder import finished, rank, unwritable, writable, write_json
 from core.run_start import Start, enter, opened, plan
+from core.shortened import TRIAL, is_trial
 from core.signals import StopRequest
 from core.stages import from_stage, plan_stages, stage_configs
+from core.switches import switches
 
 
 def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -49,19 +53,27 @@ def run(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     kept = "; go on with resume=auto" if plain.get("resume") else ""
     with StopRequest(f"stopped before training {'went on' if kept else 'began'}: nothing is lost{kept}") as stop:
         plain = checked(plain)
-        set_up_process(plain["runtime"])
-        with managers_unlocked(), opened(plain) as source:
+        with process_set_up(plain["runtime"]), managers_unlocked(), opened(plain) as source:
             if rank() == 0:
                 point_latest(plain)
             sweep.note(run_dir=plain["run_dir"])
             result = _run_stages(plain, source) if plain["stages"] else _run_whole(plain, source)
             stop.defer()
-            figure = objective(plain, result)
+            figure = _objective(plain, result)
             if result.get("objective") != figure:
                 result = {**result, "objective": figure}
                 if rank() == 0:
                     write_json(Path(plain["run_dir"]) / "result.json", result)
         return result
+
+
+def _objective(cfg: dict[str, Any], result: dict[str, Any]) -> float | list[float] | None:
+    try:
+        return objective(cfg, result)
+    except ConfigError:
+        if result["status"] != TRIAL:  # which may lack what cannot be computed of a few samples
+            raise
+        return None
 
 
 def build_trainer(cfg: DictConfig | dict[str, Any], device: str = "cpu") -> Any:
@@ -88,15 +100,21 @@ def build_trainer(cfg: DictConfig | dict[str, Any], device: str = "cpu") -> Any:
 
 
 # ---------------------------------------------------------------------- processes and folders
-def set_up_process(runtime: dict[str, Any]) -> None:
-    """Threads, and the process group under torchrun or a Slurm job."""
+@contextlib.contextmanager
+def process_set_up(runtime: dict[str, Any]) -> Iterator[None]:
+    """Threads, anomaly detection, and the process group under torchrun or a Slurm job.
+
+    Afterwards the process has its own switches again, whatever the run has set; the process group stays.
+    """
+    with switches(runtime):
+        _join_processes(runtime)
+        yield
+
+
+def _join_processes(runtime: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    if runtime["threads"]:
-        torch.set_num_threads(int(runtime["threads"]))
-    if runtime["debug"]:
-        torch.autograd.set_detect_anomaly(True)
     if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         import submitit
 
@@ -235,7 +253,7 @@ def _result(runner: Any, cfg: dict[str, Any]) -> dict[str, Any]:
         "overrides": cfg["overrides"],
         "fingerprint": fingerprint(cfg),
         "seed": cfg["seed"],
-        "status": "finished",
+        "status": TRIAL if is_trial(cfg["runtime"]) else "finished",
         "metrics": metrics,
         "val_metrics": figures.get("val", {}),
         "objective": None,  # read from the metrics when they are written: an unknown name loses no result

@@ -23,6 +23,7 @@ from core.processes import total
 from core.registry import LOOPS
 from core.results import digest
 from core.sanity import check_evaluations
+from core.shortened import limits
 from core.signals import Interrupted, StopRequest
 
 
@@ -69,7 +70,11 @@ class TrainLoop(BaseLoop):
         elif self.steps_per_epoch is not None:
             max_epochs = -(-max_steps // self.steps_per_epoch)
         self._in_epochs = given_epochs
-        self._max_steps, self._max_epochs = max_steps, max_epochs or 1
+        self._fast = limits(runner.runtime).fast
+        self._whole = self._unlimited(max_steps, max_epochs)
+        self._max_steps, self._max_epochs = self._cut(max_steps), max_epochs or 1
+        if self._fast is not None and self.steps_per_epoch:
+            self._max_epochs = -(-self._max_steps // self.steps_per_epoch)
         self.val_every_epochs, self.val_every_steps, self.val_begin = val_every_epochs, val_every_steps, val_begin
         self.val_interval = val_every_epochs or val_every_steps or self._max_steps  # mmengine's hooks read it
         self._iter = self._epoch = self.batches_taken = 0
@@ -87,6 +92,19 @@ class TrainLoop(BaseLoop):
         if steps == 0:
             raise ConfigError("train_dataloader gives no batch: fewer samples than batch_size and drop_last is on?")
         return steps
+
+    def _unlimited(self, max_steps: int, max_epochs: int | None) -> tuple[int, int | None]:
+        """Steps of the training, and of an epoch, without limits."""
+        per_epoch = getattr(getattr(self.dataloader, "batch_sampler", None), "whole", self.steps_per_epoch)
+        return (max_epochs * per_epoch if self._in_epochs and per_epoch else max_steps), per_epoch
+
+    @property
+    def planned(self) -> tuple[int, int | None]:
+        """Steps of the training and of an epoch as schedules count them: those of the whole run in a fast dev run."""
+        return (self._max_steps, self.steps_per_epoch) if self._fast is None else self._whole
+
+    def _cut(self, steps: int) -> int:
+        return steps if self._fast is None else min(steps, self._fast)
 
     @property
     def max_epochs(self) -> int:
@@ -142,7 +160,7 @@ class TrainLoop(BaseLoop):
             self.runner.logger.warning(said)
         if self._in_epochs:
             left = (self._max_epochs - self._epoch) * self.steps_per_epoch - self.batches_taken
-            self._max_steps = self._iter + left
+            self._max_steps = self._cut(self._iter + left)
         if self._iter > self._max_steps:
             raise ConfigError(
                 f"train_cfg: {self._iter} steps are done, and the run has {self._max_steps}: make it longer"
@@ -167,7 +185,7 @@ class TrainLoop(BaseLoop):
         """
         runner = self.runner
         if self._iter == 0:
-            check_evaluations(runner, int(runner.runtime.get("sanity_batches", 2)))
+            check_evaluations(runner, 0 if self._fast else int(runner.runtime.get("sanity_batches", 2)))
         runner.call_hook("before_train")
         self._finite = FiniteCheck(runner)
         self._finite.watch(runner.optim_wrapper)

@@ -98,7 +98,7 @@ def find_lr(cfg: DictConfig | dict[str, Any], options: Options, folder: str | Pa
         ConfigError: nothing is trained; rates or steps that make no sweep; a part or a loss that does not exist.
     """
     from core.config_check import checked
-    from core.launch import set_up_process
+    from core.launch import process_set_up
     from core.run_config import stage_for
 
     if not 0 < options.min < options.max or options.steps < 10:
@@ -108,11 +108,12 @@ def find_lr(cfg: DictConfig | dict[str, Any], options: Options, folder: str | Pa
     plain = checked(stage_for(cfg, None, options.stage))
     if not plain["train_dataloader"] or not plain["optim_wrapper"]:
         raise ConfigError(f"{plain['name']} trains nothing: it has no train_dataloader, or no optim_wrapper")
-    set_up_process(plain["runtime"])
     plain |= dict.fromkeys(("val_dataloader", "test_dataloader", "val_evaluator", "test_evaluator", "ema", "media"))
     plain |= dict.fromkeys(("param_scheduler", "custom_hooks", "visualizer"))
     plain |= {"train_cfg": {"max_steps": options.steps * _micro_steps(plain["optim_wrapper"])}, "run_dir": str(folder)}
-    return _swept(plain, options)
+    plain["runtime"] = {**plain["runtime"], "fast_dev_run": False}  # a sweep is as long as its own options say
+    with process_set_up(plain["runtime"]):
+        return _swept(plain, options)
 
 
 def _micro_steps(optim_wrapper: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from mmengine.logging import print_log
 
 from core.schedules import Schedule
+from core.shortened import planned
 
 
 def regime(runner: Any) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _forward(runner: Any, states: Any) -> None:
     walked = []
     for schedule in schedulers:
         if isinstance(schedule, Schedule):
-            schedule.resolve(loop.max_iters, loop.steps_per_epoch)
+            schedule.resolve(*planned(loop))
             schedule.load_state_dict({"last_step": loop.epoch if schedule.by_epoch else loop.iter})
         elif "Plateau" not in type(schedule).__name__:
             walked.append(schedule)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
+from core import shortened
+from core.errors import ConfigError, VitrineError
 from core.influence import WATCHING, influential, without_declared, without_defaults
 from core.sweep import contained
 
@@ -41,7 +42,8 @@ def to_stderr() -> Iterator[None]:
 def launcher(run: Runner, *, resume: bool = True, tool: str = "table") -> Runner:
     """A runner for tools: goes on from an interrupted run of the same config, and keeps standard output clean.
 
-    Whatever fails in a run is raised as one of the project's errors, so that the runs to come are not lost with it.
+    Whatever fails in a run is raised as one of the project's errors, so that the runs to come are not lost with it. A
+    trial is, too: it is no evidence.
 
     Args:
         run: `core.launch.run`.
@@ -57,7 +59,11 @@ def launcher(run: Runner, *, resume: bool = True, tool: str = "table") -> Runner
             cfg.resume = "auto" if resume else False
             cfg.started_by = tool
         with to_stderr():
-            return contained(run, cfg)
+            result = contained(run, cfg)
+        if result.get("status") == shortened.TRIAL:
+            keys = ", ".join(shortened.settings(cfg.runtime))
+            raise VitrineError(f"a trial ran through, but is no evidence (leave {keys} of runtime out)")
+        return result
 
     return call
 
@@ -106,7 +112,8 @@ def _formerly_relevant(cfg: Any) -> dict[str, Any]:
         hooks = kept["custom_hooks"] or []  # names of hooks change no numbers
         kept["custom_hooks"] = [h for h in hooks.values() if h is not None] if isinstance(hooks, Mapping) else hooks
     if isinstance(kept.get("runtime"), Mapping):
-        kept["runtime"] = {key: kept["runtime"][key] for key in _RUNTIME if key in kept["runtime"]}
+        runtime = kept["runtime"]
+        kept["runtime"] = {key: runtime[key] for key in _RUNTIME if key in runtime} | shortened.settings(runtime)
     if isinstance(kept.get("checkpoint"), Mapping):
         kept["checkpoint"] = {key: value for key, value in kept["checkpoint"].items() if key in _CHECKPOINT}
     return kept

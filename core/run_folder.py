@@ -15,6 +15,7 @@ import yaml
 
 from core.errors import ConfigError, VitrineError
 from core.processes import first_decides
+from core.shortened import TRIAL
 
 LOCK = ".lock"
 
@@ -164,13 +165,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run."""
+def result_of(folder: Path | None) -> dict[str, Any] | None:
+    """The result of a run that has ended, a trial's included; None where there is none."""
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = None if folder is None else json.loads((folder / "result.json").read_text())
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) and result.get("status") == "finished" else None
+    return result if isinstance(result, dict) else None
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run; a trial (`core.shortened`) is none."""
+    result = result_of(folder)
+    return result if result is not None and result.get("status") == "finished" else None
+
+
+def ended_trial(folder: Path | None) -> bool:
+    """Whether a folder holds a trial (`core.shortened`) that has ended."""
+    return (result_of(folder) or {}).get("status") == TRIAL
 
 
 def read_config(folder: Path) -> dict[str, Any]:

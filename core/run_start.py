@@ -32,17 +32,19 @@ from core.resume import (
 )
 from core.run_folder import (
     LOCK,
-    finished,
+    ended_trial,
     holds_run,
     known_config,
     new_folder,
     newest_checkpoint,
     read_config,
+    result_of,
     stage_folders,
     world_size,
     writable,
     write_config,
 )
+from core.shortened import settings
 
 
 @contextlib.contextmanager
@@ -110,7 +112,7 @@ def _found(cfg: dict[str, Any], source: Origin | None) -> Path | None:
     mine = fingerprint(cfg)
     home = Path(cfg["runs_dir"]) / cfg["name"]
     for path in sorted(home.glob("*/config.yaml"), key=lambda p: p.parent.name, reverse=True):
-        if path.parent.is_symlink():
+        if path.parent.is_symlink() or ended_trial(path.parent):
             continue
         try:
             if fingerprint(read_config(path.parent)) == mine:
@@ -136,6 +138,13 @@ def _check_folder(cfg: dict[str, Any], source: Origin | None) -> None:
                 f"{folder} already holds checkpoints or a result: resume=auto goes on, another run_dir starts anew"
             )
         return
+    there = folder if source is None else source.run
+    if ended_trial(there):
+        keys = ", ".join(settings((known_config(there) or {}).get("runtime") or {}))
+        raise ConfigError(
+            f"{there} is a trial that has ended ({keys} of runtime), which does not go on: start anew without resume, "
+            f"or from its weights with load_from={there}"
+        )
     if source is not None and source.is_elsewhere(folder):
         if begun and (held or {}).get("forked_from") != source.name:
             raise ConfigError(
@@ -212,7 +221,7 @@ def plan(cfg: dict[str, Any], source: Origin | None = None, fork: Path | None = 
     stored = known_config(base) if holds_run(base) else None
     compare = stage_differences if cfg.get("stage_of") else differences
     changed = tuple(compare(stored, cfg)) if stored is not None else ()
-    if base is folder and not changed and (result := finished(folder)) is not None:
+    if base is folder and not changed and (result := result_of(folder)) is not None:  # or a stage of a trial
         return Start(result=result, begun=True)
     named = source.file if source is not None and source.is_of(base) else None
     checkpoint = named or newest_checkpoint(base)

@@ -21,6 +21,7 @@ from core.errors import ConfigError
 from core.evaluators import build_evaluator
 from core.kinds import shown
 from core.registry import DATASETS, LOOPS, build, nearest
+from core.shortened import limits, planned
 from core.trainer import Trainer, unwrap
 
 
@@ -62,17 +63,26 @@ class Building(MMRunner):
             keep_boxes_exact(built)
         return built
 
-    def build_dataloader(self, dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:
+    def build_dataloader(
+        self, dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False, split: str = "test"
+    ) -> Any:
         """See `core.data.loader.build_loader`; training loaders are those of the config's `train_dataloader`.
 
         A trainer may put what it derived from a training set in the set's place (`core.Trainer.training_data`).
+
+        Args:
+            dataloader: its config, or built.
+            seed, diff_rank_seed: mmengine's; not used.
+            split: of an evaluation, whose limits hold (`core.shortened`).
         """
         if not isinstance(dataloader, dict):
             return dataloader
         training = dataloader is self._train_dataloader
         cfg = dict(dataloader)
         trainer = unwrap(self.model)
+        limited = limits(self.runtime)
         if training and isinstance(trainer, Trainer):
+            trainer.keeps_data = limited.fast is None
             with config_key("dataset"):
                 original = build(cfg["dataset"], DATASETS)
             cfg["dataset"] = trainer.training_data(original)
@@ -80,7 +90,9 @@ class Building(MMRunner):
                 self._beginning.derived(cfg["dataset"])
         if self.runtime["debug"]:
             cfg["num_workers"] = 0
-        return build_loader(cfg, seed=self.seed, training=training)
+        split = "train" if training else split
+        repeat = training and limited.repeat
+        return build_loader(cfg, seed=self.seed, training=training, limit=limited.batches[split], repeat=repeat)
 
     def build_train_loop(self, loop: Any) -> Any:
         """`core.TrainLoop` unless the config names another."""
@@ -89,7 +101,10 @@ class Building(MMRunner):
         with config_key("train_dataloader"):
             loader = self.build_dataloader(self._train_dataloader)
         with config_key("train_cfg"):
-            return build({"type": "core.TrainLoop", **loop}, LOOPS, runner=self, dataloader=loader)
+            built = build({"type": "core.TrainLoop", **loop}, LOOPS, runner=self, dataloader=loader)
+        if limits(self.runtime).fast is not None and not hasattr(built, "planned"):
+            raise ConfigError(f"runtime.fast_dev_run ends a core.TrainLoop, train_cfg names a {type(built).__name__}")
+        return built
 
     def build_val_loop(self, loop: Any) -> Any:
         """`core.EvalLoop` unless the config names another."""
@@ -109,7 +124,7 @@ class Building(MMRunner):
         if several:
             return build(cfg, LOOPS, runner=self, dataloader=dataloader, evaluator=evaluator)
         with config_key(f"{split}_dataloader"):
-            loader = self.build_dataloader(dataloader)
+            loader = self.build_dataloader(dataloader, split=split)
         own = split == "val" or self.settings["test_evaluator"] is not None
         with config_key(f"{split if own else 'val'}_evaluator"):
             judge = self.build_evaluator(evaluator)
@@ -152,7 +167,7 @@ class Building(MMRunner):
         groups = built.values() if isinstance(built, dict) else [built]
         for schedule in (s for group in groups for s in group):
             if hasattr(schedule, "resolve"):
-                schedule.resolve(self.train_loop.max_iters, self.train_loop.steps_per_epoch)
+                schedule.resolve(*planned(self.train_loop))
         return built
 
     def _build_param_scheduler(self, scheduler: Any, optim_wrapper: Any) -> list[Any]:
@@ -162,8 +177,11 @@ class Building(MMRunner):
             if not isinstance(cfg, dict):
                 built.append(cfg)
                 continue
-            end = loop.max_epochs if cfg.get("by_epoch", True) else loop.max_iters
-            given = {"optimizer": optim_wrapper, "epoch_length": loop.steps_per_epoch}
+            steps, per_epoch = planned(loop)
+            end = steps
+            if cfg.get("by_epoch", True):
+                end = -(-steps // per_epoch) if per_epoch else loop.max_epochs
+            given = {"optimizer": optim_wrapper, "epoch_length": per_epoch}
             built.append(PARAM_SCHEDULERS.build({"end": end, **cfg}, default_args=given))
         return built
 

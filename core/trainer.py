@@ -64,6 +64,8 @@ class Trainer(BaseModel):
 
     #: Whether the first batches of every evaluation are tried out before training; False where a batch takes minutes.
     sanity_check: bool = True
+    #: Whether `training_data` may keep what it derives on disk; the engine says no in a fast dev run.
+    keeps_data: bool = True
 
     def __init__(self, frozen: Sequence[str] = ()) -> None:
         super().__init__()
@@ -94,7 +96,8 @@ class Trainer(BaseModel):
         """What is trained on in place of a training data set: itself, or what a frozen part makes of it, kept on disk.
 
         Called once, with the model on its device and in its precision, by every process. It sees the weights that the
-        run began with; also in a run that goes on from a checkpoint, which is restored afterwards.
+        run began with; also in a run that goes on from a checkpoint, which is restored afterwards. Where `keeps_data`
+        is false (a fast dev run), nothing is kept on disk.
         """
         return dataset
 

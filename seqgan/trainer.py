@@ -286,7 +286,7 @@ class TransformerTrainer(Trainer):
             self.check_tokenizer()
             own = list(bytes.fromhex(self.tokenizer.fingerprint()))
             self.learnt_codes.copy_(torch.tensor(own, dtype=torch.uint8))
-        if self.cache is None or self.tokenizer is None:
+        if self.cache is None or not self.keeps_data or self.tokenizer is None:
             return dataset
         return self.cache.fill(dataset, self.tokenizer)
 

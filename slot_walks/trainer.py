@@ -105,7 +105,7 @@ class SlotTrainer(Trainer):
     # ------------------------------------------------------------------ training
     def training_data(self, dataset: Dataset) -> Dataset:
         """The features of a data set's pictures where there is a `cache`, which is filled first."""
-        if self.cache is None or self.network.backbone is None:
+        if self.cache is None or not self.keeps_data or self.network.backbone is None:
             return dataset
         self._look_at_backbone()
         return self.cache.fill(dataset, self.network.backbone, self.autocast, precision=self.precision)

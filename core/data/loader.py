@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from core.data.sampling import EvalSampler, TrainSampler
 from core.data.seeded import SeededDataset
 from core.data.seeds import derive_seed
 from core.errors import ConfigError
+from core.processes import total
 
 _KEYS = (
     "dataset",
@@ -64,6 +65,15 @@ class Loader(DataLoader):
         """Batches of one pass on this rank; None for a sampler that never ends."""
         return None if self.batch_sampler.infinite else len(self.batch_sampler)
 
+    @property
+    def samples(self) -> int:
+        """Samples of a pass over all processes: those of the data set, or what the last limited pass has read.
+
+        Collective where the loader is limited: every process has to call it.
+        """
+        sampler = self.batch_sampler
+        return len(self.dataset) if sampler.limit is None else total(sampler.drawn)
+
     def close(self) -> None:
         """End persistent workers now; the next pass starts new ones."""
         iterator, self._iterator = self._iterator, None
@@ -106,7 +116,14 @@ def _end_all() -> None:
 
 
 def build_loader(
-    cfg: Mapping[str, Any], *, seed: int, training: bool, rank: int | None = None, world_size: int | None = None
+    cfg: Mapping[str, Any],
+    *,
+    seed: int,
+    training: bool,
+    rank: int | None = None,
+    world_size: int | None = None,
+    limit: Sequence[int | float] = (),
+    repeat: bool = False,
 ) -> Loader:
     """The loader of an mmengine-style dataloader config.
 
@@ -127,15 +144,26 @@ def build_loader(
         seed: of the run, the same on every rank.
         training: samples are shuffled and seeded by their draw; otherwise each is read once, seeded by its index.
         rank, world_size: in place of the process group's.
+        limit, repeat: where a pass ends, and whether all are alike; see ResumableBatchSampler.
 
     Raises:
         ConfigError: unknown or missing keys, with the nearest existing name; samplers that cannot be divided among
-            ranks; fewer samples than one batch with ``drop_last``.
+            ranks; fewer samples than one batch with ``drop_last``; a share of a sampler that never ends as `limit`.
     """
     cfg = dict(cfg)
     _check_keys(cfg)
     dataset = _build_dataset(cfg["dataset"], cfg.get("on_error", "raise"), training)
-    batch_sampler = _build_batch_sampler(cfg, dataset, seed, training, rank, world_size)
+    inner = _build_batch_sampler(cfg, dataset, seed, training, rank, world_size)
+    try:
+        batch_sampler = ResumableBatchSampler(inner, seed, training, rank, world_size, limit, repeat)
+    except TypeError as error:
+        raise ConfigError(f"{error}: limit them by a whole number, not by a share") from None
+    _check_divided(batch_sampler)
+    if training and not batch_sampler.infinite and len(batch_sampler) == 0:
+        raise ConfigError(
+            f"{type(dataset.dataset).__name__} has {len(dataset)} samples, which do not fill one batch of "
+            f"{batch_sampler.batch_size} on each of {batch_sampler.world_size} processes, and drop_last is on"
+        )
     workers = cfg.get("num_workers", 0)
     options = {key: cfg[key] for key in ("timeout", "multiprocessing_context") if key in cfg}
     if workers and cfg.get("prefetch_factor") is not None:
@@ -187,7 +215,7 @@ def _build_batch_sampler(
     training: bool,
     rank: int | None,
     world_size: int | None,
-) -> ResumableBatchSampler:
+) -> Iterable[list[int]]:
     given, drop_last = cfg.get("batch_sampler"), cfg.get("drop_last", False)
     if drop_last and not training:
         raise ConfigError("drop_last would leave samples out of the evaluation")
@@ -203,14 +231,7 @@ def _build_batch_sampler(
             batch_sampler = BatchSampler(sampler, cfg["batch_size"], drop_last)
         else:
             batch_sampler = _build_with(given, sampler=sampler, batch_size=cfg["batch_size"], drop_last=drop_last)
-    resumable = ResumableBatchSampler(batch_sampler, seed, training, rank, world_size)
-    _check_divided(resumable)
-    if training and not resumable.infinite and len(resumable) == 0:
-        raise ConfigError(
-            f"{type(dataset.dataset).__name__} has {len(dataset)} samples, which do not fill one batch of "
-            f"{resumable.batch_size} on each of {resumable.world_size} processes, and drop_last is on"
-        )
-    return resumable
+    return batch_sampler
 
 
 def _build_sampler(

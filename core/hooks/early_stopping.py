@@ -72,7 +72,7 @@ class EarlyStopping(Hook):
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Counts an evaluation; the loop ends after the step, or the epoch, that it belongs to."""
-        if not self._training:
+        if not self._training or getattr(runner.val_loop, "left_out", ()):  # a trial's, without all figures
             return
         value = _number(metrics or {}, self.metric)
         if self._best is None or self._gain(value) > self.min_delta:
