@@ -13,8 +13,9 @@ from core.errors import ConfigError
 
 # A counter of batch norms that no result depends on; converters leave it out.
 COUNTERS = "*num_batches_tracked"
-# What wrappers put in front of every name.
+# What wrappers put in front of every name: always, and where nothing fits as it is.
 _WRAPPERS = ("module.", "_orig_mod.")
+_HOLDERS = ("model.", "backbone.", "encoder.", "network.", "net.")
 
 
 def holder(model: nn.Module) -> nn.Module:
@@ -72,7 +73,8 @@ def place(
         strict: False: a part of it is enough.
 
     Returns:
-        The part's name ("": the whole model), and the state dict without a wrapper's prefix (``module.``).
+        The part's name ("": the whole model), and the state dict without a wrapper's prefix (``module.``,
+        ``model.``, ...).
 
     Raises:
         ConfigError: it belongs to several.
@@ -85,6 +87,11 @@ def place(
             return place(model, {name[len(prefix) :]: value for name, value in state.items()}, tolerated, strict)
     preferred, names = network_name(model), _nearest_parts(whole, state)
     exact = [name for name in names if _exact(whole, name, state, tolerated)]
+    for prefix in _HOLDERS:
+        if state and not exact and all(name.startswith(prefix) for name in state):
+            into, inner = place(model, {name[len(prefix) :]: v for name, v in state.items()}, tolerated, False)
+            if _exact(whole, into, inner, tolerated):
+                return into, inner
     chosen = exact or names
     if preferred in chosen or not chosen:
         return preferred or "", state

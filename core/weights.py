@@ -30,6 +30,8 @@ from core.errors import ConfigError, VitrineError, some
 from core.placement import COUNTERS, as_built, entries, holder, join, mismatch, place, submodule
 from core.run_folder import find_checkpoint
 
+#: Where files keep averaged weights beside the others; these are what timm takes, too.
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 #: Where files keep the weights, in the order in which they are tried.
 CONTAINERS = (
     "state_dict",
@@ -41,10 +43,6 @@ CONTAINERS = (
     "state",
     "module",
     "teacher",
-    "ema",
-    "model_ema",
-    "state_dict_ema",
-    "ema_state_dict",
 )
 
 
@@ -55,7 +53,7 @@ def model_state(path: str | Path, *, key: str | None = None, averaged: bool = Tr
     Args:
         path: a run's checkpoint, or a file with a state dict: .pt, .pth, .safetensors or .npz, bare or in a container.
         key: where in the file the weights are, e.g. ``ema.model``; None: a run's model, else see `CONTAINERS`.
-        averaged: of a run with EMA, the averaged weights (what evaluation used) instead of the raw ones.
+        averaged: where there are averaged weights (EMA) beside the raw ones, those: of a run, or see `AVERAGES`.
 
     Raises:
         ConfigError: no file, or no state dict in it.
@@ -83,12 +81,12 @@ def state_in(
     """
     if key is None and isinstance(content, Mapping) and {"model", "hooks", "position"} <= content.keys():
         return _model_of_run(content, path, averaged), sorted(set(content) - {"model"})
-    weights, aside = _container(content, path, key)
+    weights, aside = _container(content, path, key, averaged)
     state: dict[str, Any] = {}
     for name, value in weights.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.dtype.itemsize <= 16:
             value = torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name != "n_averaged":  # a counter of torch's AveragedModel
             state[str(name)] = value.detach()
         elif str(name).endswith("_extra_state"):
             state[str(name)] = value
@@ -129,7 +127,7 @@ def read(path: Path, allow: Iterable[str] = ()) -> Any:
         return load_official(path, allow=OFFICIAL_GLOBALS | set(allow))
 
 
-def _container(content: Any, path: Path, key: str | None) -> tuple[Mapping[str, Any], list[str]]:
+def _container(content: Any, path: Path, key: str | None, averaged: bool) -> tuple[Mapping[str, Any], list[str]]:
     """The dictionary of weights in a file, and the names of what lies beside it."""
     for step in key.split(".") if key else []:
         if not isinstance(content, Mapping) or step not in content:
@@ -139,7 +137,7 @@ def _container(content: Any, path: Path, key: str | None) -> tuple[Mapping[str, 
     if not isinstance(content, Mapping):
         raise ConfigError(f"'{path}' holds a {type(content).__name__}, not a dictionary of tensors")
     if key is None:
-        for name in CONTAINERS:
+        for name in (*AVERAGES, *CONTAINERS) if averaged else (*CONTAINERS, *AVERAGES):
             inner = content.get(name)
             if isinstance(inner, Mapping) and any(hasattr(value, "shape") for value in inner.values()):
                 return inner, [str(other) for other in content if other != name]

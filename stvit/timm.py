@@ -1,7 +1,8 @@
 """The models under timm's names: `timm.create_model("stvit_r_swin_small_window7_224")`.
 
 `import stvit` is enough to have them. Every argument of our constructors can be given to `create_model`. Weights come
-from any file that `stvit.checkpoint` reads, so that plain DeiT and Swin checkpoints are a start:
+from any file that `stvit.checkpoint` reads, with whatever prefix, so that plain DeiT and Swin checkpoints are a start
+(`checkpoint_path=` takes them, too):
 
     timm.create_model("stvit_deit_small_patch16_224", pretrained=True,
                       pretrained_cfg_overlay=dict(file="deit_small_patch16_224.pth"))
@@ -12,6 +13,7 @@ from any file that `stvit.checkpoint` reads, so that plain DeiT and Swin checkpo
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -118,11 +120,13 @@ def stvit_r_swin_base_window7_224(pretrained: bool = False, **kwargs: Any) -> ST
 def _create(variant: str, build: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     import stvit.models  # here, because this module may be imported while stvit.models is
 
-    if kwargs.get("features_only") and "_r_" not in variant:
-        raise ValueError(
-            f"{variant} has no features_only: its semantic tokens lie on no pyramid of maps. Use the stvit_r_swin_* "
-            "models, whose maps keep their resolution, or forward_intermediates"
-        )
+    for name, own in _TIMM_NAMES.items():
+        if name in kwargs:
+            value = kwargs.pop(name)
+            kwargs |= {own: value} if own else {}
+    for name, reason in _REFUSED.items():
+        if kwargs.pop(name, None):
+            raise ValueError(f"{name} does not go with {variant}: {reason}")
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if "stem" in kwargs:
         overlay.setdefault("first_conv", {"patch": "stem.proj", "conv": "stem.stages.0.conv"}.get(kwargs["stem"]))
@@ -134,11 +138,28 @@ def _create(variant: str, build: str, pretrained: bool, kwargs: dict[str, Any]) 
         pretrained,
         pretrained_filter_fn=_ours,
         pretrained_cfg_overlay=overlay,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        # As timm has it: the last layers of a ViT, all stages of the others.
+        feature_cfg=dict(out_indices=3 if "_deit_" in variant else (0, 1, 2, 3), feature_cls="getter"),
         **kwargs,
     )
     model.pretrained_cfg.pop("state_dict", None)
+    model.register_load_state_dict_pre_hook(_translate)
     return model
+
+
+# timm's names of arguments that are called otherwise here, or that name what our models do anyway (None).
+_TIMM_NAMES = {"init_values": "layer_scale", "dynamic_img_size": None, "dynamic_img_pad": None, "strict_img_size": None}
+_REFUSED = {
+    "patch_drop_rate": "tokens are pooled from the whole grid of patches",
+}
+
+
+def _translate(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of `load_state_dict`: files of others load, too, by timm's `checkpoint_path` for example."""
+    if not prefix and any(re.search(r"(^|\.)patch_embed\.|\.stem\.", name) for name in state):
+        ours = _ours(state, model)
+        state.clear()
+        state.update(ours)
 
 
 def _weights(variant: str, cfg: Any, overlay: Mapping[str, Any]) -> dict[str, object]:
@@ -162,10 +183,11 @@ def _weights(variant: str, cfg: Any, overlay: Mapping[str, Any]) -> dict[str, ob
 def _ours(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The checkpoint under our names, with its own classifier and input channels; timm adapts these afterwards."""
     from stvit.checkpoint import convert, from_deit
-    from stvit.checkpoint.state import unwrap
+    from stvit.checkpoint.state import inside, unwrap
     from stvit.models import SemanticTokenViT
 
     state = unwrap(state)
+    state = inside(state, "backbone.") if all(name.startswith("backbone.") for name in state) else state
     template = copy.deepcopy(model)
     head = next((state[name] for name in ("head.weight", "head.fc.weight") if name in state), None)
     if head is not None:

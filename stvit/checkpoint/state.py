@@ -9,26 +9,49 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from core.errors import VitrineError
 
 State = dict[str, Tensor]
 
-# Buffers that models compute themselves; some files carry them.
-_COMPUTED = re.compile(r"(^|\.)(relative_position_index|attn_mask)$")
+# Buffers that models compute themselves, and the counter of averages; some files carry them.
+_COMPUTED = re.compile(r"(^|\.)(relative_position_index|attn_mask)$|^n_averaged$")
+# Where files keep weights; averages before what they were taken of, as in timm.
+_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# The first names of a model, in any layout, show what wrappers put in front of them.
+_STAGES = re.compile(r"backbone\.(layers|stages)\.\d+\.")  # a detector's, which the layouts of Swin know
+_FIRST = re.compile(r"((?:\w+\.)*?)(?:patch_embed|stem|cls_token|pos_embed|absolute_pos_embed)(?:\.|$)")
 
 
 class CheckpointMismatch(VitrineError, ValueError):
     """A state dict does not fit: the message lists every missing, unexpected and misshapen entry."""
 
 
-def unwrap(state: Mapping[str, object]) -> dict[str, Tensor]:
-    """The weights of a file's content: those in its `model` or `state_dict`, without buffers that models compute."""
-    for container in ("model", "state_dict"):
+def unwrap(state: Mapping[str, object], *, bare: bool = True) -> dict[str, Tensor]:
+    """The weights of a file's content under the names of a bare model.
+
+    They are looked for in its `state_dict_ema`, `model_ema`, `state_dict` and `model`, in this order. What wrappers put
+    in front of every name (`module.`, `_orig_mod.`, `model.`, `encoder.`, ...) is cut off, and buffers that models
+    compute are left out. Backbones of windows keep `backbone.`, by which detectors are known.
+    `bare=False` cuts off no more than timm does (`module.`, `_orig_mod.`).
+
+    Raises:
+        CheckpointMismatch: something lies beside the wrapped model.
+    """
+    for container in _CONTAINERS:
         if isinstance(state.get(container), Mapping):
-            state = state[container]
-    return {name: value for name, value in state.items() if not _COMPUTED.search(name)}
+            return unwrap(state[container], bare=bare)
+    state = {n: v for n, v in clean_state_dict(dict(state)).items() if not _COMPUTED.search(n)}
+    prefix = min({match[1] for name in state if (match := _FIRST.match(name))}, key=len, default="")
+    while bare and prefix and not (prefix == "backbone." and any(_STAGES.match(name) for name in state)):
+        outer, _, prefix = prefix.partition(".")
+        beside = [name for name in state if not name.startswith(f"{outer}.")]
+        if beside:
+            raise CheckpointMismatch(report(f"the model lies below '{outer}.'; give that part of the file", (), beside))
+        state = inside(state, f"{outer}.")
+    return state
 
 
 def inside(state: Mapping[str, Tensor], prefix: str) -> State:

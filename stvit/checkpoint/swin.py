@@ -33,7 +33,7 @@ from stvit.checkpoint.state import (
     unwrap,
 )
 from stvit.models.dumbbell import SemanticStage
-from stvit.models.hierarchy import HierarchicalTransformer
+from stvit.models.hierarchy import HierarchicalTransformer, resize_position
 from stvit.models.stem import ConvStem
 from stvit.models.stvit_r_swin import STViTRSwin
 from stvit.models.swin import SwinTransformer
@@ -145,7 +145,9 @@ def from_swin(state: Mapping[str, Tensor], model: HierarchicalTransformer, *, lo
     """
     own = model.state_dict()
     places = _places_of(model)
-    behind = "layers.0.downsample.norm.weight" in (state := unwrap(state))
+    state = unwrap(state)
+    state = inside(state, "backbone.") if all(name.startswith("backbone.") for name in state) else state
+    behind = "layers.0.downsample.norm.weight" in state
     ours: State = {}
     for name, value in state.items():
         name = re.sub(r"^patch_embed\.", "stem.", name)
@@ -161,7 +163,7 @@ def from_swin(state: Mapping[str, Tensor], model: HierarchicalTransformer, *, lo
     ours |= {n: torch.ones_like(v) for n, v in own.items() if re.search(r"\.ls[12]\.gamma$", n)}
     ours |= {n: v for n, v in own.items() if _FRESH.match(n)}
     ours = _without_classifier(ours, model, own, load_head)
-    return fit(resize_tables(ours, own), model, hint="" if not load_head else _HEAD_HINT)
+    return fit(resize_tables(_fit_position(ours, model), own), model, hint="" if not load_head else _HEAD_HINT)
 
 
 _HEAD_HINT = "load_head=False keeps the model's own classifier"
@@ -181,11 +183,28 @@ def _for_module(state: State, target: nn.Module, load_head: bool) -> State:
 def _adapted(state: State, target: nn.Module) -> State:
     """Official names to ours, projections split and tables resampled where the target wants it."""
     own = target.state_dict()
-    ours = resize_tables(split_qkv(rename(state, _places_of(target)), own), own)
+    ours = resize_tables(split_qkv(rename(_fit_position(state, target), _places_of(target)), own), own)
     if getattr(target, "features_only", False):
         ours = {n: v for n, v in ours.items() if not re.match(r"(norm|head)\.", n)}
         ours = {n: v for n, v in ours.items() if n in own or not n.endswith(".global_centres")}
     return ours
+
+
+def _fit_position(state: State, model: nn.Module) -> State:
+    """`state` with absolute positions as raster tokens of the model's grid; they were of a square grid, or are maps."""
+    position = state.get("absolute_pos_embed")
+    if position is None or getattr(model, "absolute_pos_embed", None) is None:
+        return state
+    if position.ndim == 4:  # OpenMMLab's form, (1, C, H, W)
+        grid, position = tuple(position.shape[2:]), position.flatten(2).transpose(1, 2)
+    elif position.shape == model.absolute_pos_embed.shape:
+        return state
+    else:
+        side = math.isqrt(position.shape[1])
+        grid = (side, side)
+    if grid[0] * grid[1] != position.shape[1]:
+        return state  # not a raster: the difference is listed
+    return state | {"absolute_pos_embed": resize_position(position, grid, model.grid)}
 
 
 def _without_classifier(ours: State, model: HierarchicalTransformer, own: State, load_head: bool) -> State:
@@ -269,8 +288,10 @@ def infer_r_swin(state: Mapping[str, Tensor], dense: bool) -> STViTRSwin:
     if side is None and relative is not None:
         side = (math.isqrt(len(relative)) + 1) // 2
     with torch.device("meta"):
+        size = 224 if side is None else side // per_window * sizes["window_size"] * 16
         return STViTRSwin(
-            img_size=224 if side is None else side // per_window * sizes["window_size"] * 16,
+            img_size=_ape_size(state, 4) or size,
+            ape="absolute_pos_embed" in state,
             in_chans=state["patch_embed.proj.0.c.weight"].shape[1],
             per_window=per_window,
             use_global=centres is not None and not dense,
@@ -288,7 +309,16 @@ def infer_swin(state: Mapping[str, Tensor]) -> SwinTransformer:
     sizes = _sizes(state, "patch_embed.proj.bias", "Swin")
     chans, patch = state["patch_embed.proj.weight"].shape[1:3]
     with torch.device("meta"):
-        return SwinTransformer(in_chans=chans, patch_size=patch, **sizes)
+        size = _ape_size(state, patch)
+        return SwinTransformer(size or 224, in_chans=chans, patch_size=patch, ape=size is not None, **sizes)
+
+
+def _ape_size(state: Mapping[str, Tensor], patch: int) -> int | tuple[int, int] | None:
+    """Pixels of the image that absolute positions are made for, if there are any."""
+    position = state.get("absolute_pos_embed")
+    if position is None:
+        return None
+    return patch * math.isqrt(position.shape[1]) if position.ndim == 3 else tuple(patch * n for n in position.shape[2:])
 
 
 def _sizes(state: Mapping[str, Tensor], channels: str, model: str) -> dict[str, Any]:

@@ -36,14 +36,13 @@ def convert_vit(state: State, target: nn.Module | str, *, base_depth: int = 4, s
     See `stvit.checkpoint.convert`.
     """
     if isinstance(target, str):
-        if target == "semantic" and "cls_token" in state:
-            state = {name: value for name, value in state.items() if name != "cls_token"}
-            state["pos_embed"] = state["pos_embed"][:, 1:]
+        if target == "semantic":
+            state = without_class_token(state)
         target = infer_model(state, base_depth, stgm_depth)
     depths = (base_depth, stgm_depth)
     if isinstance(target, SemanticTokenViT):
         depths = (len(target.base), len(target.reducer.layers))
-    return fit(rename(state, *depths), target)
+    return fit(rename(_distilled(state), *depths), target)
 
 
 def revert_vit(state: Mapping[str, Tensor], layout: str) -> State:
@@ -69,7 +68,7 @@ def revert_vit(state: Mapping[str, Tensor], layout: str) -> State:
         name = re.sub(r"^stem\.proj\.", "patch_embed.proj." if layout == "deit" else "patch_embed.", name)
         if layout == "reference":
             name = re.sub(r"(^|\.)ls([12])\.gamma$", r"\1layer_scale_\2", name)
-        theirs[name] = value
+        theirs["dist_token" if name == "reg_token" and "head_dist.weight" in state else name] = value
     foreign = [name for name in theirs if re.match(_FOREIGN[layout], name)]
     if foreign:
         raise CheckpointMismatch(report(f"the {layout} layout has no place for", unexpected=foreign))
@@ -83,9 +82,9 @@ _FRESH = r"reducer\.(pool\.|global_centres$|position$|conv_pos\.)|tail\..*relati
 def from_deit(state: Mapping[str, Tensor], model: SemanticTokenViT, *, load_head: bool = True) -> State:
     """Weights for `model` from a DeiT (or timm ViT) checkpoint.
 
-    The class token and its position are dropped (unless the model has one), the position embedding is resampled to the
-    model's grid, packed `qkv` are split. Pooling, global centres and positions of semantic tokens stay as the model has
-    them.
+    The class token and a distillation token, with their positions, are dropped unless the model has them; of two
+    classifiers the mean stays then. The position embedding is resampled to the model's grid, packed `qkv` are split.
+    Pooling, global centres and positions of semantic tokens stay as the model has them.
 
     Args:
         state: DeiT's state dict, or a `{"model": state}` file content.
@@ -98,15 +97,16 @@ def from_deit(state: Mapping[str, Tensor], model: SemanticTokenViT, *, load_head
     Raises:
         CheckpointMismatch: entries are missing, left over or of another shape.
     """
-    ours = rename(unwrap(state), len(model.base), len(model.reducer.layers))
-    if model.cls_token is None:
-        ours.pop("cls_token", None)
+    state = unwrap(state)
+    if model.cls_token is None or (model.head_dist is None and "dist_token" in state):
+        state = without_class_token(state, keep=model.cls_token is not None, tokens=model.grid[0] * model.grid[1])
+    ours = rename(_distilled(state), len(model.base), len(model.reducer.layers))
     if "pos_embed" in ours:
         ours["pos_embed"] = _fit_position(ours["pos_embed"], model)
     own = model.state_dict()
-    fresh = re.compile(_FRESH + ("" if load_head else r"|head\."))
+    fresh = re.compile(_FRESH + ("" if load_head else r"|head(_dist)?\."))
     if not load_head:
-        ours = {name: value for name, value in ours.items() if not name.startswith("head.")}
+        ours = {name: value for name, value in ours.items() if not re.match(r"head(_dist)?\.", name)}
     ours |= {name: value for name, value in own.items() if fresh.match(name) and name not in ours}
     return fit(ours, model, hint="" if not load_head else "load_head=False keeps the model's own classifier")
 
@@ -138,31 +138,66 @@ def _place(index: int, base_depth: int, stgm_depth: int) -> str:
     return f"tail.{index - base_depth - stgm_depth}."
 
 
+def without_class_token(state: Mapping[str, Tensor], *, keep: bool = False, tokens: int | None = None) -> State:
+    """A state without class token and distillation token, their positions, and with the mean of two classifiers.
+
+    `keep` keeps the class token; `tokens` is how many image tokens there are, None: a square number.
+    """
+    ours = dict(state)
+    first = [ours.pop(name, None) is not None for name in ("cls_token", "dist_token")]
+    if keep and first[0]:
+        first[0], ours["cls_token"] = False, state["cls_token"]
+    position, extra = ours.get("pos_embed"), ours.get("reg_token")
+    if position is not None and any(first):
+        front, count = sum(first) + keep + (0 if extra is None else extra.shape[1]), position.shape[1]
+        # Whether tokens in front have positions shows in the number that remains: it is a grid's.
+        bare = count == tokens or (count - front != tokens and _square(count) and not _square(count - front))
+        if not bare:
+            kept = [position[:, :1]] if keep else []
+            ours["pos_embed"] = torch.cat([*kept, position[:, sum(first) + keep :]], dim=1)
+    for part in ("weight", "bias"):
+        if f"head_dist.{part}" in ours:
+            ours[f"head.{part}"] = (ours[f"head.{part}"] + ours.pop(f"head_dist.{part}")) / 2
+    return ours
+
+
+def _square(count: int) -> bool:
+    return math.isqrt(count) ** 2 == count
+
+
+def _distilled(state: Mapping[str, Tensor]) -> State:
+    """Our name of the distillation token: it is the first of the tokens behind the class token."""
+    return {"reg_token" if name == "dist_token" else name: value for name, value in state.items()}
+
+
 def _fit_position(position: Tensor, model: SemanticTokenViT) -> Tensor:
-    """Drop the class token's position where the model has none and resample the rest (a square grid) to its grid."""
-    prefix = position.shape[1] - math.isqrt(position.shape[1]) ** 2
-    if prefix == 1 and model.cls_token is None:
-        position, prefix = position[:, 1:], 0
-    side = math.isqrt(position.shape[1] - prefix)
+    """Positions for the model's grid: as they are where their number fits, else resampled from a square grid."""
+    prefix, count = model.position_prefix, position.shape[1]
+    if count == model.pos_embed.shape[1] or not _square(count - prefix):
+        return position  # of another number of tokens in front: the difference is listed
+    side = math.isqrt(count - prefix)
     return resample_abs_pos_embed(position, list(model.grid), [side, side], num_prefix_tokens=prefix)
 
 
 def infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -> SemanticTokenViT:
     """The model that a complete state dict belongs to, on the meta device (head count shows in tables alone)."""
-    ours = rename(state, base_depth, stgm_depth)
-    needed = ["pos_embed", "norm.weight"]
+    ours = rename(_distilled(state), base_depth, stgm_depth)
+    needed = ["pos_embed"]
     conv_stem = any(name.startswith("stem.stages.") for name in ours)
     needed += ["stem.stages.0.conv.weight" if conv_stem else "stem.proj.weight"]
     missing = [name for name in needed if name not in ours]
     if missing:
         raise CheckpointMismatch(report("this is not the state of a ViT", missing=missing))
-    dim = ours["norm.weight"].shape[0]
+    dim = ours["pos_embed"].shape[2]
     if conv_stem:
         patch, chans = 2 ** count(ours, r"stem\.stages\.(\d+)\."), ours["stem.stages.0.conv.weight"].shape[1]
     else:
         chans, patch = ours["stem.proj.weight"].shape[1:3]
     class_token = "cls_token" in ours
-    side = math.isqrt(ours["pos_embed"].shape[1] - class_token)
+    registers = ours["reg_token"].shape[1] if "reg_token" in ours else 0
+    positions, prefix = ours["pos_embed"].shape[1], class_token + registers
+    bare = prefix > 0 and not _square(positions - prefix) and _square(positions)
+    side = math.isqrt(positions - (0 if bare else prefix))
     table = next((v for n, v in ours.items() if re.fullmatch(r"tail\..*relative_position_bias_table", n)), None)
     semantic = table is not None or any(n.startswith(("reducer.pool.", "reducer.global_centres")) for n in ours)
     centres = ours.get("reducer.global_centres")
@@ -194,5 +229,12 @@ def infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -
             qkv_bias=any(name.endswith("attn.q.bias") for name in ours),
             layer_scale=1e-5 if any(name.endswith("ls1.gamma") for name in ours) else None,
             class_token=class_token,
+            reg_tokens=registers,
+            distilled="head_dist.weight" in ours,
+            no_embed_class=bare,
+            pre_norm="norm_pre.weight" in ours,
+            final_norm="norm.weight" in ours or "fc_norm.weight" in ours,
+            fc_norm="fc_norm.weight" in ours,
+            global_pool="map" if "attn_pool.latent" in ours else None,
             stem="conv" if conv_stem else "patch",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp, get_act_layer
 from torch import Tensor, nn
 
 from stvit.models.attention import Attention
@@ -21,7 +21,7 @@ class Block(nn.Module):
     Args:
         dim: channels C.
         num_heads: attention heads.
-        mlp_ratio: width of the MLP's hidden layer in units of C; its activation is the exact GELU.
+        mlp_ratio: width of the MLP's hidden layer in units of C.
         qkv_bias: bias in the query and key/value projections.
         layer_scale: initial value of the per-channel scales `ls1`, `ls2`; None leaves them out.
         drop_path: probability of dropping each residual branch, per sample, while training.
@@ -30,6 +30,7 @@ class Block(nn.Module):
         norm_eps: epsilon of both layer norms (1e-6 in DeiT variants, 1e-5 in Swin variants).
         window: side of the square windows that self-attention is confined to; None attends globally.
         relative_window: side of the grid whose relative positions are learned, see `Attention`.
+        act_layer: activation of the MLP, see `activation`.
         shortcut: False drops the residual (and the stochastic depth) of the attention half, as the released
             classification models do in their first generation layer.
     """
@@ -48,6 +49,7 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
         window: int | None = None,
         relative_window: int | tuple[int, int] | None = None,
+        act_layer: str | Callable[[], nn.Module] = "gelu",
         shortcut: bool = True,
     ) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class Block(nn.Module):
         )
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=activation(act_layer), drop=proj_drop)
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -76,6 +78,7 @@ class Block(nn.Module):
         grid: tuple[int, int] | None = None,
         mask: Tensor | None = None,
         between: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        choose: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Update tokens `x` `(B, N, C)`.
 
@@ -87,21 +90,27 @@ class Block(nn.Module):
             mask: as in `Attention.forward`; for windowed layers broadcastable to `(B*windows, heads, n, n)`.
             between: `(x, q, k) -> x`, called between the attention half and the MLP with this layer's projected queries
                 `(B, heads, N, d)` and keys; what it returns may have fewer tokens.
+            choose: `(x, q, k, v) -> (B, K)`, called before the attention: places of the tokens that go on. The rest is
+                attended, and asks nothing.
 
         Raises:
-            ValueError: a windowed layer got no grid, a grid that windows do not tile, other keys than `x`, or a
-                `between`.
+            ValueError: a windowed layer got no grid, a grid that windows do not tile, other keys than `x`, a `between`
+                or a `choose`.
         """
-        if between is None:
+        if between is None and choose is None:
             update = self.ls1(self._attention(x, y, grid, mask))
             x = x + self.drop_path(update) if self.shortcut else update
             return self._feed_forward(x)
         if self.window is not None:
-            raise ValueError("a windowed Block has no queries and keys of the whole map to hand to between=")
+            raise ValueError("a windowed Block has no queries and keys of the whole map to hand to between= or choose=")
         q, k, v = self._project(x, y)
+        if choose is not None:
+            places = choose(x, q, k, v)
+            x = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+            q = q.gather(2, places[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1]))
         update = self.ls1(self.attn.attend(q, k, v, mask=mask))
         x = x + self.drop_path(update) if self.shortcut else update
-        return self._feed_forward(between(x, q, k))
+        return self._feed_forward(x if between is None else between(x, q, k))
 
     def attention_weights(self, x: Tensor, y: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """Attention probabilities `(B, heads, N, M)` of a global layer, float32; `y` and `mask` as in `forward`."""
@@ -128,6 +137,20 @@ class Block(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+def activation(kind: str | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The class of an activation: `gelu` (exact), timm's name of another (`gelu_tanh`, `quick_gelu`), or itself.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if not isinstance(kind, str):
+        return kind
+    try:
+        return nn.GELU if kind == "gelu" else get_act_layer(kind)
+    except KeyError:
+        raise ValueError(f"unknown act_layer {kind!r}: use timm's names, such as gelu, gelu_tanh, quick_gelu") from None
 
 
 def set_shortcut(layer: Block, shortcut: bool) -> None:

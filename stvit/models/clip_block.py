@@ -68,7 +68,7 @@ class ClipAttention(nn.Module):
         if not windows.needs_mask(mask_padding):
             q, k, v = self._project(x, "b n p (three h d) -> three (b n) h p d")
             out = self._attend(q, k, v, None if bias is None else bias[None])
-            return windows.merge(self._join(out, "(b n) h p d -> b n p (h d)", b=x.shape[0]))
+            return windows.merge(self._join(out, "(b n) h p d -> b n p (h d)", n=windows.count))
         # Windows differ in their masks, clips do not: windows count as heads, so that one mask serves all clips.
         mask = derived(window_mask, x, windows, mask_padding)[:, None]
         if bias is not None:

@@ -89,7 +89,8 @@ class ClipTokenGenerator(nn.Module):
 
     def centres(self, x: Tensor) -> Tensor:
         """Initial centres `(B, T, h, w, C)` on `token_grid` of image tokens `(B, T, H, W, C)`, slice by slice."""
-        batch, hw = x.shape[0], fixed(x, 2, 3)
+        slices, *hw = fixed(x, 1, 2, 3)
+        hw = tuple(hw)
         where = TokenGrid(hw, self.window, self.per_window)
         windows = into_windows(rearrange(x, "b t h w c -> (b t) (h w) c"), hw, self.window)
         windows = rearrange(windows, "n (h w) c -> n h w c", h=self.window)
@@ -100,7 +101,7 @@ class ClipTokenGenerator(nn.Module):
         centres = rearrange(
             self.pool(windows, valid),
             "(b t nh nw) h w c -> b t (nh h) (nw w) c",
-            b=batch,
+            t=slices,
             nh=where.padded[0] // self.window,
             nw=where.padded[1] // self.window,
         )
@@ -168,7 +169,7 @@ class ClipCrossBlock(Block):
         maps = rearrange(
             maps,
             "(b nt nh nw) (qh qw) t (h w) -> b (nt t) (nh qh) (nw qw) h w",
-            b=x.shape[0],
+            nt=padded_size(x.shape[1], frames) // frames,
             nh=keys.count[0],
             nw=keys.count[1],
             qh=side,
@@ -183,7 +184,7 @@ class ClipCrossBlock(Block):
         out = rearrange(
             out,
             "(b nt nh nw) (t h w) c -> b (nt t) (nh h) (nw w) c",
-            b=x.shape[0],
+            nt=padded_size(slices, frames) // frames,
             nh=keys.count[0],
             nw=keys.count[1],
             t=frames,

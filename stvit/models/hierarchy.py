@@ -13,11 +13,14 @@ import re
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
+from stvit.models.classifier import TokenClassifier
+from stvit.models.derived import constant
 from stvit.models.merging import PatchMerging
 from stvit.models.sizes import fixed
 from stvit.models.stem import ConvStem, PatchStem
@@ -126,7 +129,7 @@ def call(module: nn.Module, *inputs: object, recompute: bool) -> object:
     return module(*inputs)
 
 
-class HierarchicalTransformer(nn.Module):
+class HierarchicalTransformer(TokenClassifier):
     """Stem, four stages, and either a classifier or normalised maps of the stages.
 
     Args:
@@ -136,6 +139,9 @@ class HierarchicalTransformer(nn.Module):
         reductions: image pixels per token side of every stage.
         img_size: height and width in pixels that the model is made for (others are accepted).
         num_classes: number of classes; 0 leaves out the classifier, and `forward` returns features.
+        global_pool: what is classified: `avg`, `max`, `avgmax` of the tokens, or empty: every token by itself (with
+            `num_classes=0`, `forward` returns tokens).
+        ape: learned absolute positions, added to the tokens of the stem; on maps of another size they are resampled.
         features_only: `forward` returns a tuple of maps `(B, C_i, H_i, W_i)`, each through a norm of its own.
         out_indices: stages whose maps are returned.
         frozen_stages: -1: everything is trained; 0: the stem stays as it is; n: the first n stages as well. Frozen
@@ -157,6 +163,8 @@ class HierarchicalTransformer(nn.Module):
         *,
         img_size: int | tuple[int, int] = 224,
         num_classes: int = 1000,
+        global_pool: str = "avg",
+        ape: bool = False,
         features_only: bool = False,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
@@ -170,7 +178,7 @@ class HierarchicalTransformer(nn.Module):
         if not -1 <= frozen_stages <= len(stages):
             raise ValueError(f"frozen_stages={frozen_stages} must lie between -1 (none) and {len(stages)} (all)")
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.num_classes = 0 if features_only else num_classes
+        self.num_classes = 0
         self.num_features = self.head_hidden_size = dims[-1]
         self.features_only = features_only
         self.out_indices = tuple(out_indices)
@@ -180,13 +188,18 @@ class HierarchicalTransformer(nn.Module):
             for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
         self.stem = stem
+        self.in_chans = next(part.in_channels for part in stem.modules() if isinstance(part, nn.Conv2d))
+        self.grid = stem.grid(*self.img_size)
+        self.absolute_pos_embed: nn.Parameter | None = None
+        if ape:
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], dims[0]))
+            trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.stages = nn.ModuleList(stages)
         if features_only:
             self.norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], eps=norm_eps) for i in self.out_indices})
         else:
             self.norm = nn.LayerNorm(dims[-1], eps=norm_eps)
-            self.head_drop = nn.Dropout(drop_rate)
-            self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+            self.build_classifier(dims[-1], num_classes, global_pool, drop_rate)
         self._init_layers()
         self.set_grad_checkpointing(with_cp)
         self._freeze()
@@ -219,10 +232,9 @@ class HierarchicalTransformer(nn.Module):
         return self.norm(self._after(images, len(self.stages) - 1)[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean of the tokens `(B, N, C)`, then the classifier unless `pre_logits`."""
+        """The tokens `(B, N, C)` pooled, then the classifier unless `pre_logits`."""
         self._needs_classifier("forward_head")
-        x = x.mean(dim=1)
-        return x if pre_logits else self.head(self.head_drop(x))
+        return super().forward_head(x, pre_logits)
 
     def forward_intermediates(
         self,
@@ -232,7 +244,8 @@ class HierarchicalTransformer(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, object]:
         """Maps of the stages on the way (timm's interface).
 
         Args:
@@ -242,6 +255,7 @@ class HierarchicalTransformer(nn.Module):
             stop_early: leave out stages after the last one asked for.
             output_fmt: `NCHW` or `NHWC`.
             intermediates_only: return the maps alone.
+            output_dict: return them by timm's names, `image_features` and `image_intermediates`.
 
         Returns:
             The maps, or the final tokens `(B, N, C)` (normalised where the last stage ran) and the maps.
@@ -255,14 +269,18 @@ class HierarchicalTransformer(nn.Module):
             if i in take:
                 maps[i] = self._map(x, hw, i, norm=norm, channels_last=output_fmt == "NHWC")
         intermediates = [maps[i] for i in take]
-        if intermediates_only:
-            return intermediates
-        return self._norm_of(i)(x), intermediates
+        if output_dict:
+            named = {"image_intermediates": intermediates}
+            return named if intermediates_only else named | {"image_features": self._norm_of(i)(x)}
+        return intermediates if intermediates_only else (self._norm_of(i)(x), intermediates)
 
     def _stages(self, images: Tensor, last: int) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
         """Index, tokens and raster after every stage up to `last`."""
         tokens = self.stem(images)
         x, hw = rearrange(tokens, "b c h w -> b (h w) c"), fixed(tokens, 2, 3)
+        if self.absolute_pos_embed is not None:
+            position = self.absolute_pos_embed
+            x = x + (position if hw == self.grid else constant(lambda: resize_position(position, self.grid, hw)))
         for i in range(last + 1):
             x, hw = self.stages[i](x, hw)
             yield i, x, hw
@@ -302,6 +320,8 @@ class HierarchicalTransformer(nn.Module):
         for module in self._frozen():
             module.requires_grad_(False)
             module.eval()
+        if self.absolute_pos_embed is not None and self.frozen_stages >= 1:
+            self.absolute_pos_embed.requires_grad_(False)
 
     def _frozen(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
@@ -335,31 +355,39 @@ class HierarchicalTransformer(nn.Module):
         self.stages = self.stages[: max(take) + 1]
         return take
 
-    def get_classifier(self) -> nn.Module:
-        """The final linear layer (identity when there are no classes)."""
-        return self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for `num_classes` (0: none).
+        """Replace the classifier by a fresh one, see `TokenClassifier.reset_classifier`."""
+        self._needs_classifier("reset_classifier")
+        super().reset_classifier(num_classes, global_pool)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Make the model's own size another one: absolute positions are resampled once, instead of for every batch.
+
+        Args:
+            img_size: height and width in pixels, or one number for both; None: as it is.
+            patch_size: what it is, or None.
 
         Raises:
-            ValueError: a pooling other than the mean is asked for.
+            ValueError: another patch size, which would need another stem.
         """
-        self._needs_classifier("reset_classifier")
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool={global_pool!r}: the classifier reads the mean of the tokens, 'avg'")
-        self.num_classes = num_classes
-        reference = self.norm.weight
-        self.head = nn.Identity()
-        if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes, device=reference.device, dtype=reference.dtype)
-            trunc_normal_(self.head.weight, std=0.02)
-            zeros_(self.head.bias)
+        own = round(self.feature_info[0]["reduction"])
+        if patch_size not in (None, own, (own, own)):
+            raise ValueError(f"patch_size={patch_size}: the stem is made for {own} pixels")
+        if img_size is None:
+            return
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        old, self.grid = self.grid, self.stem.grid(*self.img_size)
+        if (position := self.absolute_pos_embed) is not None:
+            resized = resize_position(position.detach(), old, self.grid)
+            self.absolute_pos_embed = nn.Parameter(resized, position.requires_grad)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two or more axes that are not decayed: positions, learned and relative."""
-        return {n for n, _ in self.named_parameters() if "relative_position_bias_table" in n or n.endswith(".position")}
+        ends = ("relative_position_bias_table", ".position", "absolute_pos_embed")
+        return {name for name, _ in self.named_parameters() if name.endswith(ends)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> object:
@@ -374,6 +402,15 @@ class HierarchicalTransformer(nn.Module):
         """Recompute layers in the backward pass instead of keeping their activations."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
+
+
+def resize_position(position: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """Absolute positions `(1, H*W, C)` of one `(height, width)` for another, bicubically (as Swin's authors do)."""
+    if grid == to:
+        return position
+    maps = rearrange(position, "1 (h w) c -> 1 c h w", h=grid[0])
+    maps = F.interpolate(maps.float(), size=to, mode="bicubic", align_corners=False)
+    return rearrange(maps, "1 c h w -> 1 (h w) c").to(position.dtype)
 
 
 def taken(indices: int | Sequence[int] | None, count: int) -> list[int]:
@@ -397,7 +434,7 @@ def stage_of(name: str) -> tuple[float, ...]:
 
 def layer_of(name: str) -> tuple[float, ...]:
     """Place of a parameter by its name, in numbers that sort from stem to head."""
-    if name.startswith("stem."):
+    if name.startswith(("stem.", "absolute_pos_embed")):
         return (0.0,)
     if match := re.match(r"norms?\.", name):
         # 99999 is timm's mark for "same group as the one before".

@@ -141,10 +141,9 @@ class WeightedPool(nn.Module):
         score = rearrange(self.mask(windows), "n h w 1 -> n (h w)").float()
         if valid is not None:
             blank = rearrange(self._windows(valid[..., None]), "n h w 1 -> n (h w)")
-            score = rearrange(score, "(b n) p -> b n p", b=x.shape[0]) - 100.0 * ~rearrange(
-                blank, "(b n) p -> b n p", b=valid.shape[0]
-            )
-            score = score.flatten(0, 1)
+            cells = self.grid[0] * self.grid[1]
+            score, blank = (rearrange(one, "(b n) p -> b n p", n=cells) for one in (score, blank))
+            score = (score - 100.0 * ~blank).flatten(0, 1)
         weight = score.softmax(dim=-1).to(x.dtype)
         centres = (weight[:, None] @ rearrange(windows, "n h w c -> n (h w) c")).squeeze(1)
         centres = rearrange(centres, "(b gh gw) c -> b gh gw c", gh=self.grid[0], gw=self.grid[1])

@@ -115,7 +115,7 @@ class SmallSemanticTokenViT(SemanticTokenViT):
         if stem == "overlapping":
             self.stem = OverlappingStem(patch_size, in_chans, embed_dim)
         if macs is not None:
-            self.match_macs(macs, in_chans)
+            self.match_macs(macs)
 
     def init_weights(self) -> None:
         """As `SemanticTokenViT`, with the deviations named above; the classifier keeps 0.02."""

@@ -20,12 +20,15 @@ class PatchStem(nn.Module):
         in_chans: channels of the image.
         dim: channels of the tokens.
         norm_eps: epsilon of a layer norm over the channels of each token, as Swin has it; None: no norm (ViT).
+        bias: of the projection.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int, *, norm_eps: float | None = None) -> None:
+    def __init__(
+        self, patch_size: int, in_chans: int, dim: int, *, norm_eps: float | None = None, bias: bool = True
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(dim, eps=norm_eps)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -115,15 +118,22 @@ def pad_image(image: Tensor, multiple: int) -> Tensor:
 
 
 def build_stem(
-    kind: str, patch_size: int, in_chans: int, dim: int, *, norm_eps: float | None = None, pad: bool = False
+    kind: str,
+    patch_size: int,
+    in_chans: int,
+    dim: int,
+    *,
+    norm_eps: float | None = None,
+    pad: bool = False,
+    bias: bool = True,
 ) -> PatchStem | ConvStem:
-    """The stem named `kind`: `patch` (with a norm where `norm_eps` is given) or `conv` (with `pad`, see `ConvStem`).
+    """The stem named `kind`: `patch` (with `bias`, and a norm where `norm_eps` is given) or `conv` (with `pad`).
 
     Raises:
         ValueError: unknown kind.
     """
     if kind == "patch":
-        return PatchStem(patch_size, in_chans, dim, norm_eps=norm_eps)
+        return PatchStem(patch_size, in_chans, dim, norm_eps=norm_eps, bias=bias)
     if kind == "conv":
         return ConvStem(patch_size, in_chans, dim, pad=pad)
     raise ValueError(f"unknown stem {kind!r}: use 'patch' or 'conv'")

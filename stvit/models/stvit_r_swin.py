@@ -42,6 +42,8 @@ class STViTRSwin(HierarchicalTransformer):
         patch_size: side of a patch in pixels.
         in_chans: channels of the image.
         num_classes: number of classes; 0 leaves out the classifier.
+        global_pool: what is classified, see `HierarchicalTransformer`; likewise `ape`, absolute positions.
+        ape: whether there are any.
         arch: `tiny`, `small` or `base` set those of the next three that are not given.
         embed_dim: channels of the first stage; every further stage has twice as many.
         depths: layers of the four stages; the third is a multiple of the unit's `base_depth` + `stgm_depth` +
@@ -75,6 +77,7 @@ class STViTRSwin(HierarchicalTransformer):
         layer_scale_swin: the same in Swin layers.
         stem: `conv` (3x3 convolutions of stride 2, as released) or `patch` (Swin's projection with a norm).
         drop_rate: dropout before the classifier, after attention projections and in MLPs.
+        proj_drop_rate: of the latter two; None: `drop_rate`.
         attn_drop_rate: dropout on attention weights.
         drop_path_rate: stochastic depth of the last layer; rises linearly from 0 at the first.
         norm_eps: epsilon of layer norms.
@@ -95,6 +98,8 @@ class STViTRSwin(HierarchicalTransformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         *,
+        global_pool: str = "avg",
+        ape: bool = False,
         arch: str = "small",
         embed_dim: int | None = None,
         depths: Sequence[int] | None = None,
@@ -122,6 +127,7 @@ class STViTRSwin(HierarchicalTransformer):
         layer_scale_swin: float | None = None,
         stem: str = "conv",
         drop_rate: float = 0.0,
+        proj_drop_rate: float | None = None,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-5,
@@ -147,7 +153,7 @@ class STViTRSwin(HierarchicalTransformer):
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             attn_drop=attn_drop_rate,
-            proj_drop=drop_rate,
+            proj_drop=drop_rate if proj_drop_rate is None else proj_drop_rate,
             norm_eps=norm_eps,
         )
         swin = dict(window=window_size, fixed_window=key_mode == "window", layer_scale=layer_scale_swin, **layer)
@@ -222,6 +228,8 @@ class STViTRSwin(HierarchicalTransformer):
             [patch_size, 2 * patch_size, 4 * patch_size * coarser, 8 * patch_size * coarser],
             img_size=img_size,
             num_classes=num_classes,
+            global_pool=global_pool,
+            ape=ape,
             features_only=features_only,
             out_indices=out_indices,
             frozen_stages=frozen_stages,

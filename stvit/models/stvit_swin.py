@@ -58,6 +58,8 @@ class STViTSwin(HierarchicalTransformer):
         patch_size: side of a patch in pixels.
         in_chans: channels of the image.
         num_classes: number of classes; 0 leaves out the classifier.
+        global_pool: what is classified, see `HierarchicalTransformer`; likewise `ape`, absolute positions.
+        ape: whether there are any.
         arch: `tiny`, `small` or `base` set those of the next three that are not given.
         embed_dim: channels of the first stage; every further stage has twice as many.
         depths: layers of the four stages.
@@ -84,6 +86,7 @@ class STViTSwin(HierarchicalTransformer):
         layer_scale: initial value of per-channel scales in layers on semantic tokens; None for none.
         stem: `conv` (3x3 convolutions of stride 2, as in STViT-R) or `patch` (Swin's projection with a norm).
         drop_rate: dropout before the classifier, after attention projections and in MLPs.
+        proj_drop_rate: of the latter two; None: `drop_rate`.
         attn_drop_rate: dropout on attention weights.
         drop_path_rate: stochastic depth of the last layer; rises linearly from 0 at the first.
         norm_eps: epsilon of layer norms.
@@ -102,6 +105,8 @@ class STViTSwin(HierarchicalTransformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         *,
+        global_pool: str = "avg",
+        ape: bool = False,
         arch: str = "tiny",
         embed_dim: int | None = None,
         depths: Sequence[int] | None = None,
@@ -125,6 +130,7 @@ class STViTSwin(HierarchicalTransformer):
         layer_scale: float | None = None,
         stem: str = "conv",
         drop_rate: float = 0.0,
+        proj_drop_rate: float | None = None,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-5,
@@ -145,7 +151,7 @@ class STViTSwin(HierarchicalTransformer):
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             attn_drop=attn_drop_rate,
-            proj_drop=drop_rate,
+            proj_drop=drop_rate if proj_drop_rate is None else proj_drop_rate,
             norm_eps=norm_eps,
         )
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
@@ -213,6 +219,8 @@ class STViTSwin(HierarchicalTransformer):
             [patch_size, 2 * patch_size, semantic, 2 * semantic],
             img_size=img_size,
             num_classes=num_classes,
+            global_pool=global_pool,
+            ape=ape,
             frozen_stages=frozen_stages,
             with_cp=with_cp,
             drop_rate=drop_rate,

@@ -16,6 +16,8 @@ class SwinTransformer(HierarchicalTransformer):
         patch_size: side of a patch in pixels.
         in_chans: channels of the image.
         num_classes: number of classes; 0 leaves out the classifier.
+        global_pool: what is classified, see `HierarchicalTransformer`; likewise `ape`, absolute positions.
+        ape: whether there are any.
         arch: `tiny`, `small` or `base` set those of the next three that are not given.
         embed_dim: channels of the first stage; every further stage has twice as many.
         depths: layers of the four stages.
@@ -27,6 +29,7 @@ class SwinTransformer(HierarchicalTransformer):
         layer_scale: initial value of per-channel scales of residual branches; None for none.
         stem: `patch` (Swin's projection with a norm) or `conv` (3x3 convolutions of stride 2).
         drop_rate: dropout before the classifier, after attention projections and in MLPs.
+        proj_drop_rate: of the latter two; None: `drop_rate`.
         attn_drop_rate: dropout on attention weights.
         drop_path_rate: stochastic depth of the last layer; rises linearly from 0 at the first.
         norm_eps: epsilon of layer norms.
@@ -46,6 +49,8 @@ class SwinTransformer(HierarchicalTransformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         *,
+        global_pool: str = "avg",
+        ape: bool = False,
         arch: str = "tiny",
         embed_dim: int | None = None,
         depths: Sequence[int] | None = None,
@@ -57,6 +62,7 @@ class SwinTransformer(HierarchicalTransformer):
         layer_scale: float | None = None,
         stem: str = "patch",
         drop_rate: float = 0.0,
+        proj_drop_rate: float | None = None,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-5,
@@ -80,7 +86,7 @@ class SwinTransformer(HierarchicalTransformer):
                 qkv_bias=qkv_bias,
                 layer_scale=layer_scale,
                 attn_drop=attn_drop_rate,
-                proj_drop=drop_rate,
+                proj_drop=drop_rate if proj_drop_rate is None else proj_drop_rate,
                 norm_eps=norm_eps,
             )
             for i in range(4)
@@ -92,6 +98,8 @@ class SwinTransformer(HierarchicalTransformer):
             [patch_size << i for i in range(4)],
             img_size=img_size,
             num_classes=num_classes,
+            global_pool=global_pool,
+            ape=ape,
             features_only=features_only,
             out_indices=out_indices,
             frozen_stages=frozen_stages,

@@ -15,6 +15,7 @@ from torch.nn.init import trunc_normal_
 
 from stvit.models.block import block_stack, set_shortcut
 from stvit.models.pooling import build_pool
+from stvit.models.sizes import fixed
 
 
 def stochastic_depth(rate: float | Sequence[float], depth: int) -> list[float]:
@@ -118,12 +119,16 @@ class SemanticTokenGenerator(nn.Module):
         return centres + rearrange(encoded, "b c h w -> b (h w) c")
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Semantic tokens `(B, S, C)` of raster tokens `x` `(B, H*W, C)` with `hw = (H, W)`."""
+        """Semantic tokens `(B, S, C)` of raster tokens `x` `(B, H*W, C)` with `hw = (H, W)`.
+
+        Tokens in front of the raster (registers) are not read.
+        """
         *_, tokens = self.steps(x, hw)
         return tokens
 
     def steps(self, x: Tensor, hw: tuple[int, int]) -> Iterator[Tensor]:
         """The semantic tokens `(B, S, C)` after every layer; the last ones are what `forward` returns."""
+        x = _raster(x, hw)
         tokens = self.centres(x, hw)
         for index, layer in enumerate(self.layers):
             tokens = layer(*self._inputs(index, tokens, x))
@@ -135,6 +140,7 @@ class SemanticTokenGenerator(nn.Module):
         The mean over heads of the last generation layer's attention on image tokens (its attention on semantic tokens
         is left out and the rest renormalised).
         """
+        x = _raster(x, hw)
         tokens = self.centres(x, hw)
         for index, layer in enumerate(self.layers[:-1]):
             tokens = layer(*self._inputs(index, tokens, x))
@@ -151,3 +157,9 @@ class SemanticTokenGenerator(nn.Module):
         if self.global_in == "key":
             return tokens, [tokens + self.global_centres, x]
         return tokens + self.global_centres, [tokens, x]
+
+
+def _raster(x: Tensor, hw: tuple[int, int]) -> Tensor:
+    """The last H*W of the tokens `x` `(B, prefix + H*W, C)`."""
+    first = fixed(x, 1)[0] - hw[0] * hw[1]
+    return x[:, first:] if first else x

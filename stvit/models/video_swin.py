@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, zeros_
 
+from stvit.models.classifier import TokenClassifier
 from stvit.models.clip_block import ClipBlock, half_shift
 from stvit.models.clip_windows import Size, pad_clip
 from stvit.models.hierarchy import call, depth_rates, sizes_of
@@ -92,12 +93,12 @@ def merge_slices(downsample: PatchMerging | None, x: Tensor) -> Tensor:
     """
     if downsample is None:
         return x
-    batch, (height, width) = x.shape[0], fixed(x, 2, 3)
+    slices, height, width = fixed(x, 1, 2, 3)
     merged = downsample(rearrange(x, "b t h w c -> (b t) (h w) c"), (height, width))
-    return rearrange(merged, "(b t) (h w) c -> b t h w c", b=batch, h=-(-height // 2))
+    return rearrange(merged, "(b t) (h w) c -> b t h w c", t=slices, h=-(-height // 2))
 
 
-class ClipClassifier(nn.Module):
+class ClipClassifier(TokenClassifier):
     """Patches, stages, norm, mean, classifier: what models of clips have in common.
 
     Args:
@@ -131,16 +132,13 @@ class ClipClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.clip_size = check_size("clip_size", clip_size)
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = num_features
         self.init_std = init_std
         self.stem = ClipPatches(
             check_size("patch_size", patch_size), in_chans, embed_dim, norm=patch_norm, norm_eps=norm_eps
         )
         self.stages = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(num_features, eps=norm_eps)
-        self.head_drop = nn.Dropout(head_drop)
-        self.head = nn.Linear(num_features, num_classes) if num_classes else nn.Identity()
+        self.build_classifier(num_features, num_classes, "avg", head_drop)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -167,23 +165,8 @@ class ClipClassifier(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean of the tokens `(B, T, H, W, C)`, then the classifier unless `pre_logits`."""
-        x = x.mean(dim=(1, 2, 3))
-        return x if pre_logits else self.head(self.head_drop(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The final linear layer (identity when there are no classes)."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one for `num_classes` (0: none)."""
-        self.num_classes = num_classes
-        reference = self.norm.weight
-        self.head = nn.Identity()
-        if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes, device=reference.device, dtype=reference.dtype)
-            trunc_normal_(self.head.weight, std=0.02)
-            zeros_(self.head.bias)
+        """The tokens `(B, T, H, W, C)` pooled, then the classifier unless `pre_logits`."""
+        return super().forward_head(x.flatten(1, 3) if self.global_pool else x, pre_logits)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -8,29 +8,30 @@ the same, so the full ViT, the controls and the field's other methods are one ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
-from timm.layers import resample_abs_pos_embed
+from timm.layers import AttentionPoolLatent, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
-from stvit.models.block import block_stack
+from stvit.models.block import activation, block_stack
 from stvit.models.controls import AllTokens, RandomTokens
 from stvit.models.derived import constant
-from stvit.models.hierarchy import taken
 from stvit.models.reducers import State, build_reducer, match_macs, on_meta
 from stvit.models.sizes import fixed
 from stvit.models.stem import build_stem
 from stvit.models.tokens import SemanticTokenGenerator
+from stvit.models.vit_features import ViTFeatures
 
 TOKEN_POSITIONS = ("none", "learned", "conv", "relative")
 
 
-class SemanticTokenViT(nn.Module):
+class SemanticTokenViT(ViTFeatures):
     """ViT whose layers after `base_depth` work on `token_grid` semantic tokens; their mean is classified.
 
     The defaults are the paper's STViT-DeiT-S: 4 base layers on 196 tokens, 2 generation layers, 6 layers on 16 tokens.
@@ -49,7 +50,7 @@ class SemanticTokenViT(nn.Module):
         token_grid: `(height, width)` of the semantic tokens, or one number for a square.
         tokens: what goes on after the base layers: `semantic`; `all` (the full ViT); `pooled` (pooled centres without
             generation); `random` (as many randomly kept image tokens). Or a method that reduces tokens all along the
-            full ViT, with the parameters of `all`: `tome`, `evit`, `topk`, `dynamicvit`.
+            full ViT, with the parameters of `all`: `tome`, `evit`, `topk`, `dynamicvit`, `ats`.
         token_options: further arguments of that method, e.g. `{"r": 13}` for `tome`; see `stvit.models.reducers`.
         macs: choose how much the method keeps so that an image of `img_size` costs this many multiply-accumulates
             (within 1 %), instead of `token_grid` or the method's own argument; not with `semantic` and `all`.
@@ -63,8 +64,21 @@ class SemanticTokenViT(nn.Module):
         qkv_bias: bias in query and key/value projections.
         layer_scale: initial value of per-channel scales of residual branches; None for none.
         class_token: classify a class token instead of the mean, as DeiT does; not with `tokens="semantic"`.
+        reg_tokens: further learned tokens in front of the image tokens, which no method drops or merges; semantic
+            tokens are generated without them.
+        distilled: the first of them is a distillation token with a classifier of its own, as in distilled DeiT.
+        no_embed_class: positions are of image tokens alone, tokens in front have none.
+        pre_norm: a norm before the layers and none of the patch projection's biases, as in CLIP.
+        final_norm: False leaves out the norm behind the layers.
+        fc_norm: whether that norm comes after pooling instead.
+        global_pool: what is classified: `avg`, `max`, `avgmax`, `token` (the class token), `map` (attention pooling, as
+            in SigLIP), or empty (every token by itself; with `num_classes=0`, `forward` returns tokens). None: the
+            class token, where there is one, else the mean.
+        act_layer: activation of the MLPs: timm's name of one, or a class; `gelu` is the exact GELU.
         stem: `patch` (one projection) or `conv` (3x3 convolutions of stride 2).
         drop_rate: dropout before the classifier, after attention projections and in MLPs.
+        proj_drop_rate: of the latter two; None: `drop_rate`.
+        pos_drop_rate: dropout of tokens with their position.
         attn_drop_rate: dropout on attention weights.
         drop_path_rate: stochastic depth of the last layer; rises linearly from 0 at the first.
         norm_eps: epsilon of layer norms.
@@ -96,8 +110,18 @@ class SemanticTokenViT(nn.Module):
         qkv_bias: bool = True,
         layer_scale: float | None = None,
         class_token: bool = False,
+        reg_tokens: int = 0,
+        distilled: bool = False,
+        no_embed_class: bool = False,
+        pre_norm: bool = False,
+        final_norm: bool = True,
+        fc_norm: bool = False,
+        global_pool: str | None = None,
+        act_layer: str | Callable[[], nn.Module] = "gelu",
         stem: str = "patch",
         drop_rate: float = 0.0,
+        proj_drop_rate: float | None = None,
+        pos_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-6,
@@ -115,6 +139,8 @@ class SemanticTokenViT(nn.Module):
                 "class_token=True does not go with tokens='semantic', whose tokens are averaged: choose a method that "
                 "keeps image tokens, or tokens='all'"
             )
+        if distilled and not (class_token and reg_tokens):
+            raise ValueError("distilled=True classifies two tokens: set class_token=True and reg_tokens=1")
         if token_position not in TOKEN_POSITIONS:
             raise ValueError(f"unknown token_position {token_position!r}: use one of {', '.join(TOKEN_POSITIONS)}")
         if token_position != "none" and tokens != "semantic":
@@ -129,15 +155,20 @@ class SemanticTokenViT(nn.Module):
             )
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.no_embed_class = no_embed_class
         self.token_grid = (token_grid, token_grid) if isinstance(token_grid, int) else tuple(token_grid)
         self.grad_checkpointing = False
 
-        self.stem = build_stem(stem, patch_size, in_chans, embed_dim)
+        self.stem = build_stem(stem, patch_size, in_chans, embed_dim, bias=not pre_norm)
         self.grid = self.stem.grid(height, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, class_token + self.grid[0] * self.grid[1], embed_dim))
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
+        length = self.position_prefix + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        norm = partial(nn.LayerNorm, embed_dim, eps=norm_eps)
+        self.norm_pre = norm() if pre_norm else nn.Identity()
 
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         generated = base_depth + stgm_depth
@@ -146,8 +177,9 @@ class SemanticTokenViT(nn.Module):
             qkv_bias=qkv_bias,
             layer_scale=layer_scale,
             attn_drop=attn_drop_rate,
-            proj_drop=drop_rate,
+            proj_drop=drop_rate if proj_drop_rate is None else proj_drop_rate,
             norm_eps=norm_eps,
+            act_layer=act_layer,
         )
         relative = token_position == "relative"
         self.base = block_stack(embed_dim, num_heads, rates[:base_depth], **block)
@@ -163,24 +195,70 @@ class SemanticTokenViT(nn.Module):
                 shortcut=shortcut,
                 position="none" if relative else token_position,
             ),
-            method=dict(depth=depth, class_token=class_token),
+            method=dict(depth=depth, class_token=class_token, registers=reg_tokens),
             options=token_options or {},
         )
         self.tail = block_stack(
             embed_dim, num_heads, rates[generated:], relative_window=self.token_grid if relative else None, **block
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.norm = norm() if final_norm and not fc_norm else nn.Identity()
+        if global_pool == "map":
+            self.attn_pool = AttentionPoolLatent(
+                embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+                act_layer=activation(act_layer),
+            )
+        self.fc_norm = norm() if final_norm and fc_norm else nn.Identity()
+        default = "token" if class_token else "avg"
+        self.build_classifier(embed_dim, num_classes, default if global_pool is None else global_pool, drop_rate)
+        if distilled:
+            self.distilled_training = False
+            self.head_dist = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+            self.set_global_pool(self.global_pool)
         self.init_weights()
         if macs is not None:
-            self.match_macs(macs, in_chans)
+            self.match_macs(macs)
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens stand in front of the image tokens."""
+        return sum(token.shape[1] for token in (self.cls_token, self.reg_token) if token is not None)
+
+    @property
+    def position_prefix(self) -> int:
+        """How many of them have a position."""
+        return 0 if self.no_embed_class else self.prefix
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many of them are left in front of the final tokens."""
+        return 0 if isinstance(self.reducer, SemanticTokenGenerator) else self.prefix
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a class token leads the final tokens."""
+        return self.cls_token is not None
+
+    def set_global_pool(self, global_pool: str) -> None:
+        """Choose what is classified, see `TokenClassifier.build_classifier`.
+
+        Raises:
+            ValueError: a pooling that this model has no part for, or that its method of reduction forbids.
+        """
+        if self.head_dist is not None and global_pool not in ("", "token"):
+            raise ValueError(f"global_pool={global_pool!r}: a distilled model classifies its two tokens, 'token'")
+        super().set_global_pool(global_pool)
+        if self.reduction is not None:
+            self.reduction.read_by(global_pool)
 
     def init_weights(self) -> None:
         """Linear layers, position, learned tokens: truncated normal of deviation .02; biases 0; the rest as PyTorch."""
         trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                trunc_normal_(token, std=0.02)
         init_linear(self)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -191,7 +269,7 @@ class SemanticTokenViT(nn.Module):
         return self.forward_head(self.forward_features(images, generator))
 
     def forward_features(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Normalised final tokens: `(B, S, C)`, or `(B, N, C)` with `tokens="all"`; after a class token, if any.
+        """Normalised final tokens: `(B, S, C)`, or `(B, N, C)` with `tokens="all"`; after those in front, if any.
 
         Of methods that reduce all along the way it is what they leave, in a form whose plain mean is to be classified:
         without a class token `tome` gives every image token its merged token back, `(B, N, C)`.
@@ -213,89 +291,10 @@ class SemanticTokenViT(nn.Module):
             x = self._call(layer, x)
         return self.norm(x)
 
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Any] | tuple[Tensor, list[Any]]:
-        """Tokens after layers on the way, as maps (timm's interface).
-
-        Image tokens lie on the grid of patches, semantic tokens on theirs, so maps change size at the first generation
-        layer.
-
-        Args:
-            images: `(B, in_chans, H, W)`.
-            indices: layers, generation and tail layers counted on from the base layers; a number takes the last ones,
-                None all.
-            return_prefix_tokens: return pairs of a map and the class token `(B, 0 or 1, C)`.
-            norm: apply the final norm to each.
-            stop_early: leave out layers after the last one asked for.
-            output_fmt: `NCHW` (maps) or `NLC` (tokens in raster order).
-            intermediates_only: return them alone.
-
-        Returns:
-            The maps, or the final tokens `(B, S, C)` (normalised) and the maps.
-
-        Raises:
-            ValueError: another format; or a method whose tokens lie on no grid.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: maps come as 'NCHW', tokens as 'NLC'")
-        if self.reduction is not None or type(self.reducer) not in (SemanticTokenGenerator, AllTokens):
-            raise ValueError("maps on the way exist with tokens='semantic' and 'all': other methods leave the grid")
-        take = taken(indices, len(self.feature_info))
-        found: dict[int, Any] = {}
-        for index, (x, grid) in enumerate(self._steps(images)):
-            if index in take:
-                tokens = self.norm(x) if norm else x
-                first = tokens.shape[1] - grid[0] * grid[1]
-                prefix, tokens = tokens[:, :first], tokens[:, first:]
-                if output_fmt == "NCHW":
-                    tokens = rearrange(tokens, "b (h w) c -> b c h w", h=grid[0]).contiguous()
-                found[index] = (tokens, prefix) if return_prefix_tokens else tokens
-            if stop_early and index == max(take):
-                break
-        intermediates = [found[index] for index in take]
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
-
-    @property
-    def feature_info(self) -> list[dict[str, object]]:
-        """Channels, pixels per token side and module of what `forward_intermediates` gives, by layer."""
-        patch = self.img_size[0] / self.grid[0]
-        semantic = self.img_size[0] / self.token_grid[0] if isinstance(self.reducer, SemanticTokenGenerator) else patch
-        places = [f"base.{i}" for i in range(len(self.base))]
-        places += [f"reducer.layers.{i}" for i in range(len(self.reducer.layers))]
-        places += [f"tail.{i}" for i in range(len(self.tail))]
-        return [
-            dict(num_chs=self.embed_dim, reduction=patch if i < len(self.base) else semantic, module=module)
-            for i, module in enumerate(places)
-        ]
-
-    def _steps(self, images: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-        """Tokens and their grid after every layer; tokens lie on grids only with the methods that do so."""
-        x, hw = self.forward_stem(images)
-        for layer in self.base:
-            x = self._call(layer, x)
-            yield x, hw
-        layers = [*self.reducer.layers, *self.tail]
-        if isinstance(self.reducer, SemanticTokenGenerator):
-            steps = self.reducer.steps(x, hw)
-            hw, layers = self.reducer.grid, self.tail
-            for x in steps:
-                yield x, hw
-        for layer in layers:
-            x = self._call(layer, x)
-            yield x, hw
-
     def forward_base(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image tokens after the base layers, `(B, H'*W', C)` in raster order, and their grid `(H', W')`.
 
-        A class token, if there is one, comes first. Methods that reduce all along the way are not at work here.
+        Tokens in front (class token, registers) come first. Methods that reduce all along the way are not at work here.
         """
         x, hw = self.forward_stem(images)
         for layer in self.base:
@@ -303,18 +302,19 @@ class SemanticTokenViT(nn.Module):
         return x, hw
 
     def forward_stem(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image tokens with their position, `(B, H'*W', C)`, after the class token, if any; and their grid."""
+        """Image tokens with their position, `(B, H'*W', C)`, after the tokens in front of them; and their grid."""
         tokens = self.stem(images)
         hw = fixed(tokens, 2, 3)
         x = rearrange(tokens, "b c h w -> b (h w) c")
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return x + self._position(hw), hw
+        first = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        x = x + self._position(hw) if self.no_embed_class else x
+        x = torch.cat([*first, x], dim=1) if first else x
+        x = x if self.no_embed_class else x + self._position(hw)
+        return self.norm_pre(self.pos_drop(x)), hw
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean of the tokens `(B, S, C)` (or the class token), then the classifier unless `pre_logits`."""
-        x = x.mean(dim=1) if self.cls_token is None else x[:, 0]
-        return x if pre_logits else self.head(self.head_drop(x))
+    def after_pool(self, x: Tensor) -> Tensor:
+        """The norm behind pooling, of models that have theirs there."""
+        return self.fc_norm(x)
 
     def token_maps(self, images: Tensor) -> Tensor:
         """What each remaining token is made of: `(B, S, H', W')` on the grid of image tokens, every map sums to 1.
@@ -341,7 +341,8 @@ class SemanticTokenViT(nn.Module):
         if self.reduction is None:
             return self.grid[0] * self.grid[1] if type(self.reducer) is AllTokens else self.reducer.num_tokens
         with torch.no_grad():
-            x, _ = on_meta(self)._reduced(torch.empty_like(self.pos_embed, device="meta"))
+            tokens = self.prefix + self.grid[0] * self.grid[1]
+            x, _ = on_meta(self)._reduced(self.pos_embed.new_empty(1, tokens, self.embed_dim, device="meta"))
         return x.shape[1] - self.reduction.prefix
 
     def auxiliary_losses(self, teacher_tokens: Tensor | None = None, token_weight: float = 0.5) -> dict[str, Tensor]:
@@ -355,7 +356,7 @@ class SemanticTokenViT(nn.Module):
         """
         return {} if self.reduction is None else self.reduction.auxiliary_losses(teacher_tokens, token_weight)
 
-    def match_macs(self, macs: float, in_chans: int = 3) -> None:
+    def match_macs(self, macs: float) -> None:
         """Choose how much the method keeps so that an image of `img_size` costs `macs` multiply-accumulates.
 
         Raises:
@@ -372,58 +373,7 @@ class SemanticTokenViT(nn.Module):
             (model.reducer if model.reduction is None else model.reduction).set_rate(rate)
 
         rates = method.rates(self.grid[0] * self.grid[1])
-        match_macs(self, macs, self.img_size, rates=rates, set_rate=set_rate, in_chans=in_chans)
-
-    def get_classifier(self) -> nn.Module:
-        """The final linear layer (identity when there are no classes)."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for `num_classes` (0: none).
-
-        Raises:
-            ValueError: a pooling other than the mean is asked for.
-        """
-        if global_pool not in (None, "avg" if self.cls_token is None else "token"):
-            raise ValueError(f"global_pool={global_pool!r}: what is classified is fixed by class_token at construction")
-        self.num_classes = num_classes
-        reference = self.norm.weight
-        self.head = nn.Identity()
-        if num_classes:
-            self.head = nn.Linear(self.embed_dim, num_classes, device=reference.device, dtype=reference.dtype)
-            trunc_normal_(self.head.weight, std=0.02)
-            zeros_(self.head.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more axes that are not decayed."""
-        tables = {name for name, _ in self.named_parameters() if "relative_position_bias_table" in name}
-        return {"pos_embed", "cls_token", "reducer.position"} | tables
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Parameter groups from stem to tail for timm's layer-wise tools, one per layer unless `coarse`."""
-        if coarse:
-            return dict(
-                stem=r"^stem|^pos_embed|^cls_token",
-                base=r"^base",
-                generation=r"^reducer\.",
-                tail=r"^tail|^norm|^reduction\.",
-            )
-        return dict(
-            stem=r"^stem|^pos_embed|^cls_token",
-            base=r"^base\.(\d+)",
-            # Pooling, global centres and positions belong to the first generation layer.
-            generation=[(r"^reducer\.layers\.(\d+)", None), (r"^reducer\.", (0,))],
-            tail=r"^tail\.(\d+)",
-            # 99999 is timm's mark for "same group as the one before".
-            norm=[(r"^norm|^reduction\.", (99999,))],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
+        match_macs(self, macs, self.img_size, rates=rates, set_rate=set_rate, in_chans=self.in_chans)
 
     def _forward_reduced(self, images: Tensor) -> tuple[Tensor, State, tuple[int, int]]:
         """Tokens before the final norm, what the method knows about them, and the grid that they came from."""
@@ -445,9 +395,8 @@ class SemanticTokenViT(nn.Module):
     def _position(self, hw: tuple[int, int]) -> Tensor:
         if hw == self.grid:
             return self.pos_embed
-        prefix = int(self.cls_token is not None)
         sizes = (list(hw), list(self.grid))
-        return constant(lambda: resample_abs_pos_embed(self.pos_embed, *sizes, num_prefix_tokens=prefix))
+        return constant(lambda: resample_abs_pos_embed(self.pos_embed, *sizes, num_prefix_tokens=self.position_prefix))
 
 
 def init_linear(module: nn.Module) -> None:

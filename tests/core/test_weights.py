@@ -226,7 +226,9 @@ def test_averages_of_others_are_found_and_a_choice_is_said(tmp_path):
     load_weights(model, path)
     assert same(model.network, average)
     torch.save({"model": raw, "model_ema": average}, path)
-    load_weights(model, path)
+    load_weights(model, path, averaged=False)
     assert same(model.network, raw)
-    load_weights(model, path, key="model_ema")
+    load_weights(model, path)  # as timm takes them
     assert same(model.network, average)
+    load_weights(model, path, key="model")
+    assert same(model.network, raw)

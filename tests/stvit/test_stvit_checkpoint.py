@@ -150,12 +150,27 @@ def test_deit_for_another_image_size_and_other_classes() -> None:
     assert model.pos_embed.shape == (1, 64, 32)
 
 
-def test_distilled_deit_is_refused_by_name() -> None:
-    source = deit().state_dict() | {"dist_token": torch.zeros(1, 1, 32), "head_dist.weight": torch.zeros(5, 32)}
-    with pytest.raises(CheckpointMismatch) as error:
+def test_registers_are_no_class_token() -> None:
+    """They are at work in the layers, so a model without them is not the start that was meant."""
+    source = deit(reg_tokens=2).state_dict()
+    with pytest.raises(CheckpointMismatch, match="reg_token"):
         from_deit(source, tiny())
-    assert "unexpected" in str(error.value)
-    assert "dist_token" in str(error.value) and "head_dist.weight" in str(error.value)
+    model = tiny(reg_tokens=2)
+    model.load_state_dict(from_deit(source, model))
+    assert torch.equal(model.pos_embed, source["pos_embed"][:, 1:])
+
+
+def test_deit_layouts_of_models_with_more_tokens_go_there_and_back() -> None:
+    for options in (
+        dict(reg_tokens=1, distilled=True),
+        dict(reg_tokens=3, no_embed_class=True, fc_norm=True),
+        dict(pre_norm=True, final_norm=False),
+    ):
+        model = tiny(tokens="all", class_token=True, **options)
+        theirs = revert(model.state_dict(), layout="deit")
+        assert ("dist_token" in theirs) == ("distilled" in options)
+        assert same(convert(theirs, model), dict(model.state_dict()))
+        assert same(convert(theirs, "vit", base_depth=2), dict(model.state_dict()))
 
 
 # ------------------------------------------------------------------------------------ reference layout

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmengine.runner import CheckpointLoader
 from PIL import Image
 from pycocotools import mask as coding
 from pycocotools.coco import COCO
@@ -465,10 +466,38 @@ def test_init_cfg_that_cannot_be_meant_or_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="Pretrained"):
         STViTRSwinBackbone(**TINY, init_cfg=dict(type="Xavier"))
     torch.save({"model": STViTRSwin(num_classes=5, **{**TINY, "embed_dim": 16}).state_dict()}, tmp_path / "other.pth")
-    backbone = STViTRSwinBackbone(**TINY, init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "other.pth")))
+    backbone = STViTRSwinBackbone(**TINY, init_cfg=cfg(str(tmp_path / "other.pth")))
     with pytest.raises(CheckpointMismatch):
+        backbone.init_weights()
+    backbone = STViTRSwinBackbone(**TINY, init_cfg=cfg("http://127.0.0.1:9/w.pth"))  # nothing listens there
+    with pytest.raises(ConfigError, match=r"cannot load http://127\.0\.0\.1:9/w\.pth .*Download the file"):
+        backbone.init_weights()
+    backbone = STViTRSwinBackbone(**TINY, init_cfg=cfg(str(tmp_path / "other.pth"), prefix="student"))
+    with pytest.raises(ConfigError, match=r"begins with 'student\.'"):
         backbone.init_weights()
     plain = STViTRSwinBackbone(**TINY)
     before = {k: v.clone() for k, v in plain.state_dict().items()}
     plain.init_weights()
     assert all(torch.equal(v, before[k]) for k, v in plain.state_dict().items())
+
+
+def cfg(checkpoint, **more):
+    return dict(type="Pretrained", checkpoint=checkpoint, **more)
+
+
+def test_init_cfg_loads_addresses_by_mmengines_loader_and_parts_below_a_prefix(tmp_path):
+    source = STViTRSwin(num_classes=5, **TINY)
+    weight = source.stages[2].units[0].base[0].attn.qkv.weight
+    torch.save({"state_dict": {f"teacher.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pth")
+    asked = []
+
+    def fetch(place, map_location):
+        asked.append((place, map_location))
+        return torch.load(tmp_path / "w.pth", weights_only=True)
+
+    CheckpointLoader.register_scheme("vitrine-test://", fetch, force=True)
+    for place in (str(tmp_path / "w.pth"), "vitrine-test://w.pth"):
+        backbone = STViTRSwinBackbone(**TINY, init_cfg=cfg(place, prefix="teacher."))
+        backbone.init_weights()
+        assert torch.equal(backbone.stages[2].units[0].base[0].attn.qkv.weight, weight)
+    assert asked == [("vitrine-test://w.pth", "cpu")]

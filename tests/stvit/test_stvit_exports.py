@@ -67,6 +67,7 @@ MORE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "evit": (reduced("evit", True, keep_rate=0.5), (32, 32)),
     "topk": (reduced("topk", keep_rate=0.5), (32, 32)),
     "dynamicvit": (reduced("dynamicvit", keep_ratio=0.6), (32, 32)),
+    "ats": (reduced("ats", True, keep_rate=0.5), (32, 32)),
     "swin_192x224": (lambda: SwinTransformer(**SWIN), (192, 224)),
     "swin_dense": (lambda: SwinTransformer(**SWIN, features_only=True, stem="conv"), (100, 75)),
     "stvit_swin_9": (lambda: STViTSwin(**SWIN | dict(depths=(1, 1, 4, 1)), per_window=3), (96, 160)),

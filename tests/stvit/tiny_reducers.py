@@ -15,6 +15,7 @@ METHODS = {
     "evit": ("evit", dict(keep_rate=0.5)),
     "topk": ("topk", dict(keep_rate=0.5)),
     "dynamicvit": ("dynamicvit", dict(keep_ratio=0.6)),
+    "ats": ("ats", dict(keep_rate=0.6)),
     "random": ("random", dict(num_tokens=20)),
     "pooled": ("pooled", {}),
 }

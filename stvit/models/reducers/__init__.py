@@ -2,7 +2,7 @@
 
 Two kinds share the registry. *Modules* take the place of the layers after the base layers (`semantic`, `pooled`,
 `random`, and `all`, which keeps everything). *Layer reducers* work inside or before the ordinary layers of the full
-ViT (`tome`, `evit`, `topk`, `dynamicvit`).
+ViT (`tome`, `evit`, `topk`, `dynamicvit`, `ats`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from stvit.models.controls import AllTokens, PooledTokens, RandomTokens
+from stvit.models.reducers.ats import ATS
 from stvit.models.reducers.dynamicvit import DynamicViT
 from stvit.models.reducers.evit import EViT, TopK
 from stvit.models.reducers.layerwise import LayerReducer, State
@@ -29,9 +30,11 @@ REDUCERS: dict[str, type[nn.Module]] = {
     "evit": EViT,
     "topk": TopK,
     "dynamicvit": DynamicViT,
+    "ats": ATS,
 }
 
 __all__ = [
+    "ATS",
     "REDUCERS",
     "DynamicViT",
     "EViT",
@@ -80,7 +83,7 @@ def build_reducer(
         layers: number, stochastic depth and further arguments of the middle layers.
         centres: `grid` and `pool` of methods that pool; `random` keeps as many tokens.
         generation: further arguments of `SemanticTokenGenerator`.
-        method: `depth` and `class_token` of layer reducers.
+        method: `depth`, `class_token` and `registers` (further tokens in front) of layer reducers.
         options: further arguments of the method.
 
     Raises:
@@ -89,7 +92,10 @@ def build_reducer(
     kind = find_reducer(tokens)
     try:
         if issubclass(kind, LayerReducer):
-            return AllTokens(dim, num_heads, **layers), kind(dim, **method, **options)
+            own = {name: value for name, value in method.items() if name != "registers"}
+            reduction = kind(dim, **own, **options)
+            reduction.prefix += method.get("registers", 0)
+            return AllTokens(dim, num_heads, **layers), reduction
         if kind is SemanticTokenGenerator:
             return kind(dim, num_heads, **centres, **generation, **layers, **options), None
         if kind is PooledTokens:

@@ -77,6 +77,8 @@ class DynamicViT(LayerReducer):
         ValueError: a ratio outside (0, 1] or impossible places.
     """
 
+    pools = ("token", "avg", "")  # while training, dropped tokens stay in place
+
     def __init__(
         self,
         dim: int,
@@ -118,12 +120,13 @@ class DynamicViT(LayerReducer):
         return block(x, mask=mask), state
 
     def finish(self, x: Tensor, state: State) -> Tensor:
-        """In training without a class token: kept tokens scaled so that the mean over all is the mean over them."""
+        """In training where the mean is classified: kept tokens scaled so that it is the mean over them."""
         self.last_pass = (x, state) if self.training else None
-        if state.kept is None or self.prefix:
+        if state.kept is None or self.global_pool != "avg":
             return x
         kept = state.kept[..., None]
-        return x * (kept * (kept.shape[1] / kept.sum(dim=1, keepdim=True).clamp_min(1))).to(x.dtype)
+        scale = (kept * (kept.shape[1] / kept.sum(dim=1, keepdim=True).clamp_min(1))).to(x.dtype)
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix :] * scale], dim=1) if self.prefix else x * scale
 
     def auxiliary_losses(self, teacher_tokens: Tensor | None = None, token_weight: float = 0.5) -> dict[str, Tensor]:
         """Terms of the last training pass: `loss_keep_ratio`, and `loss_tokens` where a teacher is given.

@@ -47,11 +47,29 @@ class LayerReducer(nn.Module):
         class_token: whether a class token comes first in the sequence; it is never dropped or merged.
     """
 
+    # What may be classified; None: anything.
+    pools: tuple[str, ...] | None = None
+
     def __init__(self, dim: int, *, depth: int, class_token: bool) -> None:
         super().__init__()
         self.dim = dim
         self.depth = depth
-        self.prefix = int(class_token)
+        self.prefix = int(class_token)  # with registers more; these, too, always stay
+        self.global_pool = "token" if class_token else "avg"
+
+    def read_by(self, global_pool: str) -> None:
+        """Be told what is classified: the class token (`token`), or a pooling of the image tokens.
+
+        Raises:
+            ValueError: the method leaves tokens in place that only some poolings can leave out (`pools`).
+        """
+        if global_pool not in (self.pools or (global_pool,)):
+            names = " and ".join(repr(name) for name in self.pools if name)
+            raise ValueError(
+                f"global_pool={global_pool!r} does not go with {type(self).__name__}: dropped tokens stay in place "
+                f"there, and only {names} leave them out"
+            )
+        self.global_pool = global_pool
 
     def begin(self, x: Tensor) -> State:
         """State before the first layer of tokens `x` `(B, prefix + N, C)`."""
@@ -141,7 +159,7 @@ def token_scores(kind: str, x: Tensor, q: Tensor, k: Tensor, attention: Attentio
         q: queries `(B, heads, prefix + T, d)` of this layer.
         k: keys of this layer.
         attention: this layer's attention.
-        prefix: 1 with a class token, 0 without.
+        prefix: tokens in front of the image tokens, the class token first.
     """
     if kind == "norm":
         return x[:, prefix:].float().norm(dim=-1)

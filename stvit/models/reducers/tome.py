@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stvit.models.block import Block
-from stvit.models.reducers.layerwise import LayerReducer, State, follow
+from stvit.models.reducers.layerwise import LayerReducer, State, follow, take
 from stvit.models.sizes import fixed
 
 
@@ -88,8 +88,8 @@ class ToMe(LayerReducer):
         return block(x, mask=mask, between=merge), state
 
     def finish(self, x: Tensor, state: State) -> Tensor:
-        """Without a class token every image token gets its merged token back, `(B, N, C)`: their mean counts sizes."""
-        return x if self.prefix else x.gather(1, state.source[..., None].expand(-1, -1, x.shape[-1]))
+        """Where image tokens are pooled, each gets its merged token back, `(B, prefix + N, C)`: means count sizes."""
+        return take(x, state.source, self.prefix) if self.global_pool != "token" else x
 
     def extra_repr(self) -> str:
         return f"merges={self.merges}, proportional={self.proportional}"
@@ -112,15 +112,19 @@ def bipartite_places(metric: Tensor, r: int, prefix: int) -> Tensor:
     Args:
         metric: `(B, T, d)`, compared by cosine.
         r: pairs, at most `(T - prefix) // 2`.
-        prefix: tokens at the front that stay as they are, 0 or 1 (so they are in the first set).
+        prefix: tokens at the front that stay as they are, at their places.
 
     Returns:
         `(B, T)` int64 in `[0, T - r)`; both tokens of a pair have the same number.
     """
     metric = F.normalize(metric.float(), dim=-1)
-    similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
+    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+    if prefix > 1:  # the second set has some of them, too
+        similarity[:, :, : prefix // 2] = float("-inf")
+    similarity, partner = similarity.max(dim=2)
     (tokens,) = fixed(metric, 1)
-    protected = torch.arange((tokens + 1) // 2, device=metric.device) < prefix
+    front = (prefix + 1) // 2, prefix // 2  # of either set
+    protected = torch.arange((tokens + 1) // 2, device=metric.device) < front[0]
     chosen = similarity.masked_fill(protected, float("-inf")).topk(r, dim=1).indices
     merged = torch.zeros_like(similarity).scatter(1, chosen, 1.0) > 0
     staying = (tokens + 1) // 2 - r
@@ -128,7 +132,12 @@ def bipartite_places(metric: Tensor, r: int, prefix: int) -> Tensor:
     second = staying + torch.arange(tokens // 2, device=metric.device).expand(metric.shape[0], -1)
     # In turns: the first set has the even places.
     order = torch.arange(tokens, device=metric.device)
-    return torch.cat([first, second], dim=1)[:, order // 2 + order % 2 * ((tokens + 1) // 2)]
+    places = torch.cat([first, second], dim=1)[:, order // 2 + order % 2 * ((tokens + 1) // 2)]
+    if prefix < 2:
+        return places
+    # What stays of the first set makes room for the second set's tokens at the front.
+    places = torch.where((places >= front[0]) & (places < staying), places + front[1], places)
+    return torch.cat([order[:prefix].expand(metric.shape[0], -1), places[:, prefix:]], dim=1)
 
 
 def merge_tokens(x: Tensor, size: Tensor, places: Tensor, r: int) -> tuple[Tensor, Tensor]:

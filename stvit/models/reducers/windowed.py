@@ -160,6 +160,7 @@ def build_window_tokens(
         "evit": "there is no class token, and dropping leaves another number of tokens in every window",
         "topk": "dropping by score leaves another number of tokens in every window",
         "dynamicvit": "its decisions leave another number of tokens in every window",
+        "ats": "sampling leaves another number of tokens in every window",
         "all": "that is SwinTransformer(stem='conv')",
     }.get(tokens, "there is no such method")
     raise ValueError(
