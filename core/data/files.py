@@ -139,7 +139,13 @@ def read_json(path: str | os.PathLike, kind: type = dict, keys: Sequence[str] = 
     return content
 
 
-def check_records(path: str | os.PathLike, name: str, records: Any, fields: dict[str, type | tuple[type, ...]]) -> None:
+def check_records(
+    path: str | os.PathLike,
+    name: str,
+    records: Any,
+    fields: dict[str, type | tuple[type, ...]],
+    called: Callable[[dict], str] | None = None,
+) -> None:
     """Checks a list of dictionaries in a file: every one has the fields, of the types.
 
     Args:
@@ -147,6 +153,7 @@ def check_records(path: str | os.PathLike, name: str, records: Any, fields: dict
         name: of the list in the file.
         records: the list.
         fields: name -> type.
+        called: what else to call a record in messages.
 
     Raises:
         DataFileError: names the list, the place in it and the field.
@@ -161,6 +168,7 @@ def check_records(path: str | os.PathLike, name: str, records: Any, fields: dict
         for field, kind in fields.items():
             if not isinstance(record.get(field), kind):
                 found = f"is {record[field]!r:.60}" if field in record else "is missing"
+                found += f" ({called(record)})" if called else ""
                 raise DataFileError(f"{os.fspath(path)!r}: {field} of {name}[{place}] {found}. {remedy}")
 
 

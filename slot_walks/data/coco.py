@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from mmengine.logging import print_log
+from PIL import Image
 from torch.utils.data import Dataset
 
-from core.data import MissingDataError, data_root, load_image
-from core.data.files import check_records, read_json
+from core.data import DataFileError, MissingDataError, data_root, load_image
+from core.data.annotations import decode, read_annotations
 from slot_walks.data.transforms import CropTrain, OfficialEval, StandardEval
 
 _LAYOUT = """\
@@ -40,9 +43,9 @@ class COCO(Dataset):
         masks: give labels; None: for `val` only.
 
     Raises:
-        MissingDataError: no such folder or file.
+        MissingDataError: no such folder or file, or no picture or mask in it.
         ValueError: unknown split or protocol.
-        DataFileError: an annotation file that cannot be read.
+        DataFileError: an annotation file that cannot be read, see `core.data.annotations.read_annotations`.
     """
 
     def __init__(
@@ -63,14 +66,26 @@ class COCO(Dataset):
             raise MissingDataError(f"COCO: there is no file {str(path)!r}; expected\n{_LAYOUT}\nprepare  {_PREPARE}")
         self.folder = data_root(base / f"{split}2017", what="COCO pictures", layout=_LAYOUT, prepare=_PREPARE)
         self.masks = split == "val" if masks is None else masks
-        content = _read(path, self.masks)
+        self.path, content = path, read_annotations(path, "masks" if self.masks else "images")
+        if not content["images"]:
+            raise MissingDataError(f"COCO: {str(path)!r} lists no image: copy or download it again")
         self.files = [entry["file_name"] for entry in content["images"]]
+        sizes = [(entry.get("width"), entry.get("height")) for entry in content["images"]]
+        self.sizes = [None if None in size else size for size in sizes]
         self.protocol = protocol
         self.annotations: list[list[dict[str, Any]]] = []
         if self.masks:
             self.categories = {entry["id"]: place for place, entry in enumerate(content["categories"], start=1)}
             by_picture = defaultdict(list)
-            for annotation in content["annotations"]:
+            whole = [entry for entry in content["annotations"] if _has_mask(entry)]
+            if not whole:
+                raise MissingDataError(f"COCO: {str(path)!r} has no annotation with a mask, which masks=true asks for")
+            if skipped := len(content["annotations"]) - len(whole):
+                text = f"{path}: of {len(content['annotations'])} annotations are skipped: {skipped} without a mask"
+                print_log(
+                    f"{text} (no polygon of three points or more, or a box of no area)", "current", logging.WARNING
+                )
+            for annotation in whole:
                 by_picture[annotation["image_id"]].append(annotation)
             self.annotations = [by_picture[entry["id"]] for entry in content["images"]]
         if transform is None:
@@ -86,18 +101,28 @@ class COCO(Dataset):
         return self.folder / self.files[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, maps = load_image(self.describe(index)), {}
+        size, file = self.sizes[index], self.describe(index)
+        image, maps = load_image(file, size=size), {}
         if self.masks:
-            decoded = [
-                (annotation, decode(annotation["segmentation"], image.height, image.width))
-                for annotation in self.annotations[index]
-            ]
+            if size is not None and image.size != size:
+                raise DataFileError(
+                    f"{str(file)!r} is {image.width} x {image.height}, in the annotation file {size[0]} x {size[1]}: "
+                    "its masks belong to another size of the picture. Mend width and height there"
+                )
+            decoded = [(annotation, self._pixels(annotation, image)) for annotation in self.annotations[index]]
             paint = official_labels if self.protocol == "official" else self._standard_labels
             maps = paint(decoded, (image.height, image.width))
         image, maps = self.transform(image, maps)
         if "void" in maps:
             maps["void"] = maps["void"].bool()
         return {"image": image, **maps, "sample_id": Path(self.files[index]).stem}
+
+    def _pixels(self, annotation: dict[str, Any], image: Image.Image) -> np.ndarray:
+        try:
+            return decode(annotation["segmentation"], image.height, image.width)
+        except Exception as error:  # pycocotools has no error of its own
+            called = f"annotation {annotation.get('id')!r} of image {annotation['image_id']!r}"
+            raise DataFileError(f"{str(self.path)!r}: the mask of {called} cannot be read: {error}") from error
 
     def _standard_labels(
         self, decoded: Sequence[tuple[dict[str, Any], np.ndarray]], shape: tuple[int, int]
@@ -126,33 +151,6 @@ def official_labels(
     return {"mask": mask % 256}
 
 
-def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """COCO's polygons or run lengths as pixels, `(height, width)` bool.
-
-    Raises:
-        ValueError: it is neither, or of another size.
-    """
-    from pycocotools import mask as coding
-
-    if isinstance(segmentation, Mapping):
-        runs = segmentation
-        if isinstance(runs["counts"], list):
-            runs = coding.frPyObjects(runs, height, width)
-    elif isinstance(segmentation, Sequence) and not isinstance(segmentation, str):
-        runs = coding.merge(coding.frPyObjects(segmentation, height, width))
-    else:
-        raise ValueError(f"a segmentation is polygons or run lengths, not {type(segmentation).__name__}")
-    pixels = coding.decode(runs).astype(bool)
-    if pixels.shape != (height, width):
-        raise ValueError(f"run lengths of {pixels.shape} do not belong to a picture of {(height, width)}")
-    return pixels
-
-
-def _read(path: Path, masks: bool) -> dict[str, Any]:
-    content = read_json(path, keys=("images", "annotations", "categories"), what="an annotation file of COCO")
-    check_records(path, "images", content["images"], {"id": (int, str), "file_name": str})
-    if masks:
-        check_records(path, "categories", content["categories"], {"id": (int, str)})
-        fields = {"image_id": (int, str), "category_id": (int, str), "segmentation": (list, dict)}
-        check_records(path, "annotations", content["annotations"], fields)
-    return content
+def _has_mask(entry: dict[str, Any]) -> bool:
+    box = entry.get("bbox") or [0, 0, 1, 1]
+    return bool(entry["segmentation"]) and min(box[2:], default=1) > 0

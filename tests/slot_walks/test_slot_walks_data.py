@@ -359,6 +359,57 @@ def test_coco_labels_as_released_lose_the_first_object_and_add_up(tmp_path):
     assert COCO(tmp_path, "val", protocol="official")[0]["image"].shape == (3, 320, 320)
 
 
+def test_coco_skips_what_is_no_mask_and_names_what_is_broken(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("slot_walks.data.coco.print_log", lambda text, logger, level: lines.append(text))
+    place = coco(tmp_path) / "annotations/instances_val2017.json"
+    sound = json.loads(place.read_text())
+    first = sound["annotations"][0]
+
+    def read(annotations, **changes):
+        place.write_text(json.dumps({**sound, "annotations": annotations, **changes}))
+        return COCO(tmp_path, "val", transform=Square(60, "none"))
+
+    want = read(sound["annotations"])[0]
+    assert not lines
+    bad = [[], [[10.0, 10.0, 30.0, 30.0]], None, {"size": [40, 60]}]
+    skipped = [{**first, "id": 20 + i, "segmentation": form} for i, form in enumerate(bad)]
+    skipped += [{"id": 30, "image_id": 9, "category_id": 1}, {**first, "id": 31, "bbox": [10, 10, 0, 20]}]
+    found = read([*skipped, *sound["annotations"]])[0]
+    assert all(torch.equal(found[key], want[key]) for key in ("mask", "classes", "void"))
+    assert len(lines) == 1 and f"{place}: of 10 annotations are skipped: 6 without a mask" in lines[0]
+    for changes, what in (
+        ({"category_id": 5}, r"annotations\[0\] is of category 5, .*\(annotation 7 of image 9\)"),
+        ({"image_id": 5}, r"annotations\[0\] belongs to image 5"),
+        ({"segmentation": {"size": [9, 9], "counts": [81]}}, r"run lengths of \[9, 9\], its image .*\(annotation 7 of"),
+    ):
+        with pytest.raises(DataFileError, match=what):
+            read([{**first, **changes}])
+    with pytest.raises(MissingDataError, match=r"instances_val2017\.json' has no annotation with a mask"):
+        read(skipped)
+    with pytest.raises(MissingDataError, match="lists no image"):
+        read([], images=[])
+    place.write_text(json.dumps({key: sound[key] for key in ("images", "categories")}))
+    assert COCO(tmp_path, "val", masks=False)[0].keys() == {"image", "sample_id"}
+    with pytest.raises(MissingDataError, match="has no annotation with a mask"):
+        COCO(tmp_path, "val")
+
+
+def test_coco_masks_and_turned_pictures_agree(tmp_path):
+    data = COCO(
+        coco(tmp_path), "val", transform=lambda image, maps: (image, {k: torch.tensor(v) for k, v in maps.items()})
+    )
+    exif = Image.Exif()
+    exif[274] = 6
+    picture(seed=9).save(data.describe(0), exif=exif)
+    assert data[0]["image"].size == (60, 40) and data[0]["mask"].shape == (40, 60)
+    data.sizes[0], data.annotations[0] = (40, 60), data.annotations[0][:2]  # polygons, which fit any size
+    assert data[0]["image"].size == (40, 60) and data[0]["mask"].shape == (60, 40)
+    data.sizes[0] = (41, 60)
+    with pytest.raises(DataFileError, match=r"000000000009\.jpg' is 40 x 60, in the annotation file 41 x 60"):
+        data[0]
+
+
 def test_coco_trains_on_the_middle_of_pictures_without_reading_masks(tmp_path):
     data = COCO(coco(tmp_path), "train")
     assert set(data[0]) == {"image", "sample_id"} and data[0]["image"].shape == (3, 224, 224)
