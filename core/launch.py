@@ -20,7 +20,7 @@ from core.config import CONFIGS, to_dict
 from core.config_check import checked, look_in_working_directory, some_experiments
 from core.config_key import config_key
 from core.config_kinds import check_kinds
-from core.errors import ConfigError
+from core.errors import ConfigError, VitrineError
 from core.latest import point_latest
 from core.messages import first_process_speaks
 from core.objective import objective
@@ -179,15 +179,31 @@ def _run_once(cfg: dict[str, Any], start: Start, test: dict[str, Any] | None = N
         stop.check()  # deferred from the first step on, to the end of this context
         cfg = {**first_decides(lambda: enter(cfg, start)), "resume_from": resume_from}
         runner = make_runner(cfg, test)
-        _train(runner, cfg)
-        stop.defer()
-        result = _result(runner, cfg)
-        if rank() == 0:
-            done = Path(cfg["run_dir"]) / "result.json"
-            write_json(done, result)
-            runner.logger.info(f"{cfg['name']}: {_brief(result['metrics'])} -> {done}")
-        runner.visualizer.close()
+        try:
+            with _written(runner, Path(cfg["run_dir"])):
+                _train(runner, cfg)
+                stop.defer()
+                result = _result(runner, cfg)
+                if rank() == 0:
+                    done = Path(cfg["run_dir"]) / "result.json"
+                    write_json(done, result)
+                    runner.logger.info(f"{cfg['name']}: {_brief(result['metrics'])} -> {done}")
+        finally:
+            with contextlib.suppress(OSError):  # a full disk, of which the error that ended the run has told
+                runner.visualizer.close()
     return result
+
+
+@contextlib.contextmanager
+def _written(runner: Any, folder: Path) -> Iterator[None]:
+    """A log that can no longer be written (a disk is full) ends the run with what is saved of it, in one error."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, VitrineError) or not unwritable(error, folder):
+            raise
+        with writable(folder, f"; {runner.farewell(f'at step {runner.iter}')}"):
+            raise
 
 
 def _before_training(cfg: dict[str, Any]) -> str:

@@ -142,6 +142,7 @@ class TrainLoop(BaseLoop):
             "evaluated_at": self._evaluated_at,
             "evaluation_due": self.evaluation_due,
             "stop_training": bool(self.stop_training),
+            "stopping": self._stopping(),
             "max_steps": self._max_steps,
             "val_metrics": storable(getattr(val, "metrics", {})),
             "evaluation": self._evaluation(),
@@ -165,7 +166,8 @@ class TrainLoop(BaseLoop):
             raise ConfigError(
                 f"train_cfg: {self._iter} steps are done, and the run has {self._max_steps}: make it longer"
             )
-        if state.get("max_steps", self._max_steps) == self._max_steps:
+        same_end = state.get("max_steps", self._max_steps) == self._max_steps
+        if same_end and state.get("stopping", self._stopping()) == self._stopping():
             self.stop_training = state.get("stop_training", False)
         self.evaluation_due = state.get("evaluation_due", False)
         if state.get("evaluation", self._evaluation()) == self._evaluation():
@@ -176,6 +178,10 @@ class TrainLoop(BaseLoop):
     def _evaluation(self) -> str:
         """A digest of what the run is evaluated with."""
         return digest({key: self.runner.settings[key] for key in ("val_dataloader", "val_evaluator", "val_cfg")})
+
+    def _stopping(self) -> str:
+        """A digest of the hooks, one of which may have stopped the run: with others it goes on."""
+        return digest({"custom_hooks": self.runner.settings["custom_hooks"]})
 
     def run(self) -> torch.nn.Module:
         """Trains to the end.

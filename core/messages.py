@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 from core.progress import console_handlers
@@ -52,3 +53,15 @@ def log_warnings(folder: str | os.PathLike[str], rank: int) -> None:
     handler = logging.FileHandler(Path(folder) / f"run_rank{rank}.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     warned.addHandler(handler)
+
+
+def unlogged(handler: logging.FileHandler, record: logging.LogRecord) -> None:
+    """In place of `handler.handleError`: a line that cannot be written ends the run, as in any other file.
+
+    Raises:
+        OSError: the disk is full, or the like; names the file. Other errors are printed, as logging does.
+    """
+    error = sys.exc_info()[1]
+    if isinstance(error, OSError):
+        raise OSError(error.errno, error.strerror, handler.baseFilename) from None
+    logging.Handler.handleError(handler, record)

@@ -230,8 +230,12 @@ def unwritable(error: OSError, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def writable(folder: Path | None) -> Iterator[None]:
+def writable(folder: Path | None, after: str = "") -> Iterator[None]:
     """Turns what a disk answers into one clear error.
+
+    Args:
+        folder: where it is written.
+        after: what the message ends with.
 
     Raises:
         VitrineError: the folder (or one like it) cannot be made or written.
@@ -244,7 +248,7 @@ def writable(folder: Path | None) -> Iterator[None]:
         place = error.filename or folder or "the run's folder"
         raise VitrineError(
             f"cannot write {place}: {error.strerror or error}. Free some space, or give run_dir= or runs_dir= on a "
-            "disk that can be written"
+            f"disk that can be written{after}"
         ) from None
 
 

@@ -7,6 +7,7 @@ what is saved and put back in `core.runner_state`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -26,7 +27,7 @@ from core.hook_state import HookMemory
 from core.hooks.checkpoint import CheckpointHook
 from core.hooks.media import MediaHook
 from core.initial_weights import Beginning
-from core.messages import log_warnings
+from core.messages import log_warnings, unlogged
 from core.runner_building import Building, build_test, eval_loop, test_evaluator
 from core.runner_placement import Placement, pick_device
 from core.runner_state import FORMAT, RunState, versions
@@ -107,7 +108,11 @@ class Runner(Building, Placement, RunState):
         self._remove_empty(self._log_dir)
         self._log_dir = self._work_dir
         log_warnings(self._work_dir, self.rank)
-        return super().build_logger(log_level, log_file or os.path.join(self._work_dir, "run.log"), **kwargs)
+        logger = super().build_logger(log_level, log_file or os.path.join(self._work_dir, "run.log"), **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handleError = functools.partial(unlogged, handler)
+        return logger
 
     @staticmethod
     def _remove_empty(folder: str) -> None:

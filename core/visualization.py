@@ -120,8 +120,11 @@ class _LineLog(BaseVisBackend):
         values = {key: value for key, value in scalar_dict.items() if key not in ("step", "epoch", "time")}
         first = {"step": int(step), "epoch": scalar_dict.get("epoch"), "time": round(time.time(), 3)}
         line = self._line({**first, **values})
-        self._file.write(line)
-        self._file.flush()
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:  # a full disk: which file is it?
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self._lines += 1
 
     def add_scalar(self, name: str, value: Any, step: int = 0, **_: Any) -> None:
@@ -150,9 +153,9 @@ class _LineLog(BaseVisBackend):
 
     def close(self) -> None:
         """Closes the file; a later line opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 @VISBACKENDS.register_module()

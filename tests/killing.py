@@ -62,6 +62,7 @@ def states(folder: Path) -> dict[str, Any]:
     for stage, state in newest(folder).items():
         kept = {part: state[part] for part in parts}
         kept["average"] = state["hooks"].get("EMAHook")
+        kept["attributes"], kept["added"] = state["kept"]["processes"], state["kept"]["checkpoint"]
         found |= dict(_flat(kept, stage))
     return found
 

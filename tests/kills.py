@@ -3,10 +3,12 @@
   python -m tests.kills                  20 kills over three experiments; some eight minutes on one core
   python -m tests.kills seed=5 kills=60  other moments, and more of them
 
-SIGKILL, from the start of a process (imports, building, filling caches) to its last evaluation. The experiments: one
-stage with workers, dropout and averaged weights; three stages with caches (seqgan/shape_glyphs, small), whose codes are
-lost at half of the kills; two optimizers in turn. Final weights, optimizers, averages, logged losses and result files
-have to be equal bit for bit; times, memory and places are left out. Writes results/engine_kills.json.
+SIGKILL, from the start of a process (imports, building, filling caches) to its last evaluation: at moments that are
+drawn over the course of a whole run, one in every stage and the others anywhere. The experiments: one stage with
+workers, dropout, averaged weights and a hook that keeps its state in attributes; three stages with caches
+(seqgan/shape_glyphs, small), whose codes are lost at half of the kills; two optimizers in turn. Final weights,
+optimizers, averages, what hooks keep, logged losses and result files have to be equal bit for bit; times, memory and
+places are left out. Writes results/engine_kills.json.
 """
 
 from __future__ import annotations
@@ -33,6 +35,23 @@ from tests.killing import lasting, losses, states
 
 ROOT = Path(__file__).parents[1]
 CODES = "data/shape_glyphs/codes"
+HOOK = """
+
+from mmengine.hooks import Hook
+
+
+class Tally(Hook):
+    def __init__(self):
+        self.count, self.recent, self.total = 0, [], torch.zeros(())
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.count += 1
+        self.recent = [*self.recent[-2:], float(outputs["loss"])]
+        self.total += outputs["loss"]
+        if self.count % 5 == 0:
+            with torch.no_grad():
+                next(runner.model.parameters()).add_(self.total * sum(self.recent), alpha=1e-4)
+"""
 DUEL = [
     "~model",
     "+model={type: mypoints.Duel, generator: {type: torch.nn.Linear, in_features: 8, out_features: 8},"
@@ -72,9 +91,10 @@ class Experiment:
 TINY = ["--config-dir", "configs", "experiment=mine/tiny", "runtime=cpu", "log_every=3", "media=null"]
 EXPERIMENTS = (
     Experiment(
-        "one stage: workers, dropout, averaged weights",
+        "one stage: workers, dropout, averaged weights, a hook with plain state",
         [
             *TINY,
+            "custom_hooks=[{type: mypoints.Tally}]",
             "train_dataloader.num_workers=2",
             "train_dataloader.dataset.slow=0.05",
             "model.network.dropout=0.2",
@@ -116,7 +136,7 @@ def prepared(home: Path) -> None:
     from seqgan.data.shape_glyphs import ShapeGlyphs
     from seqgan.standin import judges
 
-    (home / "mypoints.py").write_text(PACKAGE)
+    (home / "mypoints.py").write_text(PACKAGE + HOOK)
     (home / "configs/experiment/mine").mkdir(parents=True)
     (home / "configs/experiment/mine/tiny.yaml").write_text(EXPERIMENT)
     train = judges.train_network
@@ -139,9 +159,13 @@ class Bench:
 
     def __init__(self, experiment: Experiment, home: Path, chance: random.Random) -> None:
         self.experiment, self.home, self.chance = experiment, home, chance
-        began = time.monotonic()
         process = self._start("undisturbed")
-        if process.wait() != 0:
+        began = time.monotonic()
+        self.course = {"start": 0.0}  # places in the order in which a run comes to them: seconds since its start
+        while process.poll() is None:
+            self.course.setdefault(self._place("undisturbed"), time.monotonic() - began)
+            time.sleep(0.02)
+        if process.returncode != 0:
             raise VitrineError(f"{experiment.name}: the undisturbed run fails\n{self._said('undisturbed')}")
         self.seconds = time.monotonic() - began
         self.kills: list[dict[str, Any]] = []
@@ -162,33 +186,61 @@ class Bench:
     def _said(self, name: str) -> str:
         return (self.home / f"{name}.txt").read_text()[-3000:]
 
+    def moments(self, count: int) -> list[float]:
+        """Seconds of the undisturbed run: one in every stage, the others anywhere; in an order of chance."""
+        begins: dict[str, float] = {}
+        for place, second in self.course.items():
+            begins.setdefault(place.partition(" ")[0], second)
+        bounds = [*begins.values(), self.seconds]
+        drawn = [self.chance.uniform(*bounds[index : index + 2]) for index in range(len(begins))]
+        drawn += [self.chance.uniform(0, self.seconds) for _ in range(count)]
+        drawn = drawn[:count]
+        self.chance.shuffle(drawn)
+        return drawn
+
     def kill(self, count: int) -> None:
-        """Kills runs that often, one after the other, and compares each when it has come to its end.
+        """Kills runs that often, up to four times each, and compares each when it has come to its end.
 
         Raises:
             VitrineError: a run that goes on fails, or ends otherwise than the undisturbed one.
         """
-        left, name = count, None
-        while left or name is not None:
-            name = name or f"killed{self.runs}"
+        left = self.moments(count)
+        while left:
+            name, self.runs = f"killed{self.runs}", self.runs + 1
+            share = sorted(left.pop() for _ in range(min(len(left), self.chance.randint(2, 4))))
+            left += [self._sooner(moment) for moment in share if not self._kill_at(name, moment)]
             process = self._start(name)
-            if left:
-                delay = self.chance.uniform(0, 1.1 * self.seconds)
-                try:
-                    process.wait(delay)
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
-                    left -= 1
-                    lost = self._lose()
-                    self.kills.append({"after_seconds": round(delay, 2), "at": self._place(name), "cache_lost": lost})
-                    continue
             if process.wait() != 0:
                 raise VitrineError(f"{self.experiment.name}: a run that goes on fails\n{self._said(name)}")
             self._compare(name)
-            self.runs += 1
-            name = None
             self._lose(surely=True)
+
+    def _kill_at(self, name: str, moment: float) -> bool:
+        """Kills a run where the undisturbed one was at a moment: at its place then, and as long after coming to it."""
+        order, place = list(self.course), self._at(moment)
+        process, reached = self._start(name), None
+        while process.poll() is None:
+            now = time.monotonic()
+            at = self._place(name)
+            if reached is None and (at not in order or order.index(at) >= order.index(place)):
+                reached = now
+            if reached is not None and now - reached >= moment - self.course[place]:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kill = {"progress": round(moment / self.seconds, 3), "at": at, "cache_lost": self._lose()}
+                self.kills.append(kill)
+                return True
+            time.sleep(0.02)
+        return False
+
+    def _at(self, moment: float) -> str:
+        """The place of the undisturbed run at a moment."""
+        return [place for place, second in self.course.items() if second <= moment][-1]
+
+    def _sooner(self, moment: float) -> float:
+        """A moment that a run did not reach before it was over: less long after the same place."""
+        begin = self.course[self._at(moment)]
+        return begin + (moment - begin) / 2
 
     def _lose(self, surely: bool = False) -> bool:
         lost = self.experiment.loses is not None and (surely or self.chance.random() < 0.5)
@@ -197,10 +249,15 @@ class Bench:
         return lost
 
     def _place(self, name: str) -> str:
-        """How far a run was: its newest log line."""
+        """How far a run is: its stage and the newest line of its log."""
         logs = sorted((self.home / name).rglob("log.jsonl"))
-        steps = [max(losses(log.parent), default=0) for log in logs]
-        return f"{logs[-1].parent.name if len(logs) > 1 else 'log'} step {steps[-1]}" if logs else "start"
+        if not logs:
+            return "start"
+        try:
+            step = max(losses(logs[-1].parent), default=0)
+        except ValueError:  # a line is being written
+            step = 0
+        return f"{logs[-1].parent.name if logs[-1].parent != self.home / name else 'training'} step {step}"
 
     def _compare(self, name: str) -> None:
         one, other = self.home / "undisturbed", self.home / name
@@ -257,7 +314,7 @@ def main(argv: list[str]) -> None:
     record = {
         "command": f"python -m tests.kills seed={seed} kills={options.kills}",
         "kills": sum(shares),
-        "compared": "weights, optimizers, averages, logged losses, result files: bit for bit",
+        "compared": "weights, optimizers, averages, what hooks keep, logged losses, result files: bit for bit",
         "experiments": report,
         "seconds": round(time.monotonic() - began),
         "versions": versions(),

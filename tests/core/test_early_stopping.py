@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from mmengine.hooks import Hook
 from tiny_experiment import train
 
 from core.checkpoint import CheckpointStore
@@ -171,3 +172,31 @@ def test_what_cannot_be_meant(tiny, given, message):
     follow([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     with pytest.raises(ConfigError, match=message):
         tiny(*given)
+
+
+class StopsAt(Hook):
+    """Ends a training at a step, without an evaluation."""
+
+    def __init__(self, metric, patience):
+        self.step = 10 * patience + 4
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.step:
+            runner.train_loop.stop_training = True
+
+
+@pytest.mark.parametrize(
+    "kind", ["core.EarlyStopping", "mmengine.hooks.EarlyStoppingHook", "test_early_stopping.StopsAt"]
+)
+@pytest.mark.parametrize("way", ["more patience", "switched off"])
+def test_a_run_that_was_stopped_goes_on_with_more_patience_or_without_the_hook(tiny, kind, way):
+    name = "min_delta: 0, rule: greater, monitor" if kind.startswith("mmengine") else "metric"
+    hook = f"+custom_hooks.stop={{type: {kind}, {name}: score, patience: %d}}"
+    common = [word for word in words(2) if "custom_hooks" not in word]
+    follow([0.5, 0.4, 0.3, 0.3, 0.6, 0.2, 0.1, 0.1])  # the third evaluation is the first thing that is done again
+    assert tiny(*common, hook % 2, "run_dir=stopped")["epochs"] < 4
+    assert tiny(*common, hook % 2, "run_dir=stopped", "resume=auto")["epochs"] < 4  # it is over
+    changed = [hook % 7] if way == "more patience" else []
+    key = "custom_hooks.0.patience" if changed else "custom_hooks"
+    result = tiny(*common, *changed, "resume=stopped", "run_dir=stopped", f"resume_changes=[{key}]")
+    assert result["epochs"] == 6 and result["stopped_early"] is None
