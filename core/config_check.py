@@ -15,7 +15,7 @@ from core.config_key import config_key
 from core.config_kinds import check_kinds, check_loader, check_together
 from core.errors import ConfigError
 from core.hook_configs import hook_configs
-from core.objective import check_objective
+from core.objective import check_objective, check_ranking
 from core.selection import ranking
 
 _WRITTEN = ("resume_from", "stage_of", "forked_from", "resume_history")  # what a run adds to its config.yaml
@@ -42,6 +42,7 @@ def checked(cfg: dict[str, Any]) -> dict[str, Any]:
     for index, whole in enumerate(staged or [cfg]):
         with config_key(f"stages.{index}" if staged else ""):
             check_together(whole)
+            check_ranking(whole, ranking(whole["checkpoint"]["metric"], whole["checkpoint"]["direction"]))
     check_objective((staged or [cfg])[-1])
     cfg["paper"] = cfg["paper"] or cfg["name"].partition("/")[0]
     return cfg

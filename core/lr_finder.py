@@ -99,6 +99,7 @@ def find_lr(cfg: DictConfig | dict[str, Any], options: Options, folder: str | Pa
     """
     from core.config_check import checked
     from core.launch import process_set_up
+    from core.processes import first_decides
     from core.run_config import stage_for
 
     if not 0 < options.min < options.max or options.steps < 10:
@@ -110,9 +111,10 @@ def find_lr(cfg: DictConfig | dict[str, Any], options: Options, folder: str | Pa
         raise ConfigError(f"{plain['name']} trains nothing: it has no train_dataloader, or no optim_wrapper")
     plain |= dict.fromkeys(("val_dataloader", "test_dataloader", "val_evaluator", "test_evaluator", "ema", "media"))
     plain |= dict.fromkeys(("param_scheduler", "custom_hooks", "visualizer"))
-    plain |= {"train_cfg": {"max_steps": options.steps * _micro_steps(plain["optim_wrapper"])}, "run_dir": str(folder)}
+    plain |= {"train_cfg": {"max_steps": options.steps * _micro_steps(plain["optim_wrapper"])}}
     plain["runtime"] = {**plain["runtime"], "fast_dev_run": False}  # a sweep is as long as its own options say
     with process_set_up(plain["runtime"]):
+        plain["run_dir"] = first_decides(lambda: str(folder))  # each process has a time of its own
         return _swept(plain, options)
 
 

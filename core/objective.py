@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from core import eval_sets
@@ -77,6 +77,21 @@ def check_objective(cfg: Mapping[str, Any]) -> None:
 
             names = ", ".join(sorted(known))
             raise ConfigError(f"objective: no metric is called '{metric}'{nearest(metric, known)} (there are: {names})")
+
+
+def check_ranking(cfg: Mapping[str, Any], ranked: Iterable[str]) -> None:
+    """Refuses a ``checkpoint.metric`` that no validation of this config can report, as far as its config tells.
+
+    Raises:
+        ConfigError: no metric has that name.
+    """
+    known = _of_split(cfg, "val", "val_evaluator") if cfg["val_dataloader"] else None
+    for metric in ranked if known else ():
+        if not any(metric == one or metric.startswith(f"{one}/") for one in known):
+            from core.registry import nearest
+
+            names = ", ".join(sorted(known))
+            raise ConfigError(f"checkpoint.metric: '{metric}' is none of {names}{nearest(metric, known)}")
 
 
 def _of_split(cfg: Mapping[str, Any], split: str, judge: str) -> set[str] | None:

@@ -71,6 +71,24 @@ def all_or_none(work: str) -> Iterator[None]:
             raise VitrineError(f"{work} ended because process {number} failed: {failure}")
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process has no others: what would wait for them works on what this one has.
+
+    PyTorch's default group is set aside, so that torchmetrics, mmengine and everything else that asks for it find none.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        yield
+        return
+    joint, dist.group.WORLD = dist.group.WORLD, None
+    try:
+        yield
+    finally:
+        dist.group.WORLD = joint
+
+
 def total(number: int) -> int:
     """The sum of a count over all processes. Collective: every process has to call it."""
     return _over_all(number, "SUM")

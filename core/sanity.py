@@ -21,7 +21,7 @@ from core.data.loader import Loader
 from core.data.tree import to_device
 from core.errors import ConfigError
 from core.eval_loop import EVALUATION_SEED, EvalLoop
-from core.processes import largest
+from core.processes import alone, first_decides, largest
 from core.randomness import fixed_randomness
 from core.trainer import unwrap
 
@@ -29,31 +29,34 @@ from core.trainer import unwrap
 def check_evaluations(runner: Any, batches: int) -> None:
     """Evaluates the first batches of every set and throws the result away.
 
-    A trainer whose ``predict`` takes long says ``sanity_check = False``. Figures are computed in a single process only
-    (metrics wait for each other); one that cannot be computed of so little is a warning.
+    A trainer whose ``predict`` takes long says ``sanity_check = False``. Figures are those of the first process's
+    samples, computed without the others, which would wait where one fails; one that cannot be computed of so little is
+    a warning.
 
     Args:
         runner: built, with the weights that training begins with.
         batches: of every set; 0: nothing is checked.
 
     Raises:
-        ConfigError: ``checkpoint.metric`` is not among the figures of the validation.
+        ConfigError: ``checkpoint.metric`` is not among the figures of the validation, on every process.
         Exception: what reading the data, ``predict`` or a metric's ``process`` raised.
     """
     if batches < 1 or not getattr(unwrap(runner.model), "sanity_check", True):
         return
     was_training = runner.model.training
     runner.model.eval()
+    validated = []
     try:
         for split, name, loop in _loops(runner):
             with torch.no_grad(), fixed_randomness(EVALUATION_SEED):
                 metrics = _copies(runner, loop)
                 _process(runner, loop, metrics, batches)
-                figures = None if runner.world_size > 1 or metrics is None else _compute(runner, loop, metrics)
-            if split == "val" and not name and figures is not None:
-                _check_ranking(runner, figures)
+                figures = first_decides(lambda loop=loop, metrics=metrics: _compute(runner, loop, metrics))
+            if split == "val":
+                validated.append((name, loop, figures))
     finally:
         runner.model.train(was_training)
+    _check_ranking(runner, validated)
 
 
 def _loops(runner: Any) -> Iterator[tuple[str, str, EvalLoop]]:
@@ -100,12 +103,12 @@ def _process(runner: Any, loop: EvalLoop, metrics: list[Any] | None, count: int)
                 copied.process(data_samples=outputs, data_batch=batch)
 
 
-def _compute(runner: Any, loop: EvalLoop, metrics: list[Any]) -> dict[str, Any] | None:
-    """The figures; None where one cannot be computed of so few samples."""
+def _compute(runner: Any, loop: EvalLoop, metrics: list[Any] | None) -> dict[str, bool] | None:
+    """The figures' names, and whether each is a number; None where one cannot be computed of so few samples."""
     figures: dict[str, Any] = {}
-    for metric in metrics:
+    for metric in metrics or ():
         try:
-            with _quiet():
+            with _quiet(), alone():
                 figures.update(metric.evaluate(len(loop.dataloader.dataset)))
         except Exception as error:
             runner.logger.warning(
@@ -113,18 +116,39 @@ def _compute(runner: Any, loop: EvalLoop, metrics: list[Any]) -> dict[str, Any] 
                 f"few for it: {type(error).__name__}: {error}"
             )
             return None
-    return figures
+    return None if metrics is None else {name: isinstance(value, int | float) for name, value in figures.items()}
 
 
-def _check_ranking(runner: Any, figures: dict[str, Any]) -> None:
-    numbers = sorted(name for name, value in figures.items() if isinstance(value, int | float))
+def _check_ranking(runner: Any, validated: list[tuple[str, EvalLoop, dict[str, bool] | None]]) -> None:
+    """Holds ``checkpoint.metric`` against the figures of the validation sets.
+
+    A name with a slash is refused if no samples whatever give it: figures of groups and classes are there for those
+    that have occurred.
+
+    Raises:
+        ConfigError: no validation gives the metric.
+    """
+    sets = {name: (loop, found) for name, loop, found in validated if found is not None}
+    if len(sets) < len(validated) or not sets:
+        return
+    numbers = [f"{name}/{one}".lstrip("/") for name, (_, found) in sets.items() for one in sorted(found) if found[one]]
     for metric in runner.store.ranking:
         if metric in numbers:
             continue
-        if "/" in metric:  # figures of groups and classes are there for those that have occurred
+        name, _, figure = ("", "", metric) if "" in sets else metric.partition("/")
+        loop, found = sets.get(name, (None, {}))
+        if "/" in figure and loop is not None and _may_occur(figure, loop.evaluator.metrics, found):
             runner.logger.warning(f"checkpoint.metric '{metric}' is not a figure of the first batches: {numbers}")
         else:
             raise ConfigError(f"checkpoint.metric '{metric}' is none of {numbers}")
+
+
+def _may_occur(figure: str, metrics: list[Any], found: dict[str, bool]) -> bool:
+    """Whether other samples may give a figure that the first batches have not given."""
+    above = itertools.accumulate(figure.split("/")[:-1], "{}/{}".format)
+    if any(name in found for name in above):  # one number, and so not several
+        return False
+    return any(getattr(metric, "may_report", lambda name: True)(figure) for metric in metrics)
 
 
 @contextlib.contextmanager

@@ -98,6 +98,18 @@ class TorchMetrics(BaseMetric):
         """This metric: mmengine takes a single config that has a key ``metrics`` for an evaluator's."""
         return [self]
 
+    def may_report(self, figure: str) -> bool:
+        """Whether some samples may give a figure of this name, as ``accuracy/3``, one of a vector over the classes."""
+        name = figure.removeprefix(f"{self.prefix}/") if self.prefix else figure
+        for measure, metric in self.measures.items():
+            if name.startswith(f"{measure}/") and (name != figure or not self.prefix):
+                classes = (
+                    getattr(metric, "num_classes", None) if getattr(metric, "average", "") in (None, "none") else None
+                )
+                index = name.removeprefix(f"{measure}/")
+                return classes is None or (index.isdecimal() and int(index) < classes)
+        return False
+
     def process(self, data_batch: Any, data_samples: Any) -> None:
         """Takes one batch.
 

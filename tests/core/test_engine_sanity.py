@@ -116,3 +116,58 @@ def test_only_the_first_batches_and_not_where_a_trainer_says_so(tiny, monkeypatc
     monkeypatch.setattr(mypoints.Classify, "sanity_check", False)
     tiny(TEST, "train_cfg.max_epochs=1", *options)
     assert at_first_step[0] == 0
+
+
+MEASURES = (
+    "~val_evaluator",
+    "+val_evaluator={type: core.metrics.TorchMetrics, prefix: mine, metrics: {"
+    "top1: {type: torchmetrics.classification.MulticlassAccuracy, num_classes: 2, average: micro}, "
+    "each: {type: torchmetrics.classification.MulticlassAccuracy, num_classes: 2, average: none}}}",
+)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        # Two that are found before anything is built.
+        ("mine/top2", "'mine/top2' is none of mine/each, mine/top1.*did you mean 'mine/top1'"),
+        ("top1", "'top1' is none of mine/each, mine/top1"),
+        ("mine/top1/1", r"'mine/top1/1' is none of \['mine/each/0', 'mine/each/1', 'mine/top1'\]"),
+        ("mine/each/2", r"'mine/each/2' is none of \['mine/each/0'"),
+        ("mine/each/last", r"'mine/each/last' is none of \['mine/each/0'"),
+    ],
+)
+def test_a_metric_with_a_slash_that_nothing_gives_is_found_as_early_as_can_be(tiny, metric, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(*MEASURES, f"checkpoint.metric={metric}", "run_dir=here")
+    assert not list(Path("here").glob("checkpoints/*")) and not list(Path().glob("here/media"))
+
+
+SETS = "+val_dataloader.sets={one: {}, two: {dataset: {count: 9}}}"
+
+
+def test_sets_of_a_validation_are_looked_at_too(tiny, monkeypatch):
+    import mypoints
+
+    assert tiny(*MEASURES, SETS, "train_cfg.max_epochs=1", "checkpoint.metric=two/mine/each/1")["status"] == "finished"
+    with pytest.raises(ConfigError, match="'tow/mine/top1' is none of one/mine/each"):
+        tiny(*MEASURES, SETS, "checkpoint.metric=tow/mine/top1")
+    monkeypatch.setattr(mypoints.Classify, "losses", lambda self, batch: {}["not reached"])
+    for metric in ("tow/accuracy", "two/acuracy", "two/accuracy/1"):
+        with pytest.raises(ConfigError, match=rf"'{metric}' is none of \['one/accuracy', 'one/seen', 'two/accuracy'"):
+            tiny(SETS, f"checkpoint.metric={metric}")
+
+
+def test_a_group_that_may_still_occur_is_a_warning(tiny, monkeypatch):
+    import mypoints
+
+    evaluate = mypoints.Accuracy.evaluate
+
+    def groups(self, size):
+        late = {"group/late": 1.0} if self.seen == size else {}
+        return {**evaluate(self, size), **late}
+
+    monkeypatch.setattr(mypoints.Accuracy, "evaluate", groups)
+    result = tiny("checkpoint.metric=group/late", "train_cfg.max_epochs=1")
+    assert result["val_metrics"]["group/late"] == 1
+    assert "'group/late' is not a figure of the first batches" in (Path(result["run_dir"]) / "run.log").read_text()
