@@ -173,7 +173,7 @@ class CocoFigures(CocoMetric):
     """mmdet's `CocoMetric` on annotation files as they are; evaluators take it for `mmdet.CocoMetric`.
 
     Ids may be names, and 0 is one like others (pycocotools takes an object of id 0 for a missed one). An object without
-    a mask is ignored where masks are compared.
+    a mask is ignored where masks are compared. A model that finds nothing has figures of 0, not none.
 
     Args:
         ann_file: the annotation file; None: mmdet takes the objects from the samples.
@@ -207,6 +207,10 @@ class _Judged(COCO):
     def loadAnns(self, ids: Any = ()) -> list[dict]:
         """Copies: an evaluation writes into them."""
         return [dict(entry) for entry in super().loadAnns(ids)]
+
+    def loadRes(self, found: list[dict]) -> COCO:
+        """Detections; without any, as of a model that has hardly begun, all objects are missed (pycocotools fails)."""
+        return super().loadRes(found) if found else _indexed({**self.dataset, "annotations": []})
 
     def annToRLE(self, ann: dict) -> dict:
         """Run lengths of an object's mask; one without a mask becomes a crowd of no pixels, so that it is ignored."""

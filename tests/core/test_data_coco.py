@@ -232,7 +232,7 @@ def figures(root, found, metric=("bbox", "segm")):
     count = len(found)
     masks = torch.from_numpy(decode(SQUARE, 8, 12))[None].repeat(count, 1, 1)
     prediction = {
-        "bboxes": torch.tensor(found).float(),
+        "bboxes": torch.as_tensor(found).float(),
         "scores": torch.ones(count),
         "labels": torch.zeros(count).long(),
     }
@@ -258,6 +258,12 @@ def test_objects_without_a_mask_are_ignored_where_masks_are_compared(tmp_path):
         write(tmp_path, content(entry(1), {**broken, "bbox": [8, 2, 3, 3]}))
         found = figures(tmp_path, [[2, 2, 6, 6]])
         assert found["coco/segm_mAP"] == 1 and 0.4 < found["coco/bbox_mAP"] < 0.6
+
+
+def test_a_model_that_finds_nothing_has_figures_of_0(tmp_path):
+    write(tmp_path, content(entry(1)))
+    found = figures(tmp_path, torch.zeros(0, 4))
+    assert found["coco/bbox_mAP"] == found["coco/segm_mAP"] == 0
 
 
 def test_a_list_of_metrics_takes_the_same_reader(tmp_path):
