@@ -99,8 +99,7 @@ class Block(nn.Module):
         """
         if between is None and choose is None:
             update = self.ls1(self._attention(x, y, grid, mask))
-            x = x + self.drop_path(update) if self.shortcut else update
-            return self._feed_forward(x)
+            return self._feed_forward(self._attended(x, update))
         if self.window is not None:
             raise ValueError("a windowed Block has no queries and keys of the whole map to hand to between= or choose=")
         q, k, v = self._project(x, y)
@@ -109,7 +108,7 @@ class Block(nn.Module):
             x = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
             q = q.gather(2, places[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1]))
         update = self.ls1(self.attn.attend(q, k, v, mask=mask))
-        x = x + self.drop_path(update) if self.shortcut else update
+        x = self._attended(x, update)
         return self._feed_forward(x if between is None else between(x, q, k))
 
     def attention_weights(self, x: Tensor, y: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
@@ -134,6 +133,9 @@ class Block(nn.Module):
         else:
             sources = [self.norm1(source) for source in ([y] if isinstance(y, Tensor) else y)]
         return self.attn.queries(normed), *self.attn.keys_values(*sources)
+
+    def _attended(self, x: Tensor, update: Tensor) -> Tensor:
+        return x + self.drop_path(update) if self.shortcut else update
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))

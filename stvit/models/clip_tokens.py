@@ -150,7 +150,7 @@ class ClipCrossBlock(Block):
         """Update queries `x` `(B, T, h, w, C)` from `y` `(B, T, H, W, C)` and, with `concat`, from themselves."""
         normed = self.norm1(x)
         update = self.ls1(self._cross(normed, self.norm1(y)))
-        return self._feed_forward(x + self.drop_path(update) if self.shortcut else update)
+        return self._feed_forward(self._attended(x, update))
 
     def slice_weights(self, x: Tensor, y: Tensor) -> Tensor:
         """Attention on `y` in the query's own slice, mean over heads: `(B, T, h*w, H, W)`, float32, sums to 1."""

@@ -112,7 +112,7 @@ class WindowCrossBlock(Block):
             self.attn, normed, self.norm1(y), keys, own=own, padding=self.norm1.bias, method=self.method
         )
         update = self.ls1(update)
-        return self._feed_forward(x + self.drop_path(update) if self.shortcut else update)
+        return self._feed_forward(self._attended(x, update))
 
     def window_weights(self, x: Tensor, y: Tensor, keys: WindowKeys, *, own: Tensor | None = None) -> Tensor:
         """Attention probabilities `(B, heads, H*W, M)`, float32, on the keys `[own; y; padding]`; see `forward`."""

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from timm.data.mixup import mixup_target
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
+from stvit import ClassificationTrainer
 from stvit.checkpoint import CheckpointMismatch, convert, from_deit, resize_relative_bias, revert
 from stvit.losses import classification_loss, label_smoothing_cross_entropy, soft_target_cross_entropy
 from stvit.models import Block, ConvStem, SemanticTokenViT, STViTSwin, build_pool, stvit_deit_small
@@ -282,6 +283,17 @@ def test_losses_equal_timm() -> None:
         classification_loss(logits, labels, 0.1), label_smoothing_cross_entropy(logits, labels, 0.1)
     )
     torch.testing.assert_close(classification_loss(logits, labels, 0.0), F.cross_entropy(logits, labels))
+
+
+def test_labels_are_smoothed_by_a_tenth_unless_told_otherwise() -> None:
+    """The recipe's 0.1: of ten classes, the right one keeps 0.91."""
+    logits, labels = torch.randn(6, 10), torch.randint(10, (6,))
+    target = torch.full((6, 10), 0.01).scatter(1, labels[:, None], 0.91)
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(label_smoothing_cross_entropy(logits, labels), expected)
+    torch.testing.assert_close(classification_loss(logits, labels), expected)
+    trainer = ClassificationTrainer(nn.Identity())
+    torch.testing.assert_close(trainer.losses({"image": logits, "label": labels})["loss_cls"], expected)
 
 
 def test_losses_are_float32_and_finite_at_extremes() -> None:

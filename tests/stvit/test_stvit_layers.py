@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from stvit.models import Attention, Block, PatchMerging, SemanticTokenGenerator, build_pool
 from stvit.models.attention import relative_position_index
+from stvit.models.clip_tokens import ClipTokenGenerator
 from stvit.models.pooling import adaptive_cells
+from stvit.models.window_tokens import WindowTokenGenerator
 
 
 def test_keys_of_several_sources_equal_their_concatenation() -> None:
@@ -66,6 +68,30 @@ def test_no_shortcut_starts_from_the_attention_alone() -> None:
     assert not block(torch.randn(1, 4, 8), torch.randn(1, 9, 8)).any()
 
 
+@pytest.mark.parametrize("kind", ["global", "window", "window_global", "clip", "between"])
+def test_without_its_residual_the_attention_half_is_never_dropped(kind: str) -> None:
+    """With stochastic depth of all but certainty, a half that may be dropped leaves zeros: the tokens would be lost."""
+    options = dict(drop_path=1 - 1e-6, shortcut=False)
+    if kind == "between":
+        module = Block(8, 2, **options)
+        calls = [lambda: module(x, between=lambda x, q, k: x)]
+    else:
+        module = {
+            "global": lambda: SemanticTokenGenerator(8, 2, grid=2, depth=1, use_global=False, **options),
+            "window": lambda: WindowTokenGenerator(8, 2, key_windows=(10,), **options),
+            "window_global": lambda: WindowTokenGenerator(8, 2, key_windows=(None,), **options),
+            "clip": lambda: ClipTokenGenerator(8, 2, key_windows=(10,), frames=2, **options),
+        }[kind]()
+        calls = [lambda: module(x) if kind == "clip" else module(x, (14, 14))]
+    x = torch.randn(4, 2, 14, 14, 8) if kind == "clip" else torch.randn(4, 196, 8)
+    layer = module if kind == "between" else module.layers[0]
+    nn.init.zeros_(layer.mlp.fc2.weight), nn.init.zeros_(layer.mlp.fc2.bias)
+    attended = module.eval() and calls[0]()
+    assert attended.abs().flatten(1).amax(1).min() > 0
+    module.train()
+    torch.testing.assert_close(calls[0](), attended)
+
+
 def test_adaptive_cells_overlap_as_documented() -> None:
     assert adaptive_cells(7, 3) == [(0, 3), (2, 5), (4, 7)]
     assert adaptive_cells(14, 4) == [(0, 4), (3, 7), (7, 11), (10, 14)]
@@ -112,6 +138,19 @@ def test_weighted_centres_are_means_of_their_own_window() -> None:
     torch.testing.assert_close(pool(torch.ones(1, 6, 6, 4)), torch.ones(1, 2, 2, 4))
     # 7 rows on a grid of 2: one row of padding behind, which weighs nothing.
     torch.testing.assert_close(pool(torch.ones(1, 7, 7, 4)), torch.ones(1, 2, 2, 4))
+
+
+@pytest.mark.parametrize(("side", "cells", "before"), [(7, 2, 0), (12, 5, 1), (14, 4, 1)])
+def test_an_odd_padding_has_its_larger_half_behind(side: int, cells: int, before: int) -> None:
+    """Of `t` rows or columns in all, `t // 2` come first: 1 is none and one, 3 is one and two."""
+    pool, window = build_pool("weighted", 4, (cells, cells)), -(-side // cells)
+    x = torch.randn(1, side, side, 4)
+    for axis in (1, 2):
+        for place in range(side):
+            changed = x.clone()
+            changed.select(axis, place).add_(1)
+            moved = (pool(changed) - pool(x)).abs().sum((0, 3)).amax(2 - axis) > 1e-6
+            assert moved.nonzero().flatten().tolist() == [(place + before) // window]
 
 
 def test_global_centres_enter_where_they_are_told() -> None:

@@ -207,38 +207,6 @@ def test_glyph_experiment_runs_with_every_row_of_the_claim(tokens: str, tmp_path
     assert 0 <= result["metrics"]["top1"] <= 1
 
 
-@pytest.mark.parametrize("name", ["stvit/deit_tiny", "stvit/deit_tiny_full"])
-def test_imagenet_experiments_train_on_folders(name: str, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for label in ("n01", "n02"):
-            folder = tmp_path / "imagenet" / split / label
-            folder.mkdir(parents=True)
-            for index in range(4):
-                pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{index}.JPEG")
-    words = [
-        f"experiment={name}",
-        f"runs_dir={tmp_path / 'runs'}",
-        "train_cfg.val_every_epochs=null",
-        *REDUCED,
-        "model.network.num_heads=2",
-        "model.network.img_size=32",
-        "model.network.patch_size=4",
-        "model.network.num_classes=2",
-        "model.mix.num_classes=2",
-        f"train_dataloader.dataset.root={tmp_path / 'imagenet'}",
-    ]
-    words += [f"{part}_dataloader.num_workers=0" for part in ("train", "val")]
-    words += [f"{part}_dataloader.dataset.transform.size=32" for part in ("train", "val")]
-    words += [f"+{part}_dataloader.dataset.num_classes=2" for part in ("train", "val")]
-    words += [f"val_evaluator.metrics.{key}.num_classes=2" for key in ("top1", "top5")]
-    words += ["val_evaluator.metrics.top5.top_k=2", "param_scheduler.0.warmup=1"]
-    result = run(compose(words))
-    assert result["steps"] == 2
-    assert result["metrics"]["top5"] == 1
-
-
 # Parameters in millions and GMACs. Full models are DeiT without class token and its position: 2C parameters fewer.
 TABLE_1 = {
     "deit_tiny_full": (5.717, 1.258),
