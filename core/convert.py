@@ -58,7 +58,7 @@ class Options:
     reverse: bool = field(default=False, metadata={"help": "from ours to the authors' layout"})
     key: str | None = field(default=None, metadata={"help": "where in the file the weights are, e.g. ema.model"})
     prefix: str = field(default="", metadata={"help": "only entries with this prefix, which is cut off, e.g. module."})
-    drop: list[str] = field(default_factory=list, metadata={"help": "patterns of entries that may be left out"})
+    drop: list[str] = field(default_factory=list, metadata={"help": "patterns of entries that are left out"})
     allow: list[str] = field(default_factory=list, metadata={"help": "further names an official pickle may mention"})
     report: str | None = field(default=None, metadata={"help": "also write the account to this JSON file"})
     config_dir: str | None = field(default=None, metadata={"help": "a folder of configs of your own"})
@@ -198,8 +198,11 @@ def convert_file(
     _check_options(converter, extra, options.paper)
     state, aside = read_state(options.src, key=options.key, allow=options.allow)
     state, left = _under(state, options.prefix or _own_prefix(state, inside, options.reverse))
-    dropped |= dict.fromkeys(options.drop, "left out on request")
+    asked = [name for name in state if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.drop)]
+    # Before the converter, which may refuse what it does not know.
+    state = {name: value for name, value in state.items() if name not in asked}
     converted, report = convert_state(state, converter, dropped=dropped, **extra)
+    report.dropped |= dict.fromkeys(asked, "left out on request")
     report.aside = [*aside, *left]
     if model is not None and not options.reverse and (diff := diff_state(model, converted)):
         counters = [k for k in diff.missing if k.endswith("num_batches_tracked")]

@@ -90,6 +90,8 @@ def without_declared(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without(node: Any, path: list[str]) -> Any:
+    if isinstance(node, list) and path[0].isdecimal():  # of a stage
+        return [_without(item, path[1:]) if i == int(path[0]) and path[1:] else item for i, item in enumerate(node)]
     if not isinstance(node, Mapping) or path[0] not in node:
         return node
     if len(path) == 1:

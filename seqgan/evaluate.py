@@ -4,10 +4,10 @@
     weights=weights-inception-2015-12-05-6726825d.pth
   python -m seqgan.evaluate samples=out reference=/data/ffhq weights=... statistics=ffhq.npz output=figures.json
 
-`samples` and `reference` are a folder of pictures or an NPZ file with `arr_0`, uint8 (N, H, W, 3), as ADM's evaluation
-has them. Sheets of several pictures that `tools/infer.py` wrote into the folder are left out. Where the reference has
-statistics `mu` and `sigma`, FID is taken against these; without pictures beside them there are no precision and recall.
-Pictures are compared at their own size.
+`samples` and `reference` are a folder of pictures or an array, uint8 (N, H, W, 3): an NPY file, or `arr_0` in an NPZ
+file, as ADM's evaluation has them. Sheets of several pictures that `tools/infer.py` wrote into the folder are left out.
+Where the reference has statistics `mu` and `sigma`, FID is taken against these; without pictures beside them there are
+no precision and recall. Pictures are compared at their own size.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from core.progress import Progress
 class Options:
     """What is compared with what."""
 
-    samples: str = field(metadata={"help": "folder of pictures, or NPZ file"})
-    reference: str = field(metadata={"help": "folder of pictures, or NPZ file with pictures or statistics"})
+    samples: str = field(metadata={"help": "folder of pictures, or NPZ or NPY file"})
+    reference: str = field(
+        metadata={"help": "folder of pictures, NPZ or NPY file with pictures, or NPZ file with statistics"}
+    )
     weights: str = field(metadata={"help": "torch-fidelity's Inception"})
     layer: int = field(default=2048, metadata={"help": "features: 64, 192, 768 or 2048"})
     splits: int = field(default=10, metadata={"help": "of the Inception score; 0: none"})
@@ -48,14 +50,14 @@ class Options:
 
 
 class Pictures:
-    """A folder of pictures, in order, or those of an NPZ file.
+    """A folder of pictures, in order, or those of an NPZ or NPY file.
 
     Args:
         path: of either.
         key: what it is called in errors.
 
     Raises:
-        ConfigError: neither, or nothing in it.
+        ConfigError: neither, nothing in it, or an array that is not of pictures.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -70,13 +72,15 @@ class Pictures:
             if not self.files:
                 more = " besides overviews: give the .npz file beside them" if overviews else ""
                 raise ConfigError(f"{key}={path}: no pictures in it{more} ({', '.join(IMAGE_EXTENSIONS)})")
-        elif path.is_file() and path.suffix == ".npz":
-            with reading(path), np.load(path, allow_pickle=False) as arrays:
-                self.array = arrays.get("arr_0")
+        elif path.is_file() and path.suffix in (".npz", ".npy"):
+            with reading(path):
+                found = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
+                self.array = found if isinstance(found, np.ndarray) else found.get("arr_0")
             if self.array is not None and (self.array.dtype != np.uint8 or self.array.shape[3:] != (3,)):
-                raise ConfigError(f"{key}={path}: arr_0 is {self.array.dtype} {self.array.shape}: uint8 (N, H, W, 3)")
+                what = f"{self.array.dtype} {self.array.shape}"
+                raise ConfigError(f"{key}={path}: the array is {what}: pictures are uint8 (N, H, W, 3)")
         else:
-            raise ConfigError(f"{key}={path}: neither a folder nor an .npz file")
+            raise ConfigError(f"{key}={path}: neither a folder nor an .npz or .npy file")
 
     def __len__(self) -> int:
         return len(self.files) if self.array is None else len(self.array)
@@ -85,7 +89,7 @@ class Pictures:
         """uint8 `(B, 3, H, W)`; pictures of a folder that differ in size come in batches of their own."""
         if self.array is not None:
             for start in range(0, len(self.array), size):
-                yield torch.from_numpy(self.array[start : start + size]).movedim(-1, 1).contiguous()
+                yield torch.from_numpy(np.array(self.array[start : start + size])).movedim(-1, 1).contiguous()
             return
         waiting: list[np.ndarray] = []
         for file in self.files:
@@ -128,7 +132,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     made, real = Pictures(Path(options.samples), "samples"), Pictures(Path(options.reference), "reference")
     if not len(made):
         raise ConfigError(f"samples={options.samples} has no pictures (arr_0)")
-    found = read_statistics(options.reference) if Path(options.reference).is_file() else None
+    file = Path(options.reference)
+    found = read_statistics(file) if file.is_file() and file.suffix == ".npz" else None
     if found is None and not len(real):
         raise ConfigError(f"reference={options.reference} has neither pictures (arr_0) nor statistics (mu, sigma)")
     compare = options.neighbours if len(real) else 0

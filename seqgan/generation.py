@@ -112,8 +112,10 @@ class Generator:
             numbers: of the images, in place of those counted from `first` on.
 
         Raises:
-            ConfigError: a label that is no class; no batch.
+            ConfigError: a label that is no class, or no label; no batch.
         """
+        if not len(labels):
+            raise ConfigError("labels=[]: no image is asked for, give the class of each")
         if batch < 1:
             raise ConfigError(f"batch={batch}: at least 1")
         classes = self.transformer.num_classes

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class SampleRequest:
             rectangle outside of which is kept; or the file of a mask, white where the picture is to be made anew.
         paste: put kept pixels back in place of their reconstruction.
         tokenizer: run folder of another tokenizer with the same codes, e.g. of the second phase, whose decoder is used.
+
+    Raises:
+        ConfigError: a field that is of another kind, out of range, or empty.
     """
 
     labels: Sequence[int] | None = None
@@ -62,25 +66,40 @@ class SampleRequest:
     paste: bool = True
     tokenizer: str | None = None
 
-    def classes(self, num_classes: int) -> list[int]:
-        """The label of every image.
+    def __post_init__(self) -> None:
+        numbers = {"count": (self.count, 1), "seed": (self.seed, 0), "batch": (self.batch, 1), "first": (self.first, 0)}
+        for name, (value, least) in numbers.items():
+            if not (name == "count" and value is None) and not (_whole(value) and value >= least):
+                raise ConfigError(f"request.{name}={value!r}: a whole number, {least} or more")
+        for name, value in (("singles", self.singles), ("paste", self.paste)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"request.{name}={value!r}: true or false")
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            raise ConfigError(f"request.tokenizer={self.tokenizer!r}: the folder of a run")
+        labels = self.labels
+        if labels is not None:
+            if isinstance(labels, str) or not isinstance(labels, Sequence) or not all(map(_whole, labels)):
+                raise ConfigError(f"request.labels={labels!r}: a list of classes, [0, 3]")
+            if not len(labels):
+                raise ConfigError("request.labels=[] asks for no image: name a class, or null for all of them")
 
-        Raises:
-            ConfigError: no image.
-        """
+    def classes(self, num_classes: int) -> list[int]:
+        """The label of every image."""
         count = self.count if self.count is not None else 16 if self.labels is None else len(self.labels)
-        if count < 1 or (self.labels is not None and not len(self.labels)):
-            raise ConfigError("the request asks for no image: give count=, or labels=")
         if self.labels is None:
             return spread_labels(count, num_classes)
         return [int(self.labels[i % len(self.labels)]) for i in range(count)]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def read_request(file: Path, base: SampleRequest) -> SampleRequest:
     """`base`, changed by a file: JSON with fields of `SampleRequest`, or text with the label of every image.
 
     Raises:
-        ConfigError: neither, or an unknown field.
+        ConfigError: neither, an unknown field, or a value that suits none.
     """
     text = read_text(file)
     try:
@@ -93,7 +112,10 @@ def read_request(file: Path, base: SampleRequest) -> SampleRequest:
             raise ConfigError(f"{file}: '{name}'{nearest(name, known)} is no part of a request ({', '.join(known)})")
     if "labels" in changes:
         changes.setdefault("count", None)  # a list of labels says how many
-    return dataclasses.replace(base, **changes)
+    try:
+        return dataclasses.replace(base, **changes)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def tokenizer_of(run: str | Path) -> Tokenizer:
@@ -166,7 +188,8 @@ def hidden_pixels(keep: str | Sequence[float], side: int) -> Tensor:
     """
     hidden = torch.zeros(side, side, dtype=torch.bool)
     if not isinstance(keep, str):
-        if len(keep) != 4 or not (0 <= keep[0] < keep[2] <= 1 and 0 <= keep[1] < keep[3] <= 1):
+        numbers = len(keep) == 4 and all(isinstance(share, int | float) for share in keep)
+        if not numbers or not (0 <= keep[0] < keep[2] <= 1 and 0 <= keep[1] < keep[3] <= 1):
             raise ConfigError(f"keep={list(keep)}: four shares between 0 and 1: top, left, bottom, right")
         top, left, bottom, right = (round(share * side) for share in keep)
         hidden[top:bottom, left:right] = True

@@ -10,6 +10,7 @@ list of generators, one for each image, an image's noise does not depend on what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from seqgan.models.autoregressive import ARTransformer
+from seqgan.models.checks import check_codes, check_mask, class_labels
 from seqgan.models.masked import MaskedTransformer
-from seqgan.models.masking import mask_count
+from seqgan.models.masking import mask_count, mask_ratio
 
 CFG_SCHEDULES = ("constant", "linear")
 
@@ -37,8 +39,7 @@ def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) ->
     Raises:
         ValueError: `top_k` below one, or `top_p` outside (0, 1].
     """
-    if (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
-        raise ValueError(f"top_k {top_k} must be at least 1 (or None) and top_p {top_p} in (0, 1]")
+    _check_likely(top_k, top_p)
     if top_k is not None and top_k < logits.shape[-1]:
         last = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < last, -torch.inf)
@@ -49,6 +50,17 @@ def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) ->
         drop = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= top_p)
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
+
+
+def _check_likely(top_k: int | None, top_p: float) -> None:
+    if (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
+        raise ValueError(f"top_k={top_k} and top_p={top_p}: top_k must be at least 1 (or None), top_p in (0, 1]")
+
+
+def _check_amounts(**amounts: float) -> None:
+    for name, value in amounts.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}: a finite number, 0 or more")
 
 
 def guide(cond: Tensor, uncond: Tensor, weight: float, schedule: str = "constant", progress: float = 1.0) -> Tensor:
@@ -64,10 +76,14 @@ def guide(cond: Tensor, uncond: Tensor, weight: float, schedule: str = "constant
     Raises:
         ValueError: an unknown schedule.
     """
-    if schedule not in CFG_SCHEDULES:
-        raise ValueError(f"unknown guidance schedule {schedule!r}: use {', '.join(CFG_SCHEDULES)}")
+    _check_schedule(schedule)
     weight = weight * progress if schedule == "linear" else weight
     return (1 + weight) * cond - weight * uncond
+
+
+def _check_schedule(schedule: str) -> None:
+    if schedule not in CFG_SCHEDULES:
+        raise ValueError(f"unknown guidance schedule {schedule!r}: use {', '.join(CFG_SCHEDULES)}")
 
 
 def gumbel(shape: tuple[int, ...], device: torch.device, generator: Generators = None) -> Tensor:
@@ -143,6 +159,9 @@ class ARSampler:
         cfg: weight of guidance; needs a model with a null class.
         cached: keep keys and values of earlier positions; False computes everything anew at every step, for
             comparison.
+
+    Raises:
+        ValueError: a negative temperature or weight, `top_k` below one, or `top_p` outside (0, 1].
     """
 
     temperature: float = 1.0
@@ -150,6 +169,10 @@ class ARSampler:
     top_p: float = 1.0
     cfg: float = 0.0
     cached: bool = True
+
+    def __post_init__(self) -> None:
+        _check_amounts(temperature=self.temperature, cfg=self.cfg)
+        _check_likely(self.top_k, self.top_p)
 
     @torch.no_grad()
     def __call__(
@@ -173,10 +196,11 @@ class ARSampler:
             known: `(B, N)`, True where `codes` is to be kept.
 
         Raises:
-            ValueError: guidance of a model without a null class, or only one of `codes` and `known`.
+            ValueError: guidance of a model without a null class; only one of `codes` and `known`, or of another shape,
+                or with codes outside of the codebook; labels that are no classes of the model.
         """
         device = model.positions.device
-        codes, known = _given(codes, known, label, batch, model.length, device)
+        codes, known = _given(codes, known, label, batch, model)
         batch = codes.shape[0]
         start = model.start(label, batch, device)
         if self.cfg:
@@ -215,6 +239,9 @@ class ParallelSampler:
         temperature: divides logits; 0: the likeliest codes.
         cfg: weight of guidance.
         cfg_schedule: `constant`, or `linear` in the step.
+
+    Raises:
+        ValueError: no steps, an unknown schedule, or a negative temperature or weight.
     """
 
     steps: int = 12
@@ -223,6 +250,13 @@ class ParallelSampler:
     temperature: float = 1.0
     cfg: float = 0.0
     cfg_schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: at least one is needed")
+        _check_amounts(choice_temperature=self.choice_temperature, temperature=self.temperature, cfg=self.cfg)
+        mask_ratio(self.schedule, torch.ones(()), 2)
+        _check_schedule(self.cfg_schedule)
 
     @torch.no_grad()
     def __call__(
@@ -237,9 +271,8 @@ class ParallelSampler:
     ) -> Tensor:
         """Sample codes `(B, N)`; arguments as of `ARSampler`."""
         device = model.head_bias.device
-        codes, known = _given(codes, known, label, batch, model.length, device)
-        if label is None:
-            label = torch.zeros(codes.shape[0], dtype=torch.long, device=device)
+        codes, known = _given(codes, known, label, batch, model)
+        label = class_labels(label, model.num_classes, model.null_label, len(codes), device)
         nothing_known = not bool(known.any())
 
         def predict(step: int, codes: Tensor, masked: Tensor) -> Tensor:
@@ -271,16 +304,27 @@ class ParallelSampler:
 
 
 def _given(
-    codes: Tensor | None, known: Tensor | None, label: Tensor | None, batch: int, length: int, device: torch.device
+    codes: Tensor | None,
+    known: Tensor | None,
+    label: Tensor | None,
+    batch: int,
+    model: ARTransformer | MaskedTransformer,
 ) -> tuple[Tensor, Tensor]:
     """Given codes and where they are, `(B, N)` each."""
+    length, device = model.length, model.tokens.weight.device
+    batch = batch if label is None else len(label)
+    if batch < 1:
+        raise ValueError("nothing to sample: give at least one label, or a batch of at least one")
     if (codes is None) != (known is None):
         raise ValueError("give both codes and known, or neither: known says which codes are kept")
     if codes is not None and known is not None:
-        if codes.shape[1] != length or known.shape != codes.shape:
-            raise ValueError(f"codes {tuple(codes.shape)}, known {tuple(known.shape)}: both must be (B, {length})")
+        batch = len(codes) if label is None else batch
+        if codes.shape != (batch, length) or known.shape != codes.shape:
+            shapes = f"codes {tuple(codes.shape)}, known {tuple(known.shape)}"
+            raise ValueError(f"{shapes}: both must be ({batch}, {length}), an image a row")
+        check_mask(known, codes, "known")
+        check_codes(codes, model.codebook_size, read=known)
         return codes, known
-    batch = batch if label is None else len(label)
     return (
         torch.zeros(batch, length, dtype=torch.long, device=device),
         torch.zeros(batch, length, dtype=torch.bool, device=device),

@@ -205,7 +205,13 @@ class TokenizerTrainer(Trainer):
         return {"reconstructions": reconstructions(self.network, batch["image"], made, indices)}
 
     def infer(self, file: Path) -> Inference:
-        """A picture, its reconstruction and its codes; see `seqgan.inference.reconstruct_picture`."""
+        """A picture, its reconstruction and its codes; see `seqgan.inference.reconstruct_picture`.
+
+        Raises:
+            ConfigError: a request for samples, which a transformer makes.
+        """
+        if file.suffix in REQUESTS:
+            raise ConfigError(f"{file}: a tokenizer shows pictures; samples are made by the run of a transformer")
         side = None if self.input_shape is None else self.input_shape[-1]
         return reconstruct_picture(self.network, file, side, self.device)
 

@@ -38,7 +38,7 @@ def rename(state: Mapping[str, Tensor], names: Mapping[str, str], source: str) -
         else:
             unknown.append(name)
     if unknown:
-        raise CheckpointMismatch(f"no place in {source} for {listed(unknown)}")
+        raise CheckpointMismatch(f"no place in {source} for {listed(unknown)} (drop=[PATTERN] leaves entries out)")
     return renamed
 
 

@@ -68,7 +68,8 @@ def _vqgan(state: Mapping[str, Tensor]) -> State:
     unknown = [name for name in state if not _KNOWN.fullmatch(name)]
     if unknown:
         raise CheckpointMismatch(
-            f"no place in a VQGAN with a plain codebook for {listed(unknown)}: only that kind is converted"
+            f"no place in a VQGAN with a plain codebook for {listed(unknown)}: only that kind is converted. "
+            "drop=[PATTERN] leaves out what is not of the network, e.g. model_ema.*, quantize.used or colorize"
         )
     return convert_attention(state)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqgan.models.labels import class_labels
+from seqgan.models.checks import check_codes, class_labels
 
 CLASS_ROWS = ("own", "shared")
 
@@ -130,7 +130,12 @@ class ARTransformer(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, codes: Tensor, label: Tensor | None = None) -> Tensor:
-        """Logits `(B, N, K)` of codes `(B, N)`, each predicted from those before it and the class `label` `(B,)`."""
+        """Logits `(B, N, K)` of codes `(B, N)`, each predicted from those before it and the class `label` `(B,)`.
+
+        Raises:
+            ValueError: codes outside of the codebook or more than there are positions; labels as of `start`.
+        """
+        check_codes(codes, self.codebook_size)
         tokens = torch.cat([self.start(label, codes.shape[0], codes.device)[:, None], codes[:, :-1]], dim=1)
         return F.linear(self.hidden(tokens), self.head.weight[: self.codebook_size])
 
@@ -138,12 +143,17 @@ class ARTransformer(nn.Module):
         """The token `(B,)` that a sequence starts with.
 
         Raises:
-            ValueError: labels are missing although there are several classes, or lie outside of them.
+            ValueError: labels are missing although there are several classes, lie outside of them, or are not B.
         """
         return self.first_class + class_labels(label, self.num_classes, self.null_label, batch, device)
 
     def token_logits(self, tokens: Tensor) -> Tensor:
-        """Logits `(B, T, V)` over the whole vocabulary after every token of `(B, T)`."""
+        """Logits `(B, T, V)` over the whole vocabulary after every token of `(B, T)`.
+
+        Raises:
+            ValueError: tokens outside of the vocabulary, or more than there are positions.
+        """
+        check_codes(tokens, self.tokens.num_embeddings)
         return self.head(self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
@@ -168,7 +178,13 @@ class ARTransformer(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, position: int, cache: KeyValueCache) -> Tensor:
-        """Logits `(B, V)` after the token `(B,)` at `position`; earlier ones have been given in earlier steps."""
+        """Logits `(B, V)` after the token `(B,)` at `position`; earlier ones have been given in earlier steps.
+
+        Raises:
+            ValueError: there is no such position.
+        """
+        if not 0 <= position < self.length:
+            raise ValueError(f"position {position}: the model has 0 to {self.length - 1}")
         x = self.tokens(tokens)[:, None] + self.positions[:, position : position + 1]
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x = block.step(x, position, keys, values)

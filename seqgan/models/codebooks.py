@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ class EMAQuantizer(VectorQuantizer):
         self.embedding.weight.requires_grad_(False)
         self.register_buffer("cluster_size", torch.ones(size))
         self.register_buffer("cluster_sum", self.embedding.weight.detach().clone())
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EMAQuantizer:
+        """Averages stay in float32 where the module goes to half precision, which would swallow their small steps."""
+        super()._apply(fn, recurse)
+        self.cluster_size, self.cluster_sum = self.cluster_size.float(), self.cluster_sum.float()
+        return self
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise features `(B, C, H, W)`; in training the codes move afterwards."""
@@ -216,7 +223,7 @@ class FactorizedQuantizer(nn.Module):
         return self._high(self.codes.lookup(indices))
 
     def _low(self, features: Tensor) -> Tensor:
-        return F.normalize(self.project(features), dim=-1)
+        return F.normalize(self.project(features.to(self.project.weight.dtype)), dim=-1)
 
     def _high(self, codes: Tensor) -> Tensor:
         return self.expand(codes.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -10,6 +10,7 @@ from timm.layers import lecun_normal_
 from torch import Tensor, nn
 
 from seqgan.models.attention import RegionalDilatedAttention
+from seqgan.models.checks import check_image
 from seqgan.models.resample import Downsample, UpsampleConv
 from seqgan.models.residual import ResidualBlock, group_norm
 
@@ -54,11 +55,9 @@ class ConvEncoder(nn.Module):
         """Features `(B, z_dim, H/f, W/f)` of images `(B, 3, H, W)` in [-1, 1]; f doubles with every level but one.
 
         Raises:
-            ValueError: f does not divide the image.
+            ValueError: other channels, or f does not divide the image.
         """
-        factor = 2 ** (len(self.levels) - 1)
-        if image.shape[-1] % factor or image.shape[-2] % factor:
-            raise ValueError(f"images of {tuple(image.shape[-2:])} pixels: the sides must be multiples of {factor}")
+        check_image(image, self.stem.in_channels, 2 ** (len(self.levels) - 1))
         x = self.stem(image)
         for i, level in enumerate(self.levels):
             x = level(x if i == 0 else self.down(x))

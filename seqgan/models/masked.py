@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqgan.models.labels import class_labels
+from seqgan.models.checks import check_codes, check_mask, class_labels
 
 _EPS = 1e-12
 
@@ -111,15 +111,24 @@ class MaskedTransformer(nn.Module):
             `(B, N, K)`.
 
         Raises:
-            ValueError: labels are missing although there are several classes, or lie outside of them.
+            ValueError: labels are missing although there are several classes, lie outside of them, or are not B; codes
+                that are read lie outside of the codebook, or are more than there are positions; a mask of another
+                shape.
         """
+        check_mask(mask, codes)
+        check_codes(codes, self.codebook_size, read=~mask)
         label = class_labels(label, self.num_classes, self.null_label, codes.shape[0], codes.device)
         hidden = torch.where(mask, self.mask_token, codes)
         tokens = torch.cat([(self.codebook_size + label)[:, None], hidden], dim=1)
         return self._predict(self.hidden(tokens)[:, 1:], self.codebook_size)
 
     def token_logits(self, tokens: Tensor) -> Tensor:
-        """Logits `(B, T, V)` over the whole vocabulary for tokens `(B, T)`."""
+        """Logits `(B, T, V)` over the whole vocabulary for tokens `(B, T)`.
+
+        Raises:
+            ValueError: tokens outside of the vocabulary, or more than there are positions.
+        """
+        check_codes(tokens, self.tokens.num_embeddings)
         return self._predict(self.hidden(tokens), len(self.head_bias))
 
     def hidden(self, tokens: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 class Quantized(NamedTuple):
     """What quantisation gives.
 
-    z_q: codes in place of features, with the gradient of the features, `(B, C, H, W)`.
+    z_q: codes in place of features, with the gradient of the features, `(B, C, H, W)`, in the codebook's precision.
     indices: of the codes, `(B, H, W)` int64.
     losses: weighted terms by name (`codebook`, `commit` and, where there is one, `entropy`); their sum is the loss.
     """
@@ -34,7 +34,7 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of `size` codes of `dim` channels; computed in float32, also under autocast.
+    """A codebook of `size` codes of `dim` channels; computed in float32, also under autocast or in half precision.
 
     Args:
         size: number of codes K.
@@ -79,10 +79,12 @@ class VectorQuantizer(nn.Module):
         """Quantise features `(B, C, H, W)`.
 
         Raises:
-            ValueError: features of another number of channels.
+            ValueError: features of another number of dimensions or channels.
         """
-        if z.shape[1] != self.dim:
-            raise ValueError(f"features of {z.shape[1]} channels, but codes of {self.dim}: give both the same width")
+        if z.ndim != 4 or z.shape[1] != self.dim:
+            raise ValueError(
+                f"features are {tuple(z.shape)}, but codes have {self.dim} channels: (B, {self.dim}, H, W)"
+            )
         with full_precision(z):
             z = z.float()
             features = rearrange(z, "b c h w -> b (h w) c")
@@ -93,13 +95,14 @@ class VectorQuantizer(nn.Module):
             else:
                 indices = self.nearest(features)
             indices = rearrange(indices, "b (h w) -> b h w", h=z.shape[2])
-            codes = self.lookup(indices)
+            codes = self._codes(indices)
             losses = self.terms(z, codes)
             if self.entropy is not None:
                 losses["entropy"] = self.entropy(self.squared_distances(features) if squared is None else squared)
             carrier = rotated(z, codes.detach()) if self.gradient == "rotation" else z
             # In this order the value is the code itself, so that decoding the indices gives the same image.
-            return Quantized(codes.detach() + (carrier - carrier.detach()), indices, losses)
+            z_q = codes.detach() + (carrier - carrier.detach())
+            return Quantized(z_q.to(self.embedding.weight.dtype), indices, losses)
 
     def requires_grad_(self, requires_grad: bool = True) -> VectorQuantizer:
         """As of any module; False also freezes codes that no gradient moves, whatever `train` says afterwards."""
@@ -134,14 +137,18 @@ class VectorQuantizer(nn.Module):
         """
         codes = self.codebook()
         lengths = codes.square().sum(-1)
-        rows = [features.reshape(-1, self.dim)]
+        rows = [features.reshape(-1, self.dim).float()]
         if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):  # else the number of parts would be frozen
             rows = rows[0].split(self.block)
         found = [torch.addmm(lengths, part, codes.t(), alpha=-2).argmin(dim=-1) for part in rows]
         return (found[0] if len(found) == 1 else torch.cat(found)).view(features.shape[:-1])
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codes `(B, C, H, W)` of indices `(B, H, W)`."""
+        """Codes `(B, C, H, W)` of indices `(B, H, W)`, in the precision of the weights."""
+        return self._codes(indices).to(self.embedding.weight.dtype)
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        """The same in float32."""
         return F.embedding(indices, self.codebook()).permute(0, 3, 1, 2)
 
 

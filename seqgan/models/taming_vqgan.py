@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqgan.models.attention import SpatialAttention
+from seqgan.models.checks import check_image
 from seqgan.models.resample import Downsample, DownsampleConv, Upsample, UpsampleConv
 from seqgan.models.residual import ResidualBlock, group_norm
 
@@ -95,7 +96,12 @@ class VQGANEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], (1 + double_z) * z_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Features `(B, z, H/f, W/f)` of images `(B, 3, H, W)` in [-1, 1]."""
+        """Features `(B, z, H/f, W/f)` of images `(B, 3, H, W)` in [-1, 1].
+
+        Raises:
+            ValueError: other channels, or f does not divide the image.
+        """
+        check_image(image, self.conv_in.in_channels, 2 ** (len(self.down) - 1))
         x = self.conv_in(image)
         for level in self.down:
             x = level(x)

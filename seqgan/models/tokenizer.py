@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from seqgan.models.checks import check_codes
 from seqgan.models.codebooks import quantizer_of_kind
 from seqgan.models.conv_vqgan import MULTIPLIERS, ConvDecoder, ConvEncoder
 from seqgan.models.quantizer import VectorQuantizer, full_precision
@@ -60,21 +61,29 @@ class Tokenizer(nn.Module):
         return TokenizerOutput(self.decoder(self.post_quant_conv(z_q)), indices, losses)
 
     def features(self, image: Tensor) -> Tensor:
-        """What is quantised, `(B, C, h, w)`."""
-        return self.quant_conv(self.encoder(image))
+        """What is quantised, `(B, C, h, w)`, of images `(B, 3, H, W)` in any precision, in that of the weights.
+
+        Raises:
+            ValueError: images that are no floats, or do not fit the encoder.
+        """
+        if not image.is_floating_point():
+            raise ValueError(f"images are {str(image.dtype).removeprefix('torch.')}: give floats in [-1, 1]")
+        weight = next(self.encoder.parameters(), image)
+        return self.quant_conv(self.encoder(image.to(weight.dtype)))
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
-        """Codes `(B, h, w)` of images, in float32 also under autocast: a code changes where rounding moves a tie."""
+        """Codes `(B, h, w)` of images, in the weights' precision also under autocast, since rounding moves ties."""
         with full_precision(image):
-            return self.quantizer.nearest(self.features(image.float()).permute(0, 2, 3, 1))
+            return self.quantizer.nearest(self.features(image).permute(0, 2, 3, 1))
 
     def decode(self, indices: Tensor) -> Tensor:
         """Images of codes `(B, h, w)`, or of sequences `(B, N)` of a square map in raster order.
 
         Raises:
-            ValueError: a sequence that makes no square.
+            ValueError: a sequence that makes no square, or codes that the codebook does not have.
         """
+        check_codes(indices, self.quantizer.size, dims=(2, 3))
         if indices.ndim == 2:
             side = math.isqrt(indices.shape[1])
             if side * side != indices.shape[1]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqgan.models import ARTransformer, MaskedTransformer, SpatialAttention, Tokenizer, VectorQuantizer
+from seqgan.models.checks import check_image
 
 OUTPUTS = 13  # ten classes, and centre and size of the shape
 
@@ -91,6 +92,15 @@ class SmallEncoder(nn.Sequential):
             nn.SiLU(),
             nn.Conv2d(width, z_dim, 1),
         )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Features.
+
+        Raises:
+            ValueError: other channels, or sides that are no multiples of 4.
+        """
+        check_image(image, 3, 4)
+        return super().forward(image)
 
 
 class SmallDecoder(nn.Module):

@@ -11,6 +11,7 @@ from core.data import derive_seed
 from core.errors import ConfigError
 from core.trainer import Batch
 from seqgan.codes import CodeCache
+from seqgan.inference import SampleRequest
 from seqgan.models import ARTransformer, MaskedTransformer, Tokenizer
 from seqgan.sampling import ARSampler, ParallelSampler
 from seqgan.trainer import TransformerTrainer
@@ -27,6 +28,7 @@ class TwoDecoderTransformer(TransformerTrainer):
         sample_seed: of the noise of samples.
         steps: of a masked transformer's sampler.
         smoothing: see `TransformerTrainer`.
+        request: what `tools/infer.py` makes, see `TransformerTrainer`.
     """
 
     def __init__(
@@ -38,9 +40,13 @@ class TwoDecoderTransformer(TransformerTrainer):
         sample_seed: int = 0,
         steps: int = 12,
         smoothing: float = 0.1,
+        request: SampleRequest | None = None,
     ) -> None:
-        super().__init__(network, tokenizer, cache, smoothing=smoothing, frozen=("second",))
-        self.second, self.sample_seed, self.steps = second, sample_seed, steps
+        sampler = ARSampler() if isinstance(network, ARTransformer) else ParallelSampler(steps)
+        super().__init__(
+            network, tokenizer, cache, smoothing=smoothing, sampler=sampler, request=request, frozen=("second",)
+        )
+        self.second, self.sample_seed = second, sample_seed
         self.sanity_check = False  # predictions hold samples
 
     def predict(self, batch: Batch) -> dict[str, Any]:
@@ -72,6 +78,4 @@ class TwoDecoderTransformer(TransformerTrainer):
     def sample(self, label: Tensor, number: int = 0) -> Tensor:
         """Codes `(B, N)` of classes `(B,)` at temperature 1; noise follows from `sample_seed` and `number`."""
         generator = torch.Generator(label.device).manual_seed(derive_seed(self.sample_seed, number) % 2**63)
-        if isinstance(self.network, ARTransformer):
-            return ARSampler()(self.network, label, generator=generator)
-        return ParallelSampler(self.steps)(self.network, label, generator=generator)
+        return self.sampler(self.network, label, generator=generator)

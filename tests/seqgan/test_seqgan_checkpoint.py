@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def test_files_of_vqgan_convert_by_command(tmp_path: Path) -> None:
     report = convert_file(Options("seqgan", str(tmp_path / "vqgan.ckpt"), str(tmp_path / "ours.pt")))
     assert same(torch.load(tmp_path / "ours.pt"), model.state_dict())
     assert len(report.dropped) == len(beside) and not report.fresh
+    # What training left in the file goes only when it is asked to.
+    extras = {"model_ema.decay": torch.ones(()), "model_ema.encoderconv_inweight": torch.ones(2)}
+    extras |= {"quantize.used": torch.arange(4), "colorize": torch.ones(3, 1, 1, 1)}
+    torch.save({"state_dict": theirs | beside | extras}, tmp_path / "more.ckpt")
+    asked = Options("seqgan", str(tmp_path / "more.ckpt"), str(tmp_path / "again.pt"))
+    with pytest.raises(CheckpointMismatch, match=r"no place in a VQGAN .*model_ema\.decay.*drop=\[PATTERN\]"):
+        convert_file(asked)
+    report = convert_file(dataclasses.replace(asked, drop=["model_ema.*", "quantize.used", "colorize"]))
+    assert same(torch.load(tmp_path / "again.pt"), model.state_dict())
+    assert {name for name, why in report.dropped.items() if why == "left out on request"} == extras.keys()
     options = Options("seqgan", str(tmp_path / "vqgan.ckpt"), str(tmp_path / "critic.pt"), prefix="loss.discriminator.")
     convert_file(options)
     assert critic.state_dict().keys() - torch.load(tmp_path / "critic.pt").keys() == set()

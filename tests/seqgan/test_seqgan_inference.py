@@ -91,7 +91,7 @@ def test_labels_are_spread_and_checked() -> None:
     with pytest.raises(ConfigError, match="label 3: the transformer knows classes 0 to 2"):
         trainer("ar").generator().sample([0, 3])
     with pytest.raises(ConfigError, match="no image"):
-        SampleRequest(count=0).classes(3)
+        trainer("ar").generator().sample([])
 
 
 def test_requests_are_read_from_files(tmp_path) -> None:
@@ -106,6 +106,28 @@ def test_requests_are_read_from_files(tmp_path) -> None:
     (tmp_path / "d.txt").write_text("cat")
     with pytest.raises(ConfigError, match="neither labels"):
         read_request(tmp_path / "d.txt", base)
+    (tmp_path / "e.json").write_text('{"labels": []}')
+    with pytest.raises(ConfigError, match=r"e\.json: request\.labels=\[\] asks for no image"):
+        read_request(tmp_path / "e.json", base)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("labels", [[], "12", 3, [1.5], ["a"], [True], [[1]]]),
+        ("count", [0, -1, 2.0, "4", True]),
+        ("seed", [-1, 0.5, None]),
+        ("batch", [0, None, "all"]),
+        ("first", [-1, None]),
+        ("singles", ["no", 1]),
+        ("paste", [None, "yes"]),
+        ("tokenizer", [3]),
+    ],
+)
+def test_fields_of_a_request_are_checked(field: str, wrong: list) -> None:
+    for value in wrong:
+        with pytest.raises(ConfigError, match=rf"request\.{field}="):
+            SampleRequest(**{field: value})
 
 
 @pytest.mark.parametrize("kind", ["ar", "nar"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3 as library
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from core.errors import ConfigError
+from core.errors import ConfigError, VitrineError
 from core.metrics.reading import MetricError
 from seqgan import evaluate as tool
 from seqgan.fidelity import Inception, Statistics, frechet_distance, inception_score, precision_recall
@@ -342,6 +343,10 @@ def test_the_command_reads_folders_batches_and_statistics(weights, tmp_path, cap
     options, _ = tool.parse([*common, f"reference={tmp_path}/stats.npz", "splits=0"], tool.Options, doc="")
     again = tool.evaluate(options)
     assert again["fid"] == pytest.approx(figures["fid"], rel=1e-6)
+    for name, images in (("made", made), ("real", real)):  # the same arrays without a name
+        np.save(tmp_path / f"{name}.npy", images.movedim(1, -1).numpy())
+    words = [f"samples={tmp_path}/made.npy", f"reference={tmp_path}/real.npy", *common[1:]]
+    assert tool.evaluate(tool.parse(words, tool.Options, doc="")[0]) == figures
     assert "precision" not in again and again["reference_statistics"] == "of the file"
     # An ADM reference batch has both: its statistics are taken, and its pictures for precision and recall.
     with np.load(tmp_path / "stats.npz") as stats:
@@ -388,8 +393,12 @@ def test_the_command_says_what_is_wrong(weights, tmp_path) -> None:
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 4, 4, 3)))
     np.savez(tmp_path / "empty.npz", other=np.zeros(1))
     (tmp_path / "folder").mkdir()
-    for samples, says in (("float.npz", "uint8"), ("folder", "no pictures"), ("none", "neither a folder")):
-        with pytest.raises(ConfigError, match=says):
+    (tmp_path / "objects.npy").write_bytes(pickle.dumps(print))
+    np.save(tmp_path / "grey.npy", np.zeros((2, 4, 4), np.uint8))
+    cases = {"float.npz": "uint8", "folder": "no pictures", "none": "neither a folder"}
+    cases |= {"objects.npy": "objects.npy' cannot be read", "grey.npy": r"uint8 \(2, 4, 4\): pictures are"}
+    for samples, says in cases.items():
+        with pytest.raises(VitrineError, match=says):
             ask(tmp_path / samples, tmp_path / "float.npz")
     np.savez(tmp_path / "made.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(ConfigError, match="neither pictures"):

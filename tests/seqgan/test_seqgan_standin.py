@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from core.config import compose
@@ -26,6 +28,7 @@ from seqgan.standin.sheet import main as draw_sheet
 from seqgan.standin.trainer import TwoDecoderTransformer
 from seqgan.tradeoff import PANELS, curve
 from seqgan.tradeoff import main as draw_main
+from tools.infer import main as infer
 
 
 def count(module: nn.Module) -> int:
@@ -172,6 +175,33 @@ def test_decoding_with_another_first_phase_is_refused() -> None:
     assert torch.equal(out["codes"], out["codes2"]) and out["sample2"].shape == (2, 3, 24, 24)
 
 
+def shown_by_the_tool(run_folder: Path, folder: Path, kind: str) -> None:
+    """Every stage: samples of a request, and photographs of any size and mode."""
+    (folder / "photos").mkdir()
+    modes = {"wide.jpg": ("RGB", (9, 40)), "tiny.jpg": ("L", (7, 5)), "clear.png": ("RGBA", (24, 24))}
+    modes |= {"palette.png": ("P", (50, 61)), "print.jpg": ("CMYK", (30, 33)), "line.png": ("1", (64, 64))}
+    for name, (mode, size) in modes.items():
+        pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / "photos" / name)
+    (folder / "request.json").write_text('{"labels": [1, 2], "count": 3}')
+
+    def ask(place: str, given: str, *more: str) -> list[dict]:
+        words = [f"checkpoint={run_folder}/{place}", f"output={folder}/out", f"input={folder}/{given}", "device=cpu"]
+        infer([*words, *more])
+        return json.loads((folder / "out" / "results.json").read_text())
+
+    for stage in ("stage_0_tokenizer", "stage_1_decoder"):
+        records = ask(stage, "photos")
+        assert [record["size"] for record in records] == [[24, 24]] * len(modes)
+        with pytest.raises(ConfigError, match="samples are made by the run of a transformer"):
+            ask(stage, "request.json")
+    (record,) = ask("", "request.json", "model.steps=2")
+    assert record["labels"] == [1, 2, 1] and record["sampler"].get("steps", 2) == 2
+    records = ask("stage_2_transformer", "photos", "model.request.labels=[3]")
+    kept = [record["label"] if kind == "ar" else record["labels"][0] for record in records]
+    assert kept == [3] * len(modes) and all(Path(next(iter(r["pictures"].values()))).is_file() for r in records)
+
+
 @pytest.mark.parametrize(
     ("experiment", "kind"), [("shape_glyphs", "ar"), ("shape_glyphs", "nar"), ("shape_glyphs_gan", "ar")]
 )
@@ -220,6 +250,8 @@ def test_three_stages_from_one_first_phase(experiment: str, kind: str, tmp_path,
     assert bool(judged) == experiment.endswith("gan")
     assert all(not torch.equal(weights[0][n], weights[1][n]) for n in judged if n.endswith("weight"))
 
+    if experiment == "shape_glyphs":
+        shown_by_the_tool(made.parent, tmp_path, kind)
     run_folder = str(made.parent)
     draw_sheet([f"runs=[{run_folder},{run_folder}]", "titles=[a,b]", f"output={tmp_path}/sheet.png"])
     assert (tmp_path / "sheet.png").stat().st_size > 20_000

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from core.config import CONFIGS, compose
 from core.figures import Figures
+from core.results import fingerprint
 from seqgan.models import ar_base, ar_large, conv_tokenizer, nar_base, nar_large
 from seqgan.sampling import ParallelSampler
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
@@ -56,3 +58,13 @@ def test_steps_are_the_samplers() -> None:
     with torch.device("meta"):
         trainer = TransformerTrainer(nar_base(), sampler=ParallelSampler(8))
     assert figures(trainer)("steps") == 8
+
+
+@pytest.mark.parametrize("name", ["shape_glyphs", "digits"])
+def test_what_is_shown_of_a_run_does_not_make_it_another(name: str) -> None:
+    """Stored results were made before the last stage had a request."""
+    plain, stage = fingerprint(compose([f"experiment=seqgan/{name}"])), "stages.2.model"
+    for words in (["request.count=4", "request.labels=[1]"], ["~request"]):
+        overrides = [f"{word[0] * (word[0] == '~')}{stage}.{word.lstrip('~')}" for word in words]
+        assert fingerprint(compose([f"experiment=seqgan/{name}", *overrides])) == plain
+    assert fingerprint(compose([f"experiment=seqgan/{name}", f"{stage}.steps=8"])) != plain
