@@ -68,3 +68,10 @@ def test_what_is_shown_of_a_run_does_not_make_it_another(name: str) -> None:
         overrides = [f"{word[0] * (word[0] == '~')}{stage}.{word.lstrip('~')}" for word in words]
         assert fingerprint(compose([f"experiment=seqgan/{name}", *overrides])) == plain
     assert fingerprint(compose([f"experiment=seqgan/{name}", f"{stage}.steps=8"])) != plain
+
+
+def test_configs_say_the_counted_cost() -> None:
+    with torch.device("meta"):
+        macs = figures(TokenizerTrainer(conv_tokenizer(), input_shape=(3, 256, 256)))("macs") / 1e9
+    files = sorted((CONFIGS / "experiment" / "seqgan").glob("*_tokenizer.yaml"))
+    assert len(files) == 5 and all(f"# Costs: {macs:.1f} GMACs a picture" in file.read_text() for file in files)
