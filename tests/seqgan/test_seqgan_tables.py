@@ -8,7 +8,7 @@ import torch
 from core.config import CONFIGS, compose
 from core.figures import Figures
 from core.results import fingerprint
-from seqgan.models import ar_base, ar_large, conv_tokenizer, nar_base, nar_large
+from seqgan.models import UsageEntropy, ar_base, ar_large, conv_tokenizer, nar_base, nar_large
 from seqgan.sampling import ParallelSampler
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
 
@@ -72,6 +72,7 @@ def test_what_is_shown_of_a_run_does_not_make_it_another(name: str) -> None:
 
 def test_configs_say_the_counted_cost() -> None:
     with torch.device("meta"):
-        macs = figures(TokenizerTrainer(conv_tokenizer(), input_shape=(3, 256, 256)))("macs") / 1e9
+        tokenizer = conv_tokenizer(entropy=UsageEntropy())  # whose distances are computed beside those of the search
+        macs = figures(TokenizerTrainer(tokenizer, input_shape=(3, 256, 256)))("macs") / 1e9
     files = sorted((CONFIGS / "experiment" / "seqgan").glob("*_tokenizer.yaml"))
     assert len(files) == 5 and all(f"# Costs: {macs:.1f} GMACs a picture" in file.read_text() for file in files)
