@@ -139,6 +139,8 @@ class EvalLoop(BaseLoop):
         self.left_out = []
         metrics: dict[str, Any] = {}
         for metric in self.evaluator.metrics:
+            if hasattr(metric, "partial"):
+                metric.partial = few
             try:
                 metrics.update(metric.evaluate(whole if size is None else size))
             except Exception as error:

@@ -223,12 +223,12 @@ def test_boxes_and_turned_images_agree(tmp_path):
 
 
 # ---------------------------------------------------------------------- figures
-def figures(root, found, metric=("bbox", "segm")):
+def figures(root, found, metric=("bbox", "segm"), partial=False):
     """The metric's figures where `found` are the boxes of image 1, all with the square's mask."""
     (judge,) = build_evaluator(
         {"type": "mmdet.CocoMetric", "ann_file": f"{root}/annotations/instances_train2017.json", "metric": list(metric)}
     ).metrics
-    judge.dataset_meta = {"classes": ("disc", "ring")}
+    judge.dataset_meta, judge.partial = {"classes": ("disc", "ring")}, partial
     count = len(found)
     masks = torch.from_numpy(decode(SQUARE, 8, 12))[None].repeat(count, 1, 1)
     prediction = {
@@ -264,6 +264,12 @@ def test_a_model_that_finds_nothing_has_figures_of_0(tmp_path):
     write(tmp_path, content(entry(1)))
     found = figures(tmp_path, torch.zeros(0, 4))
     assert found["coco/bbox_mAP"] == found["coco/segm_mAP"] == 0
+
+
+def test_images_that_a_limited_evaluation_has_not_read_are_no_misses(tmp_path):
+    write(tmp_path, content(entry(1), entry(2, 2), images=(1, 2)))
+    assert figures(tmp_path, [[2, 2, 6, 6]], partial=True)["coco/bbox_mAP"] == 1
+    assert 0.4 < figures(tmp_path, [[2, 2, 6, 6]])["coco/bbox_mAP"] < 0.6
 
 
 def test_a_list_of_metrics_takes_the_same_reader(tmp_path):

@@ -319,3 +319,17 @@ def test_processes_with_uneven_shares_give_the_figures_of_one(tmp_path):
         assert found[0][name][1] == pytest.approx(alone.evaluate(len(data["label"]))), name
     # The NaN of one process is the error of every process: none waits for the other.
     assert len(list(tmp_path.glob("refused-*"))) == 2
+
+
+def test_which_names_of_figures_other_samples_may_give():
+    each = {"type": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 3, "average": "none"}
+    precision = {"type": "torchmetrics.detection.MeanAveragePrecision"}
+    measures = TorchMetrics({"each": each, "map": precision})
+    may = ("each/2", "map/map_small")
+    assert [n for n in (*may, "each/3", "each/x", "each", "other/2") if measures.may_report(n)] == list(may)
+
+    class Renamed(TorchMetrics):
+        def evaluate(self, size=None):
+            return {"other/2": super().evaluate(size)["each/2"]}
+
+    assert Renamed({"each": each}).may_report("other/2")

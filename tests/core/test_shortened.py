@@ -76,7 +76,7 @@ def test_processes_share_a_limited_epoch():
 
 def test_a_batch_sampler_that_keeps_samples_back_begins_every_epoch_anew():
     class Kept:
-        """Gives what came last first, and forgets at the end of a pass, as mmdet's buckets do."""
+        """Counts through a pass and begins anew at its end alone, as mmdet's buckets do."""
 
         sampler, batch_size, held = None, 2, ()
 
@@ -86,11 +86,11 @@ def test_a_batch_sampler_that_keeps_samples_back_begins_every_epoch_anew():
         def __iter__(self):
             for index in range(0, 8, 2):
                 self.held = (*self.held, index)
-                yield [self.held[0], index]
+                yield [len(self.held), index]
             self.held = ()
 
     limited = ResumableBatchSampler(Kept(), limit=(2,))
-    assert drawn(limited, 0) and [[i for i, _ in b] for b in drawn(limited, 1)] == [[0, 0], [0, 2]]
+    assert drawn(limited, 0) and [[i for i, _ in b] for b in drawn(limited, 1)] == [[1, 0], [2, 2]]
 
 
 # ---------------------------------------------------------------------- runs
@@ -212,6 +212,19 @@ def test_the_figures_of_a_limited_evaluation_have_their_own_denominator(tiny_con
     metrics = evaluate(tiny_config(*judge, "runtime.limit_batches.val=2"), None, "val")
     assert float(metrics["top1"] * 16).is_integer()
     assert not [w for w in recwarn if "samples were evaluated" in str(w.message)]
+
+
+def test_a_metric_is_told_of_what_it_has_not_seen(tiny, monkeypatch):
+    import mypoints
+
+    told, evaluate = [], mypoints.Accuracy.evaluate
+    monkeypatch.setattr(mypoints.Accuracy, "partial", None, raising=False)
+    monkeypatch.setattr(
+        mypoints.Accuracy, "evaluate", lambda self, size: told.append((self.partial, size)) or evaluate(self, size)
+    )
+    for limit in (2, 3):
+        tiny("train_cfg.max_epochs=1", f"runtime.limit_batches.val={limit}", "runtime.sanity_batches=0")
+    assert told == [(True, 16), (False, 21)]
 
 
 def test_a_figure_that_a_few_samples_do_not_give_is_left_out_of_a_trial_only(tiny, monkeypatch):
