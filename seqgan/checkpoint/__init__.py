@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from seqgan.checkpoint import maskgit, taming
+from seqgan.checkpoint.shapes import check_whole
 from seqgan.checkpoint.state import CheckpointMismatch, State, fit
 
 __all__ = ["DROPPED", "CheckpointMismatch", "convert", "revert"]
@@ -41,13 +42,14 @@ def convert(state: Mapping[str, Tensor], target: nn.Module | None = None) -> Sta
         state: of a network or one of its encoders, decoders or attention blocks, perhaps under `state_dict`: VQGAN's
             tokenizer, PatchGAN or GPT; MaskGIT's tokenizer, transformer or discriminator, in Flax's layout or with
             torch's names and axes of parameters.
-        target: module that is to be loaded; None: what comes out is not held against one.
+        target: module that is to be loaded; None: the network, of any size, that the names and shapes say.
 
     Returns:
         A new dict; with a target, one that `load_state_dict` takes with `strict=True`.
 
     Raises:
-        CheckpointMismatch: the network is not known, has entries without a place, or does not fit the target.
+        CheckpointMismatch: the network is not known, has entries without a place, lacks some, or does not fit the
+            target.
     """
     inner = state.get("state_dict")
     state = dict(inner if isinstance(inner, Mapping) else state)
@@ -63,7 +65,10 @@ def convert(state: Mapping[str, Tensor], target: nn.Module | None = None) -> Sta
         state = {name.replace("nin_shortcut.", "shortcut."): value for name, value in state.items()}
     elif "main.0.weight" not in state and target is None:
         raise CheckpointMismatch(f"unknown network with entries like {', '.join(list(state)[:4])}")
-    return state if target is None else fit(state, target)
+    if target is None:
+        check_whole(state)
+        return state
+    return fit(state, target)
 
 
 def revert(state: Mapping[str, Tensor], *, layout: str = "reference", num_heads: int = 16) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import struct
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from core.convert import ConversionError, Options, convert_file
 from core.errors import ConfigError
 from seqgan.checkpoint import CheckpointMismatch, convert, revert
 from seqgan.checkpoint.msgpack import FlaxFileError, read_flax
+from seqgan.checkpoint.shapes import check_whole
 from seqgan.models import (
     ARTransformer,
     MaskedTransformer,
@@ -69,6 +71,45 @@ def test_there_and_back(build, layout: str) -> None:
     theirs = revert(module.state_dict(), layout=layout, num_heads=HEADS)
     assert same(convert(theirs), module.state_dict()) and same(convert(theirs, module), module.state_dict())
     assert (theirs.keys() == module.state_dict().keys()) == (build is PatchDiscriminator)
+
+
+def parts_of(module: nn.Module) -> dict[str, nn.Module]:
+    sides = {f"{side} alone": getattr(module, side) for side in ("encoder", "decoder") if hasattr(module, side)}
+    return {"whole": module, **sides}
+
+
+@pytest.mark.parametrize("build", [vqgan, maskgit, gpt, masked, style, PatchDiscriminator])
+def test_an_entry_too_few_or_too_many_is_never_written(build, tmp_path: Path) -> None:
+    """Without an experiment, too: each kind of entry of every network, and of its halves alone."""
+    for part, module in parts_of(build()).items():
+        ours = module.state_dict()
+        check_whole(ours)
+        kinds = {re.sub(r"\d+", "#", name): name for name in ours if not name.endswith("num_batches_tracked")}
+        for name in list(kinds.values())[:: 1 if part == "whole" else 4]:
+            with pytest.raises(CheckpointMismatch, match="missing"):
+                check_whole({key: value for key, value in ours.items() if key != name})
+        with pytest.raises(CheckpointMismatch, match=r"unexpected.*surplus"):
+            check_whole({**ours, "surplus.weight": torch.ones(1)})
+    theirs = revert(build().state_dict())
+    src, dst = tmp_path / "theirs.pt", tmp_path / "ours.pt"
+    least = min((name for name in theirs if name.endswith("bias")), key=lambda name: theirs[name].numel())
+    few = {name: value for name, value in theirs.items() if name != least}
+    for state in (few, {**theirs, "surplus.weight": torch.ones(2)}):
+        torch.save(state, src)
+        with pytest.raises((ConversionError, CheckpointMismatch), match=r"missing|surplus"):
+            convert_file(Options("seqgan", str(src), str(dst)))
+        assert not dst.exists()
+
+
+@pytest.mark.parametrize("extra", ["none", "conv2", "attn1", "attn2"])
+def test_enhanced_decoders_are_whole_networks(extra: str) -> None:
+    state = maskgit(extra=extra, head_dim=8).state_dict()
+    check_whole(state)
+    gone = next(
+        name for name in state if name.startswith("decoder.levels.1.") and (extra == "none") != (".extra." in name)
+    )
+    with pytest.raises(CheckpointMismatch, match=gone.replace(".", r"\.")):
+        check_whole({name: value for name, value in state.items() if name != gone})
 
 
 def test_axes_of_flax() -> None:
