@@ -157,14 +157,6 @@ def input_files(path: Path) -> list[Path]:
 
 def write_picture(array: Any, stem: Path, seconds_per_frame: float = 0.12) -> Path:
     """A PNG from uint8 (H, W, 3), an animated GIF from uint8 (T, H, W, 3); the path written."""
-    from PIL import Image
+    from core.media import write_media
 
-    array = np.asarray(array)
-    if array.ndim == 4:
-        path = stem.with_name(stem.name + ".gif")
-        first, *rest = [Image.fromarray(frame) for frame in array]
-        first.save(path, save_all=True, append_images=rest, duration=int(1000 * seconds_per_frame), loop=0)
-    else:
-        path = stem.with_name(stem.name + ".png")
-        Image.fromarray(array).save(path)
-    return path
+    return write_media(array, stem, fps=1 / seconds_per_frame)

@@ -41,7 +41,7 @@ def write_media(
     Args:
         media: see `as_pixels`, or the path of a file.
         stem: path without suffix; its folder is made.
-        fps: frames per second of a video.
+        fps: frames per second of a video; a GIF has at most 50.
         video: format of a video.
 
     Returns:
@@ -72,10 +72,27 @@ def write_media(
 
 
 def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
-    from PIL import Image
+    """Every frame is one of the file's, for the time that keeps the rate.
 
-    first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    Pillow's own `save` would join frames that are equal, and cut each one's time to hundredths of a second.
+    """
+    from PIL import Image
+    from PIL.GifImagePlugin import getdata, getheader
+
+    images = []
+    for i, frame in enumerate(frames):
+        changed = (frame != frames[i - 1]).any(axis=2) if i else np.ones(frame.shape[:2], bool)
+        changed[0, 0] |= not changed.any()  # a frame has at least one pixel
+        (top, bottom), (left, right) = (np.flatnonzero(changed.any(axis=axis))[[0, -1]].tolist() for axis in (1, 0))
+        image = Image.fromarray(np.ascontiguousarray(frame[top : bottom + 1, left : right + 1]))
+        images.append((image.convert("P", palette=Image.Palette.ADAPTIVE), (left, top)))
+    ends = [round(100 * (i + 1) / fps) for i in range(len(frames))]  # GIF counts hundredths of a second
+    with path.open("wb") as file:
+        file.writelines(getheader(images[0][0], info={"loop": 0})[0])
+        for (image, offset), begin, end in zip(images, [0, *ends], ends, strict=False):
+            # Viewers show what is shorter than two hundredths much longer.
+            file.writelines(getdata(image, offset, duration=10 * max(end - begin, 2), include_color_table=True))
+        file.write(b";")
 
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:

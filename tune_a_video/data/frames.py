@@ -33,6 +33,7 @@ class FrameSource:
 
     name    for messages and ids
     count   frames
+    fps     frames per second; None where nothing says it
     read    from frame numbers, and a size (height, width) or None, to uint8 (n, 3, H, W), or float32 in [-1, 1] where
             the source is float; the size is only a hint that a decoder may follow, by stretching
     """
@@ -40,6 +41,7 @@ class FrameSource:
     name: str
     count: int
     read: Callable[[list[int], tuple[int, int] | None], Tensor]
+    fps: float | None = None
 
 
 def open_frames(source: str | os.PathLike | np.ndarray | Tensor) -> FrameSource:
@@ -79,8 +81,8 @@ def natural(name: str) -> list[Any]:
 
 
 def _video(path: Path) -> FrameSource:
-    if path.suffix.lower() == ".gif":  # decord wants a duration, which these have none of
-        return FrameSource(path.stem, len(decoded := _decode_all(path)), lambda indices, size: decoded[indices])
+    if path.suffix.lower() == ".gif":  # decoders of videos draw frames of their own rate
+        return _gif(path)
     reader = VideoReader(path)
 
     def read(indices: list[int], size: tuple[int, int] | None) -> Tensor:
@@ -92,7 +94,24 @@ def _video(path: Path) -> FrameSource:
             return read(indices, None)
         return _decode_all(path)[indices]
 
-    return FrameSource(path.stem, len(reader), read)
+    return FrameSource(path.stem, len(reader), read, reader.fps)
+
+
+def _gif(path: Path) -> FrameSource:
+    """The frames that the file has, whatever time each is shown for; the rate is the mean one."""
+    from PIL import Image, ImageSequence
+
+    frames, seconds = [], 0.0
+    try:
+        with Image.open(path) as image:
+            for frame in ImageSequence.Iterator(image):
+                frames.append(torch.from_numpy(np.array(frame.convert("RGBA").convert("RGB"))))
+                seconds += frame.info.get("duration", 0) / 1000
+    except (OSError, SyntaxError, ValueError) as error:
+        raise VideoError(f"{path} holds no frames that can be decoded ({error}): get it again") from None
+    decoded = rearrange(torch.stack(frames), "f h w c -> f c h w")
+    fps = len(frames) / seconds if seconds else None
+    return FrameSource(path.stem, len(frames), lambda indices, size: decoded[indices], fps)
 
 
 def _decode_all(path: Path) -> Tensor:

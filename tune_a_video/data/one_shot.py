@@ -39,6 +39,8 @@ class OneShotVideoDataset(Dataset):
         multiple: height and width have to be multiples of it; 8 for Stable Diffusion's autoencoder.
         sample_id: None: the name of the file or folder.
 
+    `fps` is the rate of the frames that are taken, None where nothing says it.
+
     Raises:
         MissingDataError: no such clip.
         ConfigError: the clip is too short, or the size is no multiple; each says what would do.
@@ -63,6 +65,7 @@ class OneShotVideoDataset(Dataset):
         if self.size is not None:
             check_multiple(*self.size, multiple, "size")
         self.sample_id = sample_id or clip.name
+        self.fps = clip.fps and clip.fps / stride
         self.indices = clip_indices(clip.count, n_frames, start, stride, pad, clip.name)
         self._clip = clip
         self._frames: Tensor | None = None
