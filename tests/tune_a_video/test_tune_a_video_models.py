@@ -7,10 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, CustomDiffusionAttnProcessor
 from einops import rearrange, repeat
 
-from tune_a_video.models import FrameGroupNorm, TemporalConfig, TuneAVideoUNet, frame_attention, key_frames
+from tune_a_video.models import (
+    FrameAxisAttnProcessor,
+    FrameGroupNorm,
+    TemporalConfig,
+    TuneAVideoUNet,
+    frame_attention,
+    key_frames,
+)
 from tune_a_video.models.frame_attention import attend
 from tune_a_video.models.frames import FrameCount
 
@@ -502,3 +509,72 @@ def test_trainable_sets(image_unet):
     assert len(unet.trainable_parameters(["norm_temp"])) == 2 * 4
     with pytest.raises(ValueError, match="attn3"):
         unet.trainable_parameters(["attn3"])
+
+
+def test_rotary_positions_turn_queries_and_keys():
+    """By hand, in complex numbers: pair j of a head at frame i is turned by i * 10000^(-2 j / d); values are not."""
+    torch.manual_seed(0)
+    frames, places, heads, width = 5, 3, 2, 6
+    attn = Attention(query_dim=heads * width, heads=heads, dim_head=width)
+    processor = FrameAxisAttnProcessor(FrameCount(frames), position="rotary")
+    rows = torch.randn(2 * frames, places, heads * width)
+
+    def turned(x):
+        rates = 10_000.0 ** (-torch.arange(0, width, 2) / width)
+        angles = torch.arange(frames)[:, None] * rates
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    q, k, v = (
+        part(rows).view(2, frames, places, heads, width).permute(0, 2, 3, 1, 4).contiguous()
+        for part in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    weights = (turned(q) @ turned(k).transpose(-1, -2) / width**0.5).softmax(dim=-1)
+    want = (weights @ v).permute(0, 3, 1, 2, 4).reshape(2 * frames, places, heads * width)
+    want = attn.to_out[0](want)
+    torch.testing.assert_close(processor(attn, rows), want)
+    keys_alone = ((q @ turned(k).transpose(-1, -2)) / width**0.5).softmax(dim=-1)
+    queries_alone = ((turned(q) @ k.transpose(-1, -2)) / width**0.5).softmax(dim=-1)
+    assert (weights - keys_alone).abs().max() > 0.01 and (weights - queries_alone).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_keys_and_values_of_the_text_are_computed_once_per_video(image_unet, trains):
+    """The same output and gradients as once per frame, with a f-th of the rows and of the operations."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    frames, videos = 4, 2
+    sample = torch.randn(videos, 4, frames, 8, 8)
+    text = torch.randn(videos, 5, 12)
+    made = {}
+    for name in ("once", "per_frame"):
+        unet = stir(video_unet(image_unet)).train(trains)
+        if name == "per_frame":
+            unet.set_attn_processor(AttnProcessor2_0())  # of attn2 alone: the others keep their frames
+        rows = []
+        layers = [part.attn2 for part in unet.modules() if hasattr(part, "attn2")]
+        for layer in layers:
+            layer.to_k.register_forward_hook(lambda module, given, out, rows=rows: rows.append(len(out)))
+        with FlopCounterMode(display=False) as counter:
+            out = unet(sample, 7, text).sample
+        out.square().mean().backward()
+        gradients = [p.grad for layer in layers for p in layer.parameters()]
+        made[name] = out.detach(), gradients, rows, counter.get_total_flops()
+    once, per_frame = made["once"], made["per_frame"]
+    torch.testing.assert_close(once[0], per_frame[0], atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(once[1], per_frame[1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
+    assert set(once[2]) == {videos} and set(per_frame[2]) == {videos * frames}
+    saved = 2 * 2 * videos * (frames - 1) * 5 * 12 * sum(layer.to_k.out_features for layer in layers)
+    assert per_frame[3] - once[3] == saved
+
+
+def test_frames_with_texts_of_their_own_read_them(image_unet):
+    unet = stir(video_unet(image_unet, attention="self", group_norm="per_frame", temporal={"enabled": False}))
+    sample, texts = torch.randn(1, 4, 3, 8, 8), torch.randn(3, 5, 12)
+    shared = unet(sample, 7, texts[:1]).sample
+    own = unet(sample, 7, texts).sample
+    torch.testing.assert_close(own[:, :, 0], shared[:, :, 0], atol=1e-5, rtol=1e-4)
+    alone = unet(sample[:, :, 2:], 7, texts[2:]).sample
+    torch.testing.assert_close(own[:, :, 2:], alone, atol=1e-5, rtol=1e-4)
+    assert (own[:, :, 2] - shared[:, :, 2]).abs().max() > 1e-3

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from einops import rearrange
 from torch import Tensor, nn
 
-from tune_a_video.models.frames import FrameCount
+from tune_a_video.models.frames import FrameCount, recorded
 
 FrameSpec = str | Sequence[str | int]
 
@@ -162,6 +161,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: tuple[tuple[int, ...], ...], h
     Returns:
         `(b, f, n, C)`.
     """
+    if recorded():  # the sizes that a plan goes by may be other ones later: frames that share their keys at a time
+        return torch.cat([_attend_run(q, k, v, run, heads) for run in plan(rows, len(rows))], dim=1)
     most = max(len(row) for row in rows)
     frame_bytes = 2 * k[:, 0].numel() * k.element_size()
     runs = plan(rows, max(1, GATHER_BYTES // (most * frame_bytes)))
@@ -169,7 +170,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: tuple[tuple[int, ...], ...], h
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not needs_grad:
         return _attend_runs(q, k, v, runs, heads)
-    if gathered > KEEP_BYTES and not torch.compiler.is_compiling():
+    if gathered > KEEP_BYTES:
         return _Regathered.apply(q, k, v, runs, heads)
     return torch.cat([_attend_run(q, k, v, run, heads) for run in runs], dim=1)
 
@@ -196,7 +197,7 @@ def _keys(x: Tensor, run: Run) -> Tensor:
 
 
 def _frame_index(keys: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return torch.tensor(keys, device=device) if torch.compiler.is_compiling() else _kept_index(keys, device)
+    return torch.tensor(keys, device=device) if recorded() else _kept_index(keys, device)
 
 
 @lru_cache(maxsize=1024)
@@ -207,15 +208,15 @@ def _kept_index(keys: tuple[tuple[int, ...], ...], device: torch.device) -> Tens
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, shared: bool, heads: int) -> Tensor:
-    if shared:
-        q_rows = rearrange(q, "b g n (h d) -> b h (g n) d", h=heads)
-        k_rows, v_rows = (rearrange(x, "b m n (h d) -> b h (m n) d", h=heads) for x in (k, v))
-        out = F.scaled_dot_product_attention(q_rows, k_rows, v_rows)
-        return rearrange(out, "b h (g n) d -> b g n (h d)", g=q.shape[1])
-    q_rows = rearrange(q, "b g n (h d) -> (b g) h n d", h=heads)
-    k_rows, v_rows = (rearrange(x, "b g m n (h d) -> (b g) h (m n) d", h=heads) for x in (k, v))
-    out = F.scaled_dot_product_attention(q_rows, k_rows, v_rows)
-    return rearrange(out, "(b g) h n d -> b g n (h d)", b=len(q))
+    # `flatten` and `unflatten` keep the batch out of every size, so that a record of them serves any batch.
+    q_rows, k_rows, v_rows = (
+        (x.flatten(1, 2) if shared else x.flatten(0, 1)).unflatten(-1, (heads, -1)) for x in (q, k, v)
+    )
+    if not shared:
+        k_rows, v_rows = (x.flatten(1, 2) for x in (k_rows, v_rows))
+    out = F.scaled_dot_product_attention(q_rows.transpose(1, 2), k_rows.transpose(1, 2), v_rows.transpose(1, 2))
+    out = out.transpose(1, 2).flatten(2)
+    return out.unflatten(1, (q.shape[1], -1)) if shared else out.unflatten(0, (-1, q.shape[1]))
 
 
 class _Regathered(torch.autograd.Function):
@@ -288,6 +289,44 @@ def projected(attn: Attention, hidden_states: Tensor, fused: bool) -> tuple[Tens
     return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
 
 
+class TextAttnProcessor(AttnProcessor2_0):
+    """Cross-attention to a text that all frames of a video share: its keys and values are projected once per video.
+
+    The frames' tokens are queries of one attention. Where frames have texts of their own, where there is a mask, or in
+    attentions of other kinds it is diffusers' own processor.
+
+    Args:
+        count: how many frames make a video, and whether they share the text; shared with the network.
+    """
+
+    def __init__(self, count: FrameCount) -> None:
+        super().__init__()
+        self.count = count
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Rows `(b f, n, C)` and texts `(b f, L, d)`, equal for the frames of a video, to `(b f, n, C)`."""
+        special = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k, attention_mask)
+        plain = all(part is None or part is False for part in special) and hidden_states.ndim == 3
+        if not self.count.shared_text or encoder_hidden_states is None or not plain:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+        frames, places = self.count.frames, hidden_states.shape[1]
+        text = encoder_hidden_states.unflatten(0, (-1, frames))[:, 0]
+        q = attn.to_q(hidden_states).unflatten(0, (-1, frames)).flatten(1, 2)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, attn.to_k(text), attn.to_v(text)))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attn.to_out[1](attn.to_out[0](out.unflatten(1, (frames, places)).flatten(0, 1)))
+        out = out + hidden_states if attn.residual_connection else out
+        return out / attn.rescale_output_factor
+
+
 class SpatioTemporalAttnProcessor:
     """The processor of a diffusers `Attention` whose rows are the frames of videos (paper, section 4.1, ST-Attn).
 
@@ -325,11 +364,9 @@ class SpatioTemporalAttnProcessor:
         if attention_mask is not None:
             raise ValueError("attention_mask says nothing about tokens of other frames: mask the text instead")
         frames = self.count.frames
-        videos = self.count.videos(len(hidden_states))
-        q, k, v = (
-            rearrange(rows, "(b f) n c -> b f n c", b=videos) for rows in projected(attn, hidden_states, self.fused)
-        )
+        self.count.videos(hidden_states.shape[0])
+        q, k, v = (rows.unflatten(0, (-1, frames)) for rows in projected(attn, hidden_states, self.fused))
         spec = self.spec if isinstance(self.spec, str) else tuple(self.spec)
-        out = rearrange(attend(q, k, v, key_frames(spec, frames), attn.heads), "b f n c -> (b f) n c")
+        out = attend(q, k, v, key_frames(spec, frames), attn.heads).flatten(0, 1)
         out = attn.to_out[1](attn.to_out[0](out))
         return out / attn.rescale_output_factor

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers.models.resnet import ResnetBlock2D
-from einops import rearrange
 from torch import Tensor, nn
 
 from tune_a_video.models.frames import FrameCount
@@ -36,10 +35,9 @@ class FrameConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows `(b f, c, h, w)` to the same."""
-        frames, height = self.count.frames, x.shape[2]
-        lines = rearrange(x, "(b f) c h w -> (b h w) c f", f=frames)
-        change = self.outer(self.inner(lines))
-        return x + rearrange(change, "(b h w) c f -> (b f) c h w", h=height, w=x.shape[3])
+        lines = x.unflatten(0, (-1, self.count.frames)).permute(0, 3, 4, 2, 1).flatten(0, 2)
+        change = self.outer(self.inner(lines)).unflatten(0, (-1, *x.shape[2:]))
+        return x + change.permute(0, 4, 3, 1, 2).flatten(0, 1)
 
 
 class FrameConvResnetBlock(ResnetBlock2D):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from einops import rearrange
+import torch
 from torch import Tensor
+
+
+def recorded() -> bool:
+    """Whether the network is being exported, compiled or traced: then sizes may be symbols, and decide nothing."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class FrameCount:
@@ -16,6 +21,8 @@ class FrameCount:
 
     def __init__(self, frames: int = 1) -> None:
         self.frames = frames
+        #: Whether all frames of a video read the same text; then its keys and values are computed once per video.
+        self.shared_text = False
 
     def videos(self, rows: int) -> int:
         """The number of videos b in `rows = b f` rows.
@@ -23,16 +30,16 @@ class FrameCount:
         Raises:
             ValueError: the rows are no whole videos.
         """
-        if rows % self.frames:
+        if not recorded() and rows % self.frames:
             raise ValueError(f"{rows} rows are not whole videos of {self.frames} frames")
         return rows // self.frames
 
 
 def fold(video: Tensor) -> Tensor:
     """`(b, c, f, h, w)` to rows `(b f, c, h, w)`."""
-    return rearrange(video, "b c f h w -> (b f) c h w")
+    return video.transpose(1, 2).flatten(0, 1)
 
 
 def unfold(rows: Tensor, frames: int) -> Tensor:
     """Rows `(b f, c, h, w)` to `(b, c, f, h, w)`."""
-    return rearrange(rows, "(b f) c h w -> b c f h w", f=frames)
+    return rows.unflatten(0, (-1, frames)).transpose(1, 2)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from tune_a_video.models.frames import FrameCount
+from tune_a_video.models.frames import FrameCount, fold, recorded, unfold
 
 GROUP_NORMS = ("joint", "per_frame")
 
@@ -37,16 +36,15 @@ class FrameGroupNorm(nn.GroupNorm):
         """Rows `(b f, c, h, w)` to the same."""
         if self.count.frames == 1:
             return super().forward(input)
-        videos = self.count.videos(len(input))
+        frames, videos = self.count.frames, self.count.videos(input.shape[0])
         kind = input.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             input = input.float()  # as autocast has it for every group norm
         trains = torch.is_grad_enabled() and (input.requires_grad or (self.affine and self.weight.requires_grad))
-        if input.dtype == torch.float32 and not trains:
+        if input.dtype == torch.float32 and not trains and not recorded():
             return self._from_frames(input, videos)
-        video = rearrange(input, "(b f) c h w -> b c f h w", b=videos)
-        normed = F.group_norm(video, self.num_groups, self.weight, self.bias, self.eps)
-        return rearrange(normed, "b c f h w -> (b f) c h w")
+        normed = F.group_norm(unfold(input, frames), self.num_groups, self.weight, self.bias, self.eps)
+        return fold(normed)
 
     def _from_frames(self, rows: Tensor, videos: int) -> Tensor:
         """The same from every frame's own statistics, without copies in another order; no gradients.

@@ -13,11 +13,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from tune_a_video.models.frame_attention import FrameAttention, FrameSpec, SpatioTemporalAttnProcessor
+from tune_a_video.models.frame_attention import (
+    FrameAttention,
+    FrameSpec,
+    SpatioTemporalAttnProcessor,
+    TextAttnProcessor,
+)
 from tune_a_video.models.frame_conv import FrameConvResnetBlock
 from tune_a_video.models.frames import FrameCount
 from tune_a_video.models.group_norm import GROUP_NORMS, FrameGroupNorm
@@ -83,7 +88,7 @@ def transformer_blocks(module: nn.Module) -> Iterator[BasicTransformerBlock]:
 
 
 def set_frame_attention(module: nn.Module, count: FrameCount, spec: FrameSpec) -> None:
-    """Says which frames the first attention of every block attends to.
+    """Says which frames the first attention of every block attends to; plain text attention becomes one per video.
 
     Raises:
         ValueError: an unknown specification.
@@ -91,5 +96,7 @@ def set_frame_attention(module: nn.Module, count: FrameCount, spec: FrameSpec) -
     for block in transformer_blocks(module):
         if type(block.attn1) is Attention:
             block.attn1 = FrameAttention.around(block.attn1)
+        if type(getattr(block.attn2, "processor", None)) is AttnProcessor2_0:
+            block.attn2.set_processor(TextAttnProcessor(count))
         fused = getattr(block.attn1.processor, "fused", False)
         block.attn1.set_processor(SpatioTemporalAttnProcessor(count, spec, fused))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tune_a_video.models.frame_attention import FrameAttention, projected
 from tune_a_video.models.frame_conv import CONVS
-from tune_a_video.models.frames import FrameCount
+from tune_a_video.models.frames import FrameCount, recorded
 
 POSITIONS = ("none", "sinusoidal", "rotary")
 ZERO_INITS = ("weight_and_bias", "weight_only", "none")
@@ -103,25 +103,26 @@ class FrameAxisAttnProcessor:
     def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Rows `(b f, n, C)` to the same."""
         frames, places = self.count.frames, hidden_states.shape[1]
-        videos = self.count.videos(len(hidden_states))
+        self.count.videos(hidden_states.shape[0])
         if self.position == "sinusoidal":
             angles = frame_angles(frames, hidden_states.shape[2], hidden_states.device)
             code = torch.cat((angles.sin(), angles.cos()), dim=1)[:, : hidden_states.shape[2]]
-            hidden_states = hidden_states + code.repeat(videos, 1)[:, None].to(hidden_states.dtype)
+            code = code[None, :, None].to(hidden_states.dtype)
+            hidden_states = (hidden_states.unflatten(0, (-1, frames)) + code).flatten(0, 1)
         q, k, v = (
-            rearrange(rows, "(b f) n (h d) -> b (n h) f d", b=videos, h=attn.heads)
+            rows.unflatten(0, (-1, frames)).unflatten(-1, (attn.heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
             for rows in projected(attn, hidden_states, self.fused)
         )
         if self.position == "rotary":
             angles = frame_angles(frames, q.shape[-1], q.device)
             q, k = _rotate(q, angles), _rotate(k, angles)
         out = _chunked_attention(q, k, v)
-        out = rearrange(out, "b (n h) f d -> (b f) n (h d)", n=places)
+        out = out.unflatten(1, (places, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
         return attn.to_out[1](attn.to_out[0](out))
 
 
 def _chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.shape[1] <= _GRID:
+    if recorded() or q.shape[1] <= _GRID:
         return F.scaled_dot_product_attention(q, k, v)
     chunks = zip(*(x.split(_GRID, dim=1) for x in (q, k, v)), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*chunk) for chunk in chunks], dim=1)

@@ -29,7 +29,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from tune_a_video.models.frame_attention import FrameSpec, SpatioTemporalAttnProcessor, check_spec
-from tune_a_video.models.frames import FrameCount, fold, unfold
+from tune_a_video.models.frames import FrameCount, fold, recorded, unfold
 from tune_a_video.models.inflated_weights import cast, fresh_temporal, load, settled_options
 from tune_a_video.models.inflation import TEMPORAL_NAMES, inflate, set_frame_attention
 from tune_a_video.models.lora_layers import lora_buffers, merge_updates
@@ -134,16 +134,15 @@ class TuneAVideoUNet(UNet2DConditionModel):
         if sample.ndim != 5:
             raise ValueError(f"sample is {tuple(sample.shape)}: a latent video is (b, c, f, h, w)")
         videos, frames = sample.shape[0], sample.shape[2]
-        if len(encoder_hidden_states) not in (videos, videos * frames):
-            raise ValueError(
-                f"{len(encoder_hidden_states)} texts for {videos} videos of {frames} frames: "
-                "give one per video or frame"
-            )
+        texts = encoder_hidden_states.shape[0]
+        if texts not in (videos, videos * frames):
+            raise ValueError(f"{texts} texts for {videos} videos of {frames} frames: give one per video or frame")
         self.frame_count.frames = frames
+        self.frame_count.shared_text = frames > 1 and texts == videos
 
         def rows(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim and len(value) == videos and frames > 1:
-                return value.repeat_interleave(frames, dim=0)
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == videos and frames > 1:
+                return value.unsqueeze(1).expand(-1, frames, *value.shape[1:]).flatten(0, 1)
             return value
 
         for name in ("class_labels", "timestep_cond", "encoder_attention_mask"):
@@ -152,7 +151,7 @@ class TuneAVideoUNet(UNet2DConditionModel):
         if kwargs.get("added_cond_kwargs"):
             kwargs["added_cond_kwargs"] = {name: rows(value) for name, value in kwargs["added_cond_kwargs"].items()}
         # A single timestep is broadcast by diffusers, which computes its embedding for all rows alike.
-        if isinstance(timestep, Tensor) and timestep.numel() > 1:
+        if isinstance(timestep, Tensor) and (timestep.ndim if recorded() else timestep.numel() > 1):
             timestep = rows(timestep)
         out = super().forward(fold(sample), timestep, rows(encoder_hidden_states), *args, return_dict=False, **kwargs)[
             0
@@ -269,6 +268,8 @@ class TuneAVideoUNet(UNet2DConditionModel):
         diffusers would leave the temporal tensors of such a folder without memory.
         """
         folder = Path(path) / (kwargs.get("subfolder") or "")
+        if folder.is_dir() and any(folder.glob("*.bin.*json")) and not any(folder.glob("*.safetensors")):
+            kwargs.setdefault("use_safetensors", False)  # else diffusers does not look for shards
         if folder.is_dir() and "temporal" not in read_config(folder):
             options = {name: kwargs[name] for name in ("variant", "torch_dtype", *_CONFIG_NAMES) if name in kwargs}
             _, state = read_network(folder, None, kwargs.get("variant"))

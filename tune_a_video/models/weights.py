@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_network(
     path: str | os.PathLike[str], subfolder: str | None = None, variant: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a network's folder; safetensors (also in shards) before `.bin`.
+    """Configuration and tensors of a network's folder, whole or in shards; safetensors before `.bin`.
 
     Args:
         path: the folder.
@@ -69,26 +69,41 @@ def read_network(
 
     Raises:
         FileNotFoundError: there is no configuration or no file of weights; the message lists the names tried.
+        ValueError: an index or a file is damaged; the message names it.
     """
     folder = Path(path) / subfolder if subfolder else Path(path)
     config = read_config(folder)
-    stem = f"{_STEM}.{variant}" if variant else _STEM
-    names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.bin", "pytorch_model.bin")
+    names = _file_names(variant)
     for name in names:
         file = folder / name
         if not file.is_file():
             continue
-        if name.endswith(".index.json"):
-            places = read_json(file).get("weight_map")
-            if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-                raise ValueError(f"{file} has no weight_map of names and files: copy or download it again")
-            shards = sorted(set(places.values()))
-            state: dict[str, Tensor] = {}
-            for shard in shards:
-                state |= read_tensors(folder / shard)
-            return config, state
-        return config, read_tensors(file)
-    raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join(names)}")
+        if not name.endswith(".json"):
+            return config, read_tensors(file)
+        places = read_json(file).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+            raise ValueError(f"{file} has no weight_map of names and files: copy or download it again")
+        state: dict[str, Tensor] = {}
+        for shard in sorted(set(places.values())):
+            state |= read_tensors(folder / shard)
+        return config, state
+    there = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    raise FileNotFoundError(
+        f"no weights in {folder}: looked for {', '.join(names)}"
+        + (f"; there are {', '.join(there[:6])}: name their variant" if there else "")
+    )
+
+
+def _file_names(variant: str | None) -> list[str]:
+    """What diffusers calls a network's files, or their index; its older releases put the variant in other places."""
+    names = []
+    for kind in ("safetensors", "bin"):
+        if variant is None:
+            names += [f"{_STEM}.{kind}", f"{_STEM}.{kind}.index.json"]
+        else:
+            indices = (f"{kind}.index.{variant}", f"{kind}.{variant}.index", f"{variant}.{kind}.index")
+            names += [f"{_STEM}.{variant}.{kind}", *(f"{_STEM}.{index}.json" for index in indices)]
+    return [*names, "pytorch_model.bin"]
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
