@@ -17,6 +17,7 @@ from .metrics import DrawnScores as DrawnScores
 from .metrics import EditQuality as EditQuality
 from .metrics import FrameAccuracy as FrameAccuracy
 from .metrics import FrameConsistency as FrameConsistency
+from .metrics import OutsideScores as OutsideScores
 from .metrics import PickScore as PickScore
 from .metrics import TextAlignment as TextAlignment
 from .models import FrameGroupNorm as FrameGroupNorm

@@ -7,7 +7,7 @@ pipeline returns them. Evaluators (mmengine) read what a trainer's `predict` ret
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from core.errors import ConfigError
 from core.metrics import TorchMetrics
 from core.registry import METRICS, nearest
 from tune_a_video.clip_model import TransformersCLIP, load_clip
+from tune_a_video.means import Means, check_videos
+from tune_a_video.outside import OutsideScores
 from tune_a_video.warp import WarpError
 
 __all__ = [
@@ -27,10 +29,12 @@ __all__ = [
     "EditQuality",
     "FrameAccuracy",
     "FrameConsistency",
+    "OutsideScores",
     "PickScore",
     "TextAlignment",
     "WarpError",
     "consecutive_consistency",
+    "directional_similarity",
     "frame_accuracy",
     "frame_consistency",
     "text_alignment",
@@ -91,6 +95,21 @@ def frame_accuracy(frames: Tensor, target: Tensor, source: Tensor) -> Tensor:
     return (_cosines(frames, target) >= _cosines(frames, source)).float().mean()
 
 
+def directional_similarity(frames: Tensor, before: Tensor, target: Tensor, source: Tensor) -> Tensor:
+    """Mean cosine of what an edit changes in the frames and what it changes in the text (Gal et al. 2021).
+
+    All embeddings have unit length before they are subtracted.
+
+    Args:
+        frames: embeddings of the edited frames (f, d).
+        before: of the source's frames, (f, d).
+        target: embedding of the edited caption, (d,) or (1, d).
+        source: embedding of the source's caption.
+    """
+    change = F.normalize(frames, dim=1) - F.normalize(before, dim=1)
+    return _cosines(change, F.normalize(target.flatten(), dim=0) - F.normalize(source.flatten(), dim=0)).mean()
+
+
 def _cosines(frames: Tensor, text: Tensor) -> Tensor:
     return F.cosine_similarity(frames, text.reshape(1, -1), dim=1)
 
@@ -102,47 +121,27 @@ def _several(frames: Tensor, name: str) -> int:
 
 
 # ---------------------------------------------------------------------- metrics of videos
-class _Means(Metric):
-    """Means of named figures over the videos that have them; what no video has is left out."""
-
-    full_state_update = False
-    is_differentiable = False
-
-    def __init__(self, figures: Sequence[str], **options: Any) -> None:
-        super().__init__(**options)
-        self.figures = tuple(figures)
-        for state in ("total", "count"):
-            self.add_state(state, torch.zeros(len(self.figures), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def add(self, values: Mapping[str, float | Tensor]) -> None:
-        """Counts one video."""
-        for place, name in enumerate(self.figures):
-            if name in values:
-                self.total[place] += torch.as_tensor(values[name]).double().to(self.total.device)
-                self.count[place] += 1
-
-    def compute(self) -> dict[str, Tensor]:
-        """Figure -> mean over videos."""
-        means = dict(zip(self.figures, self.total / self.count, strict=True))
-        had = {name: mean for (name, mean), count in zip(means.items(), self.count, strict=True) if count}
-        return had or means
-
-
-_Read = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], Tensor]
+# From embeddings of the frames, of the text, of the source's text and of the source's frames, and the logit scale.
+_Read = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor], Tensor]
 
 _FIGURES: dict[str, _Read] = {
-    "frame_consistency": lambda frames, text, source, scale: 100 * frame_consistency(frames),
-    "text_alignment": lambda frames, text, source, scale: text_alignment(frames, text, scale),
-    "consecutive_consistency": lambda frames, text, source, scale: consecutive_consistency(frames),
-    "frame_accuracy": lambda frames, text, source, scale: frame_accuracy(frames, text, source),
+    "frame_consistency": lambda frames, text, source, before, scale: 100 * frame_consistency(frames),
+    "text_alignment": lambda frames, text, source, before, scale: text_alignment(frames, text, scale),
+    "consecutive_consistency": lambda frames, text, source, before, scale: consecutive_consistency(frames),
+    "frame_accuracy": lambda frames, text, source, before, scale: frame_accuracy(frames, text, source),
+    "directional_similarity": lambda frames, text, source, before, scale: directional_similarity(
+        frames, before, text, source
+    ),
 }
-_NEED_TEXT = ("text_alignment", "frame_accuracy")
+_NEED_SOURCE = ("frame_accuracy", "directional_similarity")
+_NEED_TEXT = ("text_alignment", *_NEED_SOURCE)
 
 
-class ClipScores(_Means):
+class ClipScores(Means):
     """Figures that come from CLIP, with one pass over the frames: a dictionary of means over (video, prompt) pairs.
 
-    `frame_consistency` (times 100), `text_alignment`, `consecutive_consistency` (a cosine), `frame_accuracy` (a share).
+    `frame_consistency` (times 100), `text_alignment`, `consecutive_consistency` (a cosine), `frame_accuracy` (a share),
+    `directional_similarity` (a cosine).
 
     Args:
         clip: folder of a model (see `tune_a_video.clip_model.load_clip`), or an embedder.
@@ -167,25 +166,35 @@ class ClipScores(_Means):
         self.clip = clip if isinstance(clip, nn.Module) else load_clip(clip)
 
     def update(
-        self, videos: Tensor, prompts: Sequence[str] | None = None, source_prompts: Sequence[str] | None = None
+        self,
+        videos: Tensor,
+        prompts: Sequence[str] | None = None,
+        source_prompts: Sequence[str] | None = None,
+        sources: Tensor | None = None,
     ) -> None:
         """Takes videos.
 
         Args:
             videos: (b, 3, f, H, W) in [0, 1].
-            prompts: what they should show, for `text_alignment` and `frame_accuracy`.
-            source_prompts: what their sources show, for `frame_accuracy`.
+            prompts: what they should show, for `text_alignment`, `frame_accuracy` and `directional_similarity`.
+            source_prompts: what their sources show, for the last two.
+            sources: the sources, of the same shape, for `directional_similarity`.
 
         Raises:
-            ValueError: another shape, or prompts that are missing or of another number.
+            ValueError: another shape, or prompts or sources that are missing or of another number.
         """
-        _check_videos(videos)
+        check_videos(videos)
         text = self._texts(prompts, "prompts", len(videos), _NEED_TEXT)
-        source = self._texts(source_prompts, "source_prompts", len(videos), ("frame_accuracy",))
+        source = self._texts(source_prompts, "source_prompts", len(videos), _NEED_SOURCE)
+        directed = "directional_similarity" in self.figures
+        if directed and (sources is None or sources.shape != videos.shape):
+            raise ValueError(f"directional_similarity needs sources of the videos' shape {tuple(videos.shape)}")
         for i, video in enumerate(videos):
             frames = self.clip.encode_frames(video.transpose(0, 1)).float()
+            before = self.clip.encode_frames(sources[i].transpose(0, 1)).float() if directed else None
             one, other = (None if t is None else t[i].float() for t in (text, source))
-            self.add({name: _FIGURES[name](frames, one, other, self.clip.logit_scale) for name in self.figures})
+            given = frames, one, other, before, self.clip.logit_scale
+            self.add({name: _FIGURES[name](*given) for name in self.figures})
 
     def _texts(self, prompts: Sequence[str] | None, what: str, count: int, users: Sequence[str]) -> Tensor | None:
         needed = [name for name in self.figures if name in users]
@@ -243,7 +252,7 @@ class PickScore(TextAlignment):
         super().__init__(TransformersCLIP(folder, size=size), **options)
 
 
-class DrawnScores(_Means):
+class DrawnScores(Means):
     """Readings of edited clips of the drawn world: means of `path`, `words`, `agree`, `joint` and `jitter`.
 
     Where only some frames started from noise, also `path_new`: the path of those alone.
@@ -272,7 +281,7 @@ class DrawnScores(_Means):
         """
         from tune_a_video.standin import measure, parse_caption, path_distances
 
-        _check_videos(videos)
+        check_videos(videos)
         new = torch.zeros(centres.shape[:2], dtype=torch.bool) if from_noise is None else from_noise
         for video, path, prompt, mask in zip(videos.float(), centres, prompts, new.to(centres.device), strict=True):
             frames = 2 * video.transpose(0, 1) - 1
@@ -280,11 +289,6 @@ class DrawnScores(_Means):
             if mask.any() and not mask.all():
                 values["path_new"] = path_distances(frames[mask], path[mask]).mean()
             self.add(values)
-
-
-def _check_videos(videos: Tensor) -> None:
-    if videos.ndim != 5 or videos.shape[1] != 3 or not videos.is_floating_point():
-        raise ValueError(f"videos are {tuple(videos.shape)} {videos.dtype}: (b, 3, f, H, W), float in [0, 1]")
 
 
 # ---------------------------------------------------------------------- evaluator
@@ -295,8 +299,9 @@ class EditQuality(TorchMetrics):
     Reads `video` and `source` `(R, 3, f, H, W)` in [0, 1], texts `prompt` and `source_prompt`, and of the drawn world
     `centres` `(R, f, 2)` and `from_noise` `(R, f)`.
 
-    Gives the figures of `ClipScores`, and `pick_score`, `warp_error` (under the source's motion), and the drawn world's
-    `path`, `words`, `agree`, `joint`, `jitter` (and `path_new`): those for which a file or folder is given.
+    Gives the figures of `ClipScores`, and `pick_score`, `warp_error` (under the source's motion), `outside_psnr` and
+    `outside_lpips` (of clips with a `mask` `(R, f, H, W)` of what is edited), and the drawn world's `path`, `words`,
+    `agree`, `joint`, `jitter` (and `path_new`): those for which a file or folder is given.
 
     Args:
         clip: folder of a CLIP, or of the stand-in.
@@ -304,6 +309,8 @@ class EditQuality(TorchMetrics):
         pick_score: folder of PickScore.
         raft: file of RAFT's weights.
         drawn: folder of the stand-in, for clips of the drawn world (the data set gives `centres`).
+        outside: whether to score what lies outside the masks.
+        lpips: file of AlexNet's weights, for `outside_lpips`.
         prefix: in front of all names.
 
     Raises:
@@ -318,11 +325,14 @@ class EditQuality(TorchMetrics):
         raft: str | os.PathLike | None = None,
         drawn: str | os.PathLike | None = None,
         prefix: str = "",
+        outside: bool = False,
+        lpips: str | os.PathLike | None = None,
     ) -> None:
         metrics: dict[str, Metric] = {}
         inputs: dict[str, list[str]] = {}
         if clip is not None:
             metrics["clip"], inputs["clip"] = ClipScores(clip, figures), ["video", "prompt", "source_prompt"]
+            inputs["clip"] += ["source"] if "directional_similarity" in figures else []
         if pick_score is not None:
             metrics["pick_score"], inputs["pick_score"] = PickScore(pick_score), ["video", "prompt"]
         if raft is not None:
@@ -330,8 +340,12 @@ class EditQuality(TorchMetrics):
         if drawn is not None:
             metrics["drawn"] = DrawnScores(drawn)
             inputs["drawn"] = ["video", "centres", "prompt", "from_noise"]
+        if outside or lpips is not None:
+            metrics["outside"], inputs["outside"] = OutsideScores(lpips), ["video", "source", "mask"]
         if not metrics:
-            raise ConfigError("EditQuality: give clip=, pick_score=, raft= or drawn=, a folder or file of each")
+            raise ConfigError(
+                "EditQuality: give clip=, pick_score=, raft= or drawn=, a file or folder, or outside=true"
+            )
         # A clip with several edits gives several samples.
         super().__init__(metrics, inputs=inputs, prefix=prefix, check_size=False)
 

@@ -24,10 +24,12 @@ from tune_a_video.metrics import (
     TextAlignment,
     WarpError,
     consecutive_consistency,
+    directional_similarity,
     frame_accuracy,
     frame_consistency,
     text_alignment,
 )
+from tune_a_video.outside import OutsideScores, lpips_network
 from tune_a_video.standin import captions, draw_clip, make_tokenizer, measure, path_distances
 from tune_a_video.standin.folder import save_tiny_clip
 from tune_a_video.standin.networks import Judge, TinyCLIP, text_config
@@ -258,3 +260,74 @@ def test_an_evaluator_counts_every_edit_of_every_clip(standin, folder):
         evaluator.process({}, {key: value for key, value in predicted.items() if key != "centres"} | {"sample_id": "x"})
     with pytest.raises(ConfigError, match="give clip="):
         EditQuality()
+
+
+# ---------------------------------------------------------------------- what an edit leaves alone, and where it goes
+def test_directional_similarity_by_hand(folder, videos):
+    before, frames = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 3.0], [0.0, 5.0]])
+    source, target = torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 4.0]])
+    # The first frame goes where the text goes, the second stays: a cosine of 1 and one of 0.
+    assert directional_similarity(frames, before, target, source).item() == pytest.approx(0.5)
+    assert directional_similarity(before, frames, target, source).item() == pytest.approx(-0.5)
+    clip = load_clip(folder)
+    score = ClipScores(clip, ("directional_similarity",))
+    texts, sources = ["warm ball", "cool bar"], ["cool ball", "cool ball"]
+    score.update(videos, texts, sources, videos.flip(0))
+    embeddings = [clip.encode_frames(video.transpose(0, 1)) for video in videos]
+    wanted = [
+        directional_similarity(embeddings[i], embeddings[1 - i], *(clip.encode_text([t[i]]) for t in (texts, sources)))
+        for i in (0, 1)
+    ]
+    assert score.compute()["directional_similarity"].item() == pytest.approx(
+        torch.stack(wanted).mean().item(), abs=1e-5
+    )
+    with pytest.raises(ValueError, match="needs sources"):
+        score.update(videos, texts, sources)
+    quality = EditQuality(clip=folder, figures=["directional_similarity"])
+    rows = {"video": videos, "source": videos.flip(0), "prompt": texts, "source_prompt": sources}
+    quality.process(rows, rows)
+    assert quality.evaluate()["directional_similarity"] == pytest.approx(torch.stack(wanted).mean().item(), abs=1e-5)
+
+
+def test_psnr_counts_the_pixels_outside_the_mask(videos):
+    masks = torch.zeros(2, 4, 40, 48)
+    masks[:, :, 10:30, 5:20] = 1
+    sources = videos.clone()
+    changed = torch.where(masks[:, None] > 0, 1 - videos, (videos + 0.1 * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1)))
+    score = OutsideScores()
+    score.update(changed, sources, masks)
+    by_hand = [-10 * math.log10(error**2) for error in (0.1, 0.2)]
+    assert score.compute()["outside_psnr"].item() == pytest.approx(sum(by_hand) / 2, abs=1e-3)
+    whole = OutsideScores()
+    whole.update(torch.where(masks[:, None] > 0, 1 - videos, videos), sources, masks)
+    assert whole.compute()["outside_psnr"] == 100
+    for wrong, message in ((masks[:, :3], "masks"), (torch.ones_like(masks), "covers every pixel")):
+        with pytest.raises(ValueError, match=message):
+            OutsideScores().update(changed, sources, wrong)
+
+
+def test_lpips_outside_the_mask_is_that_of_torchmetrics(tmp_path):
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    torch.save({f"features.{name}": v for name, v in alexnet().features.state_dict().items()}, tmp_path / "alexnet.pth")
+    network = lpips_network(tmp_path / "alexnet.pth")
+    source = torch.rand(1, 3, 2, 64, 64)
+    mask = torch.zeros(1, 2, 64, 64)
+    mask[..., 20:40, 20:40] = 1
+    inside = torch.where(mask[:, None] > 0, 1 - source, source)
+    everywhere = 1 - source
+    kept = torch.where(mask[:, None] > 0, source, everywhere)
+    scores = []
+    for video in (inside, everywhere):
+        score = OutsideScores(lpips=tmp_path / "alexnet.pth")
+        score.update(video, source, mask)
+        scores.append(score.compute()["outside_lpips"].item())
+    frames, others = (2 * x[0].transpose(0, 1) - 1 for x in (kept, source))
+    assert (
+        scores[0] == 0 and scores[1] == pytest.approx(network(frames, others).mean().item(), rel=1e-5) and scores[1] > 0
+    )
+    features = network.net.slice1[0].weight
+    torch.testing.assert_close(features, torch.load(tmp_path / "alexnet.pth", weights_only=True)["features.0.weight"])
+    with pytest.raises(ConfigError, match="lpips"):
+        OutsideScores(lpips=3)
