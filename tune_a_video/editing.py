@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tune_a_video.folders import check_scheduler
 from tune_a_video.losses import frame_noise
+from tune_a_video.null_text import null_text_inversion
 from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.video_io import video_grid
 
@@ -33,6 +35,8 @@ class Sampling:
     inversion_prompt: text under which the source is inverted; None: its caption.
     inversion_iters: fixed-point iterations of each step of the inversion.
     negative_prompt: in place of the empty text.
+    null_text: iterations of null-text inversion in each step, which then takes the place of the negative prompt; the
+        source has to be inverted, and under its caption (`inversion_prompt: null`). 0: none.
     seed: of every prompt's noise, so that an edit does not depend on its neighbours.
     prompts_at_once: in a batch; None: all.
     window, overlap: frames at a time, for clips that are longer than memory allows; None: all.
@@ -55,8 +59,15 @@ class Sampling:
     window: int | None = None
     overlap: int = 0
     cache: str | os.PathLike[str] | None = None
+    null_text: int = 0
 
     def __post_init__(self) -> None:
+        if self.null_text and (self.inverted_every != 1 or self.inversion_prompt is not None):
+            raise ValueError(
+                "null_text leads back to an inverted source: init=ddim_inversion and inversion_prompt=null"
+            )
+        if self.null_text and (self.negative_prompt or self.scheduler is not None):
+            raise ValueError("null_text takes the place of negative_prompt, and samples by DDIM: leave scheduler out")
         if self.init not in INITS[1:3] and self.inverted_every is None and self.strength is None:
             raise ValueError(f"no init {self.init!r}: use {', '.join(INITS)}")
         if self.steps < 1 or (self.prompts_at_once is not None and self.prompts_at_once < 1):
@@ -116,6 +127,7 @@ def _scheduler_class(name: str) -> Any:
     found = getattr(diffusers, name, None)
     if not isinstance(found, type) or not issubclass(found, diffusers.SchedulerMixin):
         raise ValueError(f"diffusers has no scheduler {name!r}: DDIMScheduler, EulerDiscreteScheduler, ...")
+    check_scheduler({"_class_name": name})
     return found
 
 
@@ -161,6 +173,15 @@ def edit(
         start: `starting_latents`, if known.
     """
     start = starting_latents(pipe, latents, caption, sampling) if start is None else start
+    negative: dict[str, Any] = {"negative_prompt": sampling.negative_prompt}
+    if sampling.null_text:
+        frames = {"window": sampling.window, "overlap": sampling.overlap}
+        path = pipe.invert(
+            latents, caption, sampling.steps, iterations=sampling.inversion_iters, trajectory=True, **frames
+        )
+        scale, count = sampling.guidance_scale, sampling.null_text
+        found = null_text_inversion(pipe, path, caption, scale, iterations=count, **frames)
+        negative = {"negative_prompt_embeds": found}
     own = pipe.scheduler
     if sampling.scheduler is not None:
         pipe.scheduler = _scheduler_class(sampling.scheduler).from_config(own.config)
@@ -177,7 +198,7 @@ def edit(
                     strength=sampling.strength,
                     num_inference_steps=sampling.steps,
                     guidance_scale=sampling.guidance_scale,
-                    negative_prompt=sampling.negative_prompt,
+                    **negative,
                     eta=sampling.eta,
                     generator=generators,
                     window=sampling.window,

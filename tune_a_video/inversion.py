@@ -63,7 +63,7 @@ def ddim_invert(
         Latents at the sampler's first timestep; with `trajectory` `(steps + 1, *latents.shape)`, the given ones first.
 
     Raises:
-        ValueError: the configuration is no DDIM, or fewer than one step.
+        ValueError: the configuration is no DDIM, fewer than one step, or more than there are noise levels.
     """
     config = scheduler.config
     if not hasattr(scheduler, "alphas_cumprod"):
@@ -75,9 +75,11 @@ def ddim_invert(
     # The level before the first: DDIM's own when the clean latents are not taken for level 1.
     first = alphas.new_tensor(1.0) if config.get("set_alpha_to_one", False) else alphas[0]
     total = config["num_train_timesteps"]
+    timesteps = sampling_timesteps(scheduler, steps)
+    check_steps(scheduler, steps, timesteps)
     path = [latents]
     x = latents
-    for t in reversed(sampling_timesteps(scheduler, steps)):
+    for t in reversed(timesteps):
         before = t - total // steps
         alpha, previous = alphas[t], alphas[before] if before >= 0 else first
         step = torch.tensor(t, device=latents.device)
@@ -104,3 +106,22 @@ def sampling_timesteps(scheduler: Any, steps: int) -> list[int]:
     copy = DDIMScheduler.from_config(scheduler.config)
     copy.set_timesteps(steps)
     return [int(t) for t in copy.timesteps]
+
+
+def check_steps(scheduler: Any, steps: int, timesteps: Any) -> None:
+    """Timesteps lie within the noise levels: with an offset of 1, as Stable Diffusion has it, not all levels are steps.
+
+    Args:
+        scheduler: of diffusers.
+        steps: as many as were asked for.
+        timesteps: what the scheduler makes of them.
+
+    Raises:
+        ValueError: one lies behind the last level.
+    """
+    levels, offset = scheduler.config.get("num_train_timesteps"), scheduler.config.get("steps_offset", 0)
+    if levels is not None and len(timesteps) and max(timesteps) >= levels:
+        raise ValueError(
+            f"{steps} steps lead to timestep {int(max(timesteps))}, and the scheduler has levels 0 to {levels - 1} "
+            f"(steps_offset={offset}): use at most {levels - offset} steps"
+        )

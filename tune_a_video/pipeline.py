@@ -18,25 +18,34 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from tune_a_video.control import Share, as_module, prepare
-from tune_a_video.folders import check_folder, ddim, read_parts
-from tune_a_video.inversion import ddim_invert
+from tune_a_video.folders import (
+    check_folder,
+    check_pickles,
+    check_scheduler,
+    check_tuned,
+    ddim,
+    own_variant,
+    pickled_shards,
+    read_parts,
+)
+from tune_a_video.inversion import check_steps, ddim_invert
 from tune_a_video.inversion_cache import cached_inversion
 from tune_a_video.lora import merge_lora
 from tune_a_video.models import TemporalConfig, TuneAVideoUNet
 from tune_a_video.models.frame_attention import FrameSpec
 from tune_a_video.single_file import read_single_file
-from tune_a_video.text import as_prompts, check_parts, text_states
-from tune_a_video.video_io import to_pixels
+from tune_a_video.text import adapters_scaled, as_prompts, check_parts, text_states
 from tune_a_video.windows import predict_in_windows
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
@@ -46,17 +55,17 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 @dataclass
 class TuneAVideoPipelineOutput(BaseOutput):
-    """What the pipeline gives.
+    """What the pipeline gives, in two layouts of the same memory.
 
-    videos: `(b, 3, f, H, W)` in [0, 1] as tensor or array; lists of frames for `pil`; latents `(b, c, f, h, w)`.
+    frames: as diffusers' video pipelines give them: `(b, f, 3, H, W)` in [0, 1] for `pt`, `(b, f, H, W, 3)` for `np`,
+        lists of lists of images for `pil`. `frames[0]` is a video for `diffusers.utils.export_to_video`.
+    videos: `(b, 3, f, H, W)` in [0, 1] as tensor or array; the lists for `pil`.
+
+    Both are latents `(b, c, f, h, w)` for `latent`.
     """
 
+    frames: Tensor | np.ndarray | list[list[Image.Image]]
     videos: Tensor | np.ndarray | list[list[Image.Image]]
-
-    @property
-    def frames(self) -> Tensor | np.ndarray | list[list[Image.Image]]:
-        """The same under the name that diffusers' video pipelines use."""
-        return self.videos
 
 
 class TuneAVideoPipeline(
@@ -92,11 +101,32 @@ class TuneAVideoPipeline(
     ) -> None:
         super().__init__()
         check_parts(tokenizer, text_encoder, unet)
+        check_scheduler(scheduler)
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.register_modules(controlnet=as_module(controlnet))
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     # ------------------------------------------------------------------ from folders
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> TuneAVideoPipeline:
+        """A tuned pipeline that `save_pretrained` wrote; arguments are those of `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            tune_a_video.folders.NotAPipeline: the folder is an image pipeline's, which `from_base` reads, or one of
+                the released code, which `from_official` reads.
+        """
+        folder = Path(path).expanduser()
+        if "unet" not in kwargs:
+            check_tuned(folder, kwargs.get("variant"))
+        for part, kind in (("unet", TuneAVideoUNet), ("vae", AutoencoderKL)):
+            # diffusers finds pickled shards only where every part of a pipeline is pickled.
+            if part not in kwargs and (pickled := pickled_shards(folder / part)):
+                check_pickles(folder / part)
+                options = {name: kwargs[name] for name in ("variant", "torch_dtype") if name in kwargs} | pickled
+                kwargs[part] = kind.from_pretrained(folder / part, **options)
+        return super().from_pretrained(path, **kwargs)
+
     @classmethod
     def from_base(
         cls,
@@ -122,7 +152,7 @@ class TuneAVideoPipeline(
             lora: a file of LoRA weights, or PEFT's folder of an adapter, that is merged into the image model first, see
                 `tune_a_video.lora`.
             lora_scale: its strength.
-            variant: `fp16` for files of that name.
+            variant: `fp16` for files of that name; parts that lack it are read without.
             config: of a single file, which holds weights alone: local folder of a pipeline of the same kind, see
                 `tune_a_video.single_file.read_single_file`.
             torch_dtype: of all parameters; None: float32.
@@ -136,11 +166,11 @@ class TuneAVideoPipeline(
             image = base if isinstance(base, DiffusionPipeline) else read_single_file(base, config, torch_dtype)
             unet = TuneAVideoUNet.from_unet2d(image.unet, **options)
             parts = {"vae": image.vae, "text_encoder": image.text_encoder, "tokenizer": image.tokenizer}
-            parts["scheduler"] = ddim(dict(image.scheduler.config))
+            parts["scheduler"] = ddim({**image.scheduler.config, "_class_name": type(image.scheduler).__name__})
         else:
             folder = check_folder(base)
             unet = TuneAVideoUNet.from_pretrained_2d(
-                folder, "unet", **options, variant=_variant(folder / "unet", variant), torch_dtype=torch_dtype
+                folder, "unet", **options, variant=own_variant(folder, "unet", variant), torch_dtype=torch_dtype
             )
             parts = read_parts(folder, variant=variant, torch_dtype=torch_dtype)
         if lora is not None:
@@ -178,22 +208,27 @@ class TuneAVideoPipeline(
             attention=attention,
             group_norm=group_norm,
             temporal=temporal,
-            variant=_variant(folder / "unet", variant),
+            variant=own_variant(folder, "unet", variant),
             torch_dtype=torch_dtype,
         )
         return cls(unet=unet, **read_parts(folder, variant=variant, torch_dtype=torch_dtype))
 
     # ------------------------------------------------------------------ text and pictures
     @torch.no_grad()
-    def encode_prompt(self, prompt: str | Sequence[str]) -> Tensor:
+    def encode_prompt(self, prompt: str | Sequence[str], *, lora_scale: float | None = None) -> Tensor:
         """Text states `(b, L, d)` in the network's precision.
+
+        Args:
+            prompt: one or several.
+            lora_scale: strength of the text encoder's adapters; None: as they are set.
 
         Raises:
             ValueError: no text.
         """
         prompts = as_prompts(prompt)
         prompts = [self.maybe_convert_prompt(text, self.tokenizer) for text in prompts]
-        states = text_states(self.tokenizer, self.text_encoder, prompts, self._execution_device)
+        with adapters_scaled(self.text_encoder, lora_scale):
+            states = text_states(self.tokenizer, self.text_encoder, prompts, self._execution_device)
         return states.to(self.unet.dtype)
 
     @torch.no_grad()
@@ -305,7 +340,13 @@ class TuneAVideoPipeline(
 
         Returns:
             `(b, c, f, h, w)`, float32.
+
+        Raises:
+            ValueError: latents of another shape, another number of prompts, more steps than there are noise levels, or
+                a scheduler that has no noise levels.
         """
+        check_scheduler(self.scheduler)
+        self._check_latents(latents)
         prompts = as_prompts(prompt)
         if len(prompts) not in (1, len(latents)):
             raise ValueError(f"{len(prompts)} prompts for {len(latents)} videos: give one for all, or one for each")
@@ -379,10 +420,11 @@ class TuneAVideoPipeline(
             latents: noise of unit variance or inverted latents, `(1, c, f, h, w)` for all videos or one for each.
             strength: the latents are clean, and noised so far (SDEdit, Meng et al. 2022): 1 nearly hides them, 0.1
                 leaves little to do; of the steps that share is taken.
-            prompt_embeds, negative_prompt_embeds: text states `(b, L, d)` in place of texts.
+            prompt_embeds, negative_prompt_embeds: text states `(b, L, d)` in place of texts; the second also
+                `(steps, b, L, d)`, as `tune_a_video.null_text` finds them.
             window, overlap: frames at a time for long videos, see `tune_a_video.windows`; None: all.
             output_type: `pt`, `np`, `pil` or `latent`.
-            return_dict: False: a tuple.
+            return_dict: False: a tuple of `frames`.
             callback_on_step_end: called with pipeline, step, timestep and tensors; what it returns replaces them.
             callback_on_step_end_tensor_inputs: which: `latents`, `prompt_embeds`.
             cross_attention_kwargs: for the attention processors, such as the scale of a LoRA.
@@ -402,12 +444,28 @@ class TuneAVideoPipeline(
             raise ValueError(
                 f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(sorted(unknown))}"
             )
-        text = self._texts(prompt, prompt_embeds, num_videos_per_prompt)
+        whole = {"num_inference_steps": num_inference_steps, "num_videos_per_prompt": num_videos_per_prompt}
+        for name, number in whole.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name}={number!r}: a whole number from 1")
+        check_scheduler(self.scheduler)
+        lora_scale = (cross_attention_kwargs or {}).get("scale")
+        text = self._texts(prompt, prompt_embeds, lora_scale).repeat_interleave(num_videos_per_prompt, dim=0)
         guided = guidance_scale > 1
         if guided:
-            empty = self._texts(negative_prompt or "", negative_prompt_embeds, 1, "negative_prompt")
+            if negative_prompt is None and negative_prompt_embeds is None:
+                negative_prompt = ""
+            by_step = None
+            if negative_prompt_embeds is not None and negative_prompt_embeds.ndim == 4:
+                by_step, negative_prompt_embeds = negative_prompt_embeds, negative_prompt_embeds[0]
+            empty = self._texts(negative_prompt, negative_prompt_embeds, lora_scale, "negative_prompt")
             if len(empty) not in (1, len(text), len(text) // num_videos_per_prompt):
                 raise ValueError(f"{len(empty)} negative prompts for {len(text)} videos: give one, or one for each")
+            if empty.shape[1] != text.shape[1]:
+                raise ValueError(
+                    f"the prompt has {text.shape[1]} text states, the negative prompt {empty.shape[1]}: give "
+                    "prompt_embeds and negative_prompt_embeds of one length"
+                )
             empty = empty.repeat_interleave(len(text) // len(empty), dim=0)
             text = torch.cat([empty, text])
         videos = len(text) // (2 if guided else 1)
@@ -424,12 +482,18 @@ class TuneAVideoPipeline(
         )
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         timesteps = self.scheduler.timesteps
+        check_steps(self.scheduler, num_inference_steps, timesteps)
         if strength is None:
             latents = latents * self.scheduler.init_noise_sigma
         else:
             latents, timesteps = self._noised(latents, strength, num_inference_steps, generator)
+        if guided and by_step is not None and len(by_step) != len(timesteps):
+            raise ValueError(f"negative_prompt_embeds are of {len(by_step)} steps, sampling takes {len(timesteps)}")
         extra = self._step_arguments(eta, generator)
         for i, t in enumerate(self.progress_bar(timesteps)):
+            if guided and by_step is not None:
+                empty = by_step[i].to(text).repeat_interleave(videos // by_step.shape[1], dim=0)
+                text = torch.cat([empty, text[videos:]])
             noisy = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             residuals = None
             if control is not None:
@@ -444,9 +508,19 @@ class TuneAVideoPipeline(
                 given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 given = callback_on_step_end(self, i, t, given) or {}
                 latents, text = given.get("latents", latents), given.get("prompt_embeds", text)
-        result = latents if output_type == "latent" else _converted(self.decode_latents(latents), output_type)
+        frames, videos = self._converted(latents, output_type)
         self.maybe_free_model_hooks()
-        return TuneAVideoPipelineOutput(videos=result) if return_dict else (result,)
+        return TuneAVideoPipelineOutput(frames=frames, videos=videos) if return_dict else (frames,)
+
+    def _converted(self, latents: Tensor, output_type: str) -> tuple[Any, Any]:
+        """`frames` and `videos` of `TuneAVideoPipelineOutput`."""
+        if output_type == "latent":
+            return latents, latents
+        decoded = self.decode_latents(latents)
+        frames = self.video_processor.postprocess_video(decoded, output_type, do_denormalize=[False] * decoded.shape[2])
+        if output_type == "pil":
+            return frames, frames
+        return frames, frames.transpose(1, 2) if output_type == "pt" else frames.transpose(0, 4, 1, 2, 3)
 
     def _predict(
         self,
@@ -468,14 +542,22 @@ class TuneAVideoPipeline(
             once(noisy, range(noisy.shape[2])) if window is None else predict_in_windows(once, noisy, window, overlap)
         )
 
-    def _texts(self, prompt: Any, embeds: Tensor | None, repeats: int, name: str = "prompt") -> Tensor:
+    def _texts(self, prompt: Any, embeds: Tensor | None, lora_scale: float | None, name: str = "prompt") -> Tensor:
         if embeds is None:
             if prompt is None:
                 raise ValueError(f"give {name}, or {name}_embeds")
-            embeds = self.encode_prompt(as_prompts(prompt, name))
+            embeds = self.encode_prompt(as_prompts(prompt, name), lora_scale=lora_scale)
         elif prompt:
             raise ValueError(f"give {name} or {name}_embeds, not both")
-        return embeds.to(self._execution_device, self.unet.dtype).repeat_interleave(repeats, dim=0)
+        width = self.unet.config.cross_attention_dim
+        if embeds.ndim != 3 or 0 in embeds.shape or (isinstance(width, int) and embeds.shape[2] != width):
+            raise ValueError(f"{name}_embeds are {tuple(embeds.shape)}: text states (b, L, {width}) are expected")
+        return embeds.to(self._execution_device, self.unet.dtype)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        channels = self.unet.config.in_channels
+        if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}: (b, {channels}, f, h, w) is expected")
 
     def _start(
         self,
@@ -489,18 +571,21 @@ class TuneAVideoPipeline(
         """Given or drawn noise `(b, c, f, h, w)`, float32."""
         if isinstance(generator, Sequence) and len(generator) != videos:
             raise ValueError(f"{len(generator)} generators for {videos} videos: give one for each")
-        if height or width:
-            self._check_size(height or width, width or height)
         unit, device = self.vae_scale_factor, self._execution_device
+        if height is not None or width is not None:
+            self._check_size(width if height is None else height, height if width is None else width)
+        if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
+            raise ValueError(f"video_length={frames!r}: a whole number of frames from 1")
         if latents is not None:
-            if latents.ndim != 5 or len(latents) not in (1, videos):
+            self._check_latents(latents)
+            if len(latents) not in (1, videos):
                 raise ValueError(f"latents are {tuple(latents.shape)} for {videos} videos: (1 or b, c, f, h, w)")
             asked = (frames, height and height // unit, width and width // unit)
             for name, want, have in zip(("video_length", "height", "width"), asked, latents.shape[2:], strict=True):
-                if want and want != have:
+                if want is not None and want != have:
                     raise ValueError(f"{name} says {want} frames or latent rows, the latents have {have}: leave it out")
             return latents.to(device, torch.float32).expand(videos, -1, -1, -1, -1)
-        if not frames:
+        if frames is None:
             raise ValueError("video_length is needed where no latents are given")
         size = self.unet.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size or (64, 64)
@@ -535,16 +620,3 @@ class TuneAVideoPipeline(
         if eta and "eta" not in known:
             raise ValueError(f"{type(self.scheduler).__name__} has no eta")
         return {name: value for name, value in given.items() if name in known}
-
-
-def _converted(videos: Tensor, output_type: str) -> Any:
-    if output_type == "pt":
-        return videos
-    if output_type == "np":
-        return videos.cpu().numpy()
-    return [[Image.fromarray(frame) for frame in to_pixels(video)] for video in videos]
-
-
-def _variant(folder: Path, variant: str | None) -> str | None:
-    """The variant, if the folder has files of that name."""
-    return variant if variant and any(f".{variant}." in file.name for file in folder.iterdir()) else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils import logging
+from diffusers.utils import USE_PEFT_BACKEND, logging, scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from core.errors import VitrineError
@@ -19,11 +20,16 @@ class PartsMismatch(VitrineError, ValueError):
 
 
 def check_parts(tokenizer: Any, text_encoder: Any, unet: Any) -> None:
-    """Tokenizer, text encoder and network speak of the same words and widths.
+    """Tokenizer, text encoder and network speak of the same words and widths, and the network is one of videos.
 
     Raises:
         PartsMismatch: saying which two differ in what.
     """
+    if not hasattr(unet, "frame_count"):
+        raise PartsMismatch(
+            f"unet is a {type(unet).__name__}, which knows no frames: TuneAVideoPipeline.from_base(pipeline) makes a "
+            "video network of it"
+        )
     if tokenizer is None or text_encoder is None:
         return
     words, rows = len(tokenizer), text_encoder.get_input_embeddings().num_embeddings
@@ -52,6 +58,19 @@ def as_prompts(prompt: Any, name: str = "prompt") -> list[str]:
     if not prompts:
         raise ValueError(f"{name} is an empty list: give at least one text")
     return list(prompts)
+
+
+@contextlib.contextmanager
+def adapters_scaled(text_encoder: Any, scale: float | None) -> Iterator[None]:
+    """The text encoder with its adapters (LoRA by PEFT) at a strength; None: as they are set."""
+    if scale is None or not USE_PEFT_BACKEND:
+        yield
+        return
+    scale_lora_layers(text_encoder, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(text_encoder, scale)
 
 
 def text_states(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ from tune_a_video.models.inflation import TEMPORAL_NAMES
 from tune_a_video.models.lora_layers import add_lora
 from tune_a_video.models.weights import read_config
 from tune_a_video.pipeline import TuneAVideoPipeline
+from tune_a_video.prior import Prior, untuned
 from tune_a_video.prompts import Prompts, prompts_of
 from tune_a_video.video_io import to_pixels
 
@@ -72,6 +73,8 @@ class TuneAVideoTrainer(Trainer):
         noise_offset: see there.
         min_snr_gamma: caps the weight of easy timesteps; None: none, as in the paper.
         caption_dropout: share of steps without caption.
+        prior_weight: of prior preservation, the denoising loss of images that the untuned model has drawn.
+        prior: of those images, see `tune_a_video.prior.Prior`.
         cache_latents: False encodes clip and caption in every step, as the released code does.
         gradient_checkpointing: less memory, more time, same gradients.
         prompts: of the edits; None: those that the data set gives (`edits`).
@@ -111,8 +114,12 @@ class TuneAVideoTrainer(Trainer):
         clip: Mapping[str, Any] | None = None,
         n_frames: int = 24,
         frozen: Sequence[str] = (),
+        prior_weight: float = 0.0,
+        prior: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(frozen)
+        if prior_weight < 0:
+            raise ConfigError(f"model.prior_weight={prior_weight}: 0 or more")
         if noise not in NOISES:
             raise ConfigError(f"model.noise={noise}: use {', '.join(NOISES)}")
         if not 0 <= caption_dropout <= 1:
@@ -123,7 +130,7 @@ class TuneAVideoTrainer(Trainer):
         # The pipeline stays outside of the module tree: its frozen parts are neither saved nor kept on the device.
         self._pipes: list[TuneAVideoPipeline] = []
         try:
-            self.sample = Sampling.of(sample)
+            self.sample, self.prior = Sampling.of(sample), Prior.of(prior)
             if torch.empty(0).is_meta:
                 self.network = _skeleton(base, architecture, options)
             else:
@@ -134,6 +141,14 @@ class TuneAVideoTrainer(Trainer):
                     part.requires_grad_(False).eval()
                 self._pipes.append(made)
                 self.network = made.unet
+            # Kept from before the delta: the prior is the base's, also when a run goes on.
+            kept = self.network.named_parameters() if prior_weight and self._pipes else ()
+            self._base = {
+                name: value.detach().clone()
+                for name, value in kept
+                if list(trainable_modules) == ["all"]
+                or any(part in name for part in (*trainable_modules, *TEMPORAL_NAMES))
+            }
             if delta is not None and self._pipes:
                 self.network.load_delta(delta)
             self._choose_trained(list(trainable_modules), lora)
@@ -142,7 +157,8 @@ class TuneAVideoTrainer(Trainer):
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self.noise, self.noise_offset, self.min_snr_gamma = noise, noise_offset, min_snr_gamma
-        self.caption_dropout, self.cache_latents = caption_dropout, cache_latents
+        self.caption_dropout, self.cache_latents, self.prior_weight = caption_dropout, cache_latents, prior_weight
+        self._priors: dict[str, tuple[Tensor, Tensor]] = {}
         self.prompts, self.clip, self.n_frames = prompts, dict(clip or {}), n_frames
         # By `_clip_key`: two files of one name, or one file read in two ways, are two clips.
         self._encodings: dict[ClipKey, tuple[Tensor, Tensor, Tensor]] = {}
@@ -212,7 +228,7 @@ class TuneAVideoTrainer(Trainer):
 
     # ------------------------------------------------------------------ training
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss_denoising`: the squared error of the prediction (section 3)."""
+        """`loss_denoising`: the squared error of the prediction (section 3); with a prior also `loss_prior`."""
         latents, text = self._clean(batch)
         alphas, kind = self.noise_levels()
         noise = batch.get("noise")
@@ -232,7 +248,35 @@ class TuneAVideoTrainer(Trainer):
         weight = None
         if self.min_snr_gamma is not None:
             weight = min_snr_weight(timesteps, alphas, self.min_snr_gamma, kind)
-        return {"loss_denoising": denoising_loss(prediction, target, weight)}
+        losses = {"loss_denoising": denoising_loss(prediction, target, weight)}
+        if self.prior_weight and self.training:
+            losses["loss_prior"] = self.prior_weight * self._prior_loss(
+                batch.get("caption", [""] * len(latents)), latents
+            )
+        return losses
+
+    def _prior_loss(self, captions: Sequence[str], latents: Tensor) -> Tensor:
+        """The denoising loss of one image of the untuned model for each clip."""
+        drawn = [self.prior_images(caption, tuple(latents.shape[-2:])) for caption in captions]
+        chance = own_rows(lambda n: torch.rand(n, device=latents.device), len(drawn))
+        chosen = [int(share * len(images)) for share, (images, _) in zip(chance.tolist(), drawn, strict=True)]
+        images = torch.stack([images[i] for i, (images, _) in zip(chosen, drawn, strict=True)])
+        text = torch.stack([text[i] for i, (_, text) in zip(chosen, drawn, strict=True)])
+        alphas, kind = self.noise_levels()
+        noise = own_rows(lambda n: torch.randn(n, *images.shape[1:], device=images.device), len(images))
+        timesteps = own_rows(lambda n: torch.randint(len(alphas), (n,), device=images.device), len(images))
+        noisy = add_noise(images, noise, timesteps, alphas)
+        prediction = self.network(noisy, timesteps, encoder_hidden_states=text).sample
+        return denoising_loss(prediction, prediction_target(images, noise, timesteps, alphas, kind))
+
+    def prior_images(self, caption: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Latents `(N, c, 1, h, w)` that the untuned model draws, and their texts `(N, L, d)`; drawn once."""
+        key = caption if self.prior.prompts is None else ""
+        if key not in self._priors:
+            off = torch.autocast(self.device.type, enabled=False)
+            with off, self._parts_here() as pipe, untuned(self.network, self.trained, self._base):
+                self._priors[key] = self.prior.draw(pipe, caption, size)
+        return self._priors[key]
 
     def noise_levels(self) -> tuple[Tensor, str]:
         """Cumulative products `(T,)` of the base's schedule, and what its network predicts."""
@@ -314,6 +358,8 @@ class TuneAVideoTrainer(Trainer):
     def infer(self, file: Path) -> Inference:
         """Edits of a user's clip by `model.prompts`: GIFs, frames, how far each edit is from the source, and the page.
 
+        The page's videos have the clip's rate.
+
         The caption is `model.clip.prompt`.
 
         Raises:
@@ -324,7 +370,8 @@ class TuneAVideoTrainer(Trainer):
 
         if not self.clip.get("prompt"):
             raise ConfigError("set model.clip.prompt to the caption of the clip")
-        sample = OneShotVideoDataset(path=file, **self.clip)[0]
+        clip = OneShotVideoDataset(path=file, **self.clip)
+        sample, rate = clip[0], {} if clip.fps is None else {"fps": clip.fps}
         batch = {"caption": [sample["caption"]], "sample_id": [sample["sample_id"]]}
         prompts = prompts_of(batch, 0, self.prompts)
         made = self.edits(sample["video"].to(self.device), sample["caption"], prompts, sample["sample_id"])
@@ -336,7 +383,7 @@ class TuneAVideoTrainer(Trainer):
             pixels = to_pixels(video)
             pictures |= {name: pixels} | {f"{name}_{k:05d}": frame for k, frame in enumerate(pixels)}
         record = {"caption": made.caption, "prompts": prompts, "scores": plain_scores(made)}
-        return Inference(record, pictures, write=lambda folder: write_page(made, folder))
+        return Inference(record, pictures, write=lambda folder: write_page(made, folder, **rate))
 
     # ------------------------------------------------------------------ state
     def provenance(self) -> dict[str, Any]:

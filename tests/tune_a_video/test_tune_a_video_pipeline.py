@@ -177,7 +177,7 @@ def test_callbacks_see_and_change_latents(pipe):
 def test_output_types(pipe):
     options = {"latents": noise(), "num_inference_steps": 1, "guidance_scale": 1.0}
     tensor = pipe("a", **options).videos
-    np.testing.assert_allclose(pipe("a", output_type="np", **options).frames, tensor.numpy())
+    np.testing.assert_allclose(pipe("a", output_type="np", **options).videos, tensor.numpy())
     pictures = pipe("a", output_type="pil", **options).frames
     np.testing.assert_array_equal(np.stack([np.asarray(p) for p in pictures[0]]), to_pixels(tensor[0]))
     assert pipe("a", return_dict=False, output_type="latent", **options)[0].shape == (1, 4, 3, 8, 8)
@@ -438,4 +438,4 @@ def test_files_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\.mp4"):
         save_video(torch.zeros(3, 2, 8, 8), tmp_path / "video.webm")
     with pytest.raises(ValueError, match=r"\(3, f, H, W\)"):
-        save_video(torch.zeros(2, 3, 8, 8), tmp_path / "video.gif")
+        save_video(torch.zeros(2, 4, 8, 8), tmp_path / "video.gif")
