@@ -60,7 +60,7 @@ def _wanted(state: Mapping[str, Tensor]) -> set[str] | None:
                 continue
             if not lead and first == "levels." and ("levels.0.0.conv1.weight" in inside) != (side == "encoder"):
                 continue
-            built = build(inside, side)
+            built = build(inside, side, _extra(state))
             both = lead and any(name.startswith("decoder." if side == "encoder" else "encoder.") for name in state)
             names = built if both else getattr(built, side)
             return {("" if both else lead) + name for name in names.state_dict()}
@@ -88,27 +88,27 @@ def _causal(state: Mapping[str, Tensor]) -> nn.Module:
     return ARTransformer(4, 1, 4, 4, count(state, r"blocks\.(\d+)\."), 1)
 
 
-def _conv(state: Mapping[str, Tensor], side: str) -> nn.Module:
+def _conv(state: Mapping[str, Tensor], side: str, extra: str) -> nn.Module:
     """A tokenizer of MaskGIT's design with the encoder or decoder that the state holds."""
     inner = "" if side == "encoder" else "blocks."
     levels = count(state, r"levels\.(\d+)\.")
     widths = [state[f"levels.{i}.{inner}0.conv2.weight"].shape[0] for i in range(levels)]
     widths = widths if side == "encoder" else widths[::-1]
     blocks = max(count(state, rf"levels\.{i}\.{inner}(\d+)\.") for i in range(levels))
-    return conv_tokenizer(widths[0], _multiples(widths, widths[0]), blocks, extra=_extra(state))
+    return conv_tokenizer(widths[0], _multiples(widths, widths[0]), blocks, extra=extra, head_dim=1)
 
 
 def _extra(state: Mapping[str, Tensor]) -> str:
     if not any(".extra." in name for name in state):
         return "none"
     kinds = {2: "conv2"} if any(".extra.0.conv1." in name for name in state) else {1: "attn1", 2: "attn2"}
-    number = count(state, r"levels\.0\.extra\.(\d+)\.")
+    number = count(state, r"(?:decoder\.)?levels\.0\.extra\.(\d+)\.")
     if number not in kinds:
         raise ValueError(f"{number} further parts in the first level of a decoder")
     return kinds[number]
 
 
-def _vqgan(state: Mapping[str, Tensor], side: str) -> nn.Module:
+def _vqgan(state: Mapping[str, Tensor], side: str, extra: str) -> nn.Module:
     """A tokenizer of VQGAN's design with the encoder or decoder that the state holds."""
     way = "down" if side == "encoder" else "up"
     levels = count(state, rf"{way}\.(\d+)\.")
