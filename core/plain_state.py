@@ -5,6 +5,7 @@ What `core.checkpoint` cannot hold as it is stands there as a dictionary with it
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from core.errors import VitrineError
 
 _KIND = "__kind__"
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+_NUMBERS = {int: torch.int64, float: torch.float64}
+_LONG = 100  # a list of more numbers is stored as a tensor
+_MOST = 100_000  # values in one: the reader (`core.checkpoint.limits`) takes a file with far more for a hostile one
 _FACTORIES = {kind.__name__: kind for kind in (int, float, str, list, dict, set)}
 _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -36,12 +40,21 @@ def pack(value: Any, *, copies: bool = True) -> Any:
         copies: tensors are copied to the CPU, so that later changes of `value` do not reach the result.
 
     Raises:
-        Unsaveable: anything else, or a container that holds itself.
+        Unsaveable: anything else, a container that holds itself, or too many values for the reader of checkpoints.
     """
     try:
-        return _pack(value, copies)
+        packed = _pack(value, copies)
+        if (count := _count(packed)) > _MOST:
+            raise Unsaveable(f"{type(value).__name__} of {count:,} values, more than a checkpoint is read with")
+        return packed
     except RecursionError:
         raise Unsaveable(f"{type(value).__name__}, nested without end") from None
+
+
+def _count(packed: Any) -> int:
+    if isinstance(packed, dict):
+        return 1 + sum(map(_count, packed.values()))
+    return 1 + sum(map(_count, packed)) if isinstance(packed, list | tuple) else 1
 
 
 def _pack(value: Any, copies: bool) -> Any:
@@ -54,6 +67,9 @@ def _pack(value: Any, copies: bool) -> Any:
         packed = value.detach().to("cpu", copy=True)
         return packed if value.device.type == "cpu" else {_KIND: "device", "value": packed}
     inner = lambda values: [_pack(v, copies) for v in values]  # noqa: E731
+    if kind is list and len(value) > _LONG and len(kinds := set(map(type, value))) == 1 and kinds <= {int, float}:
+        with contextlib.suppress(OverflowError, RuntimeError, ValueError):  # whole numbers beyond 64 bits
+            return {_KIND: "numbers", "value": torch.tensor(value, dtype=_NUMBERS[kinds.pop()])}
     if kind in (list, tuple):
         return kind(inner(value))
     if kind in (dict, OrderedDict, Counter, defaultdict):
@@ -129,6 +145,8 @@ def unpack(value: Any, device: torch.device | str = "cpu", text: Callable[[str],
         return found.to(device)
     if name in ("array", "scalar"):
         return found.numpy() if name == "array" else found.numpy()[()]
+    if name == "numbers":
+        return found.tolist()
     if name == "path":
         return Path(found)
     if name == "deque":

@@ -403,6 +403,16 @@ def test_other_values_are_refused(value):
         pack(value)
 
 
+def test_as_much_is_stored_as_the_reader_takes(tmp_path):
+    long = {"steps": list(range(500_000)), "losses": [random.random() for _ in range(200_000)]}
+    most = {str(number): (number, [float(number)]) for number in range(24_000)}
+    save_atomic({"long": pack(long), "most": pack(most), "big": pack([2**70] * 200)}, tmp_path / "x.pt")
+    back = load(tmp_path / "x.pt")
+    assert unpack(back["long"]) == long and unpack(back["most"]) == most and unpack(back["big"]) == [2**70] * 200
+    with pytest.raises(Unsaveable, match="200,001 values"):
+        pack([str(number) for number in range(200_000)])
+
+
 def test_a_value_within_itself_is_refused():
     endless: list = []
     endless.append(endless)
