@@ -19,6 +19,7 @@ from seqgan.models import (
     StyleDiscriminator,
     UsageEntropy,
     conv_tokenizer,
+    training_mask,
 )
 from seqgan.perceptual import SemanticPerceptualLoss, TappedNetwork
 from seqgan.trainer import CODES, TokenizerTrainer, TransformerTrainer
@@ -140,6 +141,49 @@ def test_hidden_labels_and_smoothing_reach_the_loss() -> None:
         torch.manual_seed(1)
         found.append(TransformerTrainer(masked, smoothing=smoothing).eval().losses(batch)["loss_codes"].item())
     assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l1 and perceptual"])
+def test_the_adaptive_weight_compares_with_all_of_the_reconstruction_loss(loss: str) -> None:
+    """Of the last layer's gradients: those of L1, and of the perceptual term where there is one."""
+    torch.manual_seed(0)
+    taps = perceptual() if loss != "l1" else None
+    critic = StyleDiscriminator(16, channels={4: 8, 8: 4, 16: 4})
+    options = {"discriminator": critic, "adversarial_weight": 0.3, "adaptive": True, "penalty": 0.0}
+    trainer = TokenizerTrainer(tokenizer(), taps, perceptual_weight=2.0, **options).train()
+    found = trainer.losses(images())
+    image, last = images()["image"], trainer.network.decoder.last_layer
+    made = trainer.network(image).reconstruction
+    terms = [(made - image).abs().mean()] + ([2.0 * taps(made, image)[0]] if taps else [])
+    towards, against = (
+        torch.autograd.grad(value, last, retain_graph=True)[0].norm()
+        for value in (sum(terms), nn.functional.softplus(-critic(made)).mean())
+    )
+    assert found["adversarial_weight"].item() == pytest.approx(0.3 * (towards / (against + 1e-4)).item(), rel=1e-4)
+
+
+def test_the_low_layers_have_their_own_weight() -> None:
+    """`alpha` of the loss is of the semantic group, 1 - alpha of the low one, perceptual_weight of both."""
+    for alpha in (0.25, 0.0):
+        trainer = TokenizerTrainer(tokenizer(), perceptual(alpha), perceptual_weight=3.0).eval()
+        found = trainer.losses(images())
+        expected = 3 * (alpha * found["layer_semantic"] + (1 - alpha) * found["layer_low"])
+        assert found["loss_perceptual"].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert found["layer_low"] > 0 and found["layer_low"] != found["layer_semantic"]
+
+
+def test_masks_of_evaluation_are_drawn_from_their_seed() -> None:
+    torch.manual_seed(0)
+    network = MaskedTransformer(8, 2, 16, dim=16, depth=1, num_heads=2)
+    batch = {"codes": torch.randint(8, (4, 4, 4)), "label": torch.arange(4) % 2}
+    masks = []
+    for seed in (0, 0, 5):
+        masks.append(TransformerTrainer(network, mask_seed=seed).eval().val_step(batch)["mask"])
+        torch.rand(3)  # not torch's own numbers, which go on
+    generator = torch.Generator().manual_seed(5)
+    ratio, score = torch.rand(4, generator=generator), torch.rand(4, 16, generator=generator)
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    assert torch.equal(masks[2], training_mask(ratio, score))
 
 
 def test_a_lazy_penalty_costs_as_much_on_average() -> None:
