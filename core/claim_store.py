@@ -27,6 +27,7 @@ _KEPT = (
     "versions",
     "commit",
     "finished",
+    "resumed_from",
 )
 _PLACES = ("runs_dir=", "run_dir=", "resume=", "seed=", "hydra.")
 
@@ -60,9 +61,15 @@ class ClaimStore:
         """
         if not self.path.is_file():
             return None
+        from core.data.files import check_records, read_json
+
         try:
-            return json.loads(self.path.read_text())
-        except ValueError as error:
+            record = read_json(self.path, keys=("definition_hash", "row_configs", "figures", "rows"))
+            check_records(self.path, "rows", record["rows"], {"runs": list})
+            check_records(self.path, "runs", [run for row in record["rows"] for run in row["runs"]], {"config": str})
+            check_records(self.path, "figures and row_configs", [record], {"figures": dict, "row_configs": dict})
+            return record
+        except OSError as error:
             raise ConfigError(f"{self.path} is damaged ({error}): restore it, or remove it and run again") from None
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -75,7 +82,7 @@ class ClaimStore:
     def runs(self) -> dict[str, dict[str, Any]]:
         """Stored runs by the fingerprint of their config; they stay good while that config is asked for."""
         record = self.read()
-        return {run["config"]: run for row in (record or {}).get("rows", ()) for run in row["runs"]}
+        return {run["config"]: run for row in (record or {"rows": ()})["rows"] for run in row["runs"]}
 
     def figures(self, definition_hash: str, row_configs: Mapping[str, Container[str]]) -> dict[str, dict[str, Any]]:
         """Stored figures that no training gives; none where the definition or any row's config has changed.

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import ConfigError
+from core.errors import ConfigError, VitrineError
 
 _OPEN = ("vars", "custom_hooks")  # mappings whose names the user chooses
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -135,13 +135,29 @@ def _compose(overrides: list[str], config_dir: str | Path | None, *, explain: bo
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra_compose("train", overrides=[*extra, *overrides])
-    except (*CANNOT_COMPOSE, ValueError) as error:  # ValueError: a name where OmegaConf wants a list's index
+    # ValueError: a name where OmegaConf wants a list's index, or a file in another encoding
+    except (*CANNOT_COMPOSE, ValueError, OSError, RecursionError) as error:
+        _check_files(config_dir)
         hint = explain_overrides(overrides, config_dir) if explain else None
         raise ConfigError(hint or str(error).strip()) from None
     finally:
         GlobalHydra.instance().clear()
         if outer is not None:
             GlobalHydra.instance().initialize(outer)
+
+
+def _check_files(config_dir: str | Path | None) -> None:
+    """Names the first broken file of a user's configs, which Hydra does not."""
+    from core.data.files import read_yaml
+
+    for folder in _roots(config_dir)[1:]:
+        for path in sorted(folder.rglob("*.yaml")):
+            try:
+                content = read_yaml(path)
+            except VitrineError as error:
+                raise ConfigError(str(error)) from None
+            if not isinstance(content, dict | None):
+                raise ConfigError(f"{path} holds a {type(content).__name__}, not keys and values")
 
 
 def experiments(config_dir: str | Path | None = None) -> dict[str, str]:
@@ -155,7 +171,7 @@ def experiments(config_dir: str | Path | None = None) -> dict[str, str]:
 
 
 def _purpose(path: Path) -> str:
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         text = line.lstrip("# ").strip()
         if line.startswith("#") and text and not text.startswith("@"):
             return text

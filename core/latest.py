@@ -57,11 +57,11 @@ def _started(run: Path) -> tuple[str, int]:
 
 def _is_run(run: Path) -> bool:
     """Whether a folder is a run that a user can mean; one without a readable config is no run."""
-    import yaml
+    from core.data.files import read_yaml
 
     try:
-        cfg = yaml.safe_load((run / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        cfg = read_yaml(run / "config.yaml")
+    except OSError:
         return False
     return isinstance(cfg, dict) and bool(cfg.get("model")) and _meant(cfg)
 

@@ -25,7 +25,7 @@ from mmengine.registry import DefaultScope, Registry
 from core.config_key import config_key, constructed, unsuited
 from core.errors import ConfigError
 from core.installed import check_mmengine
-from core.kinds import hints_of, suits
+from core.kinds import hints_of, shown, suits
 
 check_mmengine()  # here, since whatever the engine builds comes by this file
 
@@ -111,6 +111,8 @@ def resolve(name: str, registry: Registry | None = None) -> Any:
     if not isinstance(name, str):
         return name
     package, _, attribute = name.partition(".")
+    if not package:
+        raise ConfigError(f"type '{name}' is not the name of a class or function")
     if attribute and package not in (SCOPE, "mmdet", "mmengine"):
         return _resolve_path(name)
     _register_openmmlab(package)
@@ -209,6 +211,8 @@ def build(cfg: Any, registry: Registry | None = None, **defaults: Any) -> Any:
     if "type" not in cfg:
         return {key: _build_inside(key, value) for key, value in cfg.items()}
     target, name = resolve(cfg["type"], registry), _name(cfg["type"])
+    if not callable(target):
+        raise ConfigError(f"{shown(cfg['type'])} is not the name of a class or function").within("type")
     arguments = {**defaults, **{k: v for k, v in cfg.items() if k != "type"}}
     check_arguments(target, arguments, where=name)
     check_values(target, arguments, where=name)

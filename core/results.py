@@ -261,15 +261,17 @@ class Results:
 
 def _read_all(runs_dir: Path) -> list[Result]:
     """Finished results, newest first; unreadable files are named on standard error and left out."""
+    from core.data.files import read_json
+
     found = []
     for path in runs_dir.rglob("result.json"):
         try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            print(f"warning: {path} cannot be read and does not count: {error}", file=sys.stderr)
+            data = read_json(path)
+        except OSError as error:
+            print(f"warning: it does not count, because {error}", file=sys.stderr)
             continue
         stage = path.parent.name.startswith("stage_")  # a stage is a part of a run, not a run
-        if isinstance(data, dict) and data.get("status") == "finished" and not stage:
+        if data.get("status") == "finished" and not stage:
             found.append(Result(path, data))
     # Run folders are named by their start; modification times decide between copies only.
     return sorted(found, key=lambda r: (r.path.parent.name, r.path.stat().st_mtime), reverse=True)

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.config import CONFIGS, compose, get, to_dict
 from core.config_check import stage_config
+from core.data.files import read_yaml
 from core.errors import ConfigError
 from core.latest import LATEST
 from core.messages import first_process
@@ -275,7 +276,7 @@ def _stage_folder(path: Path, stage: str) -> Path:
 def stored_config(folder: Path) -> dict[str, Any] | None:
     """The config of a run or a stage; None where there is none that can be read."""
     try:
-        cfg = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        cfg = read_yaml(folder / "config.yaml")
+    except OSError:
         return None
     return cfg if isinstance(cfg, dict) and cfg.get("model") else None

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from core.data.files import read_json, read_yaml
 from core.errors import ConfigError, VitrineError
 from core.processes import first_decides
 from core.shortened import TRIAL
@@ -78,8 +79,8 @@ def stage_of(checkpoint: Path) -> str | None:
 
 def _selection(folder: Path) -> Mapping[str, Any]:
     """What a run selects its best checkpoint by; nothing where its config cannot be read."""
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return dict(yaml.safe_load((folder / "config.yaml").read_text())["checkpoint"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return dict(read_yaml(folder / "config.yaml")["checkpoint"])
     return {}
 
 
@@ -168,10 +169,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def result_of(folder: Path | None) -> dict[str, Any] | None:
     """The result of a run that has ended, a trial's included; None where there is none."""
     try:
-        result = None if folder is None else json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
+        result = None if folder is None else read_json(folder / "result.json")
+    except OSError:
         return None
-    return result if isinstance(result, dict) else None
+    return result
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -193,9 +194,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+        content = read_yaml(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error})") from None
     if not isinstance(content, dict) or not {"name", "seed", "model"} <= content.keys():
         raise ConfigError(f"{path} is empty or cut off")
     return content

@@ -5,6 +5,7 @@ See `load_table` for the format. Every error names the file, the place in it and
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,9 +130,11 @@ class Reader:
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
 
+        from core.data.files import read_text
+
         try:
-            data = OmegaConf.to_container(OmegaConf.load(self.path), resolve=False)
-        except (YAMLError, OmegaConfBaseException, OSError) as error:
+            data = OmegaConf.to_container(OmegaConf.load(io.StringIO(read_text(self.path))), resolve=False)
+        except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
             raise self.error("", f"cannot be read: {str(error).strip()}") from None
         return self.mapping(data, "")
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from core.data import load_image
 from core.data.files import read_text
 from core.errors import ConfigError
-from core.registry import nearest
+from core.registry import check_values, nearest
 from core.trainer import Inference
 from seqgan.diagnostics import teacher_forced
 from seqgan.generation import Generator, spread_labels
@@ -104,13 +104,14 @@ def read_request(file: Path, base: SampleRequest) -> SampleRequest:
     text = read_text(file)
     try:
         changes = {"labels": [int(word) for word in text.split()]} if file.suffix == ".txt" else json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: neither labels (.txt) nor JSON of a request: {error}") from None
     known = [field.name for field in dataclasses.fields(SampleRequest)]
     for name in changes if isinstance(changes, dict) else [str(changes)[:40]]:
         if name not in known:
             raise ConfigError(f"{file}: '{name}'{nearest(name, known)} is no part of a request ({', '.join(known)})")
-    if "labels" in changes:
+    check_values(SampleRequest, changes, where=str(file))
+    if changes.get("labels") is not None:
         changes.setdefault("count", None)  # a list of labels says how many
     try:
         return dataclasses.replace(base, **changes)
@@ -127,19 +128,18 @@ def tokenizer_of(run: str | Path) -> Tokenizer:
     Raises:
         ConfigError: no such run, or it has no tokenizer.
     """
-    import yaml
-
     from core.registry import build
+    from core.run_config import stored_config
     from core.run_folder import find_checkpoint
     from core.weights import load_weights
 
     checkpoint = find_checkpoint(run)
     config = checkpoint.parents[1] / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"tokenizer={run}: there is no {config}: give the folder of a run")
-    model = yaml.safe_load(config.read_text())["model"]
+    model = (stored_config(config.parent) or {}).get("model")
+    if not isinstance(model, dict):
+        raise ConfigError(f"tokenizer={run}: there is no {config}, or it is damaged: give the folder of a run")
     name = "tokenizer" if model.get("tokenizer") else "network"
-    tokenizer = build(model[name])
+    tokenizer = build(model.get(name))
     if not isinstance(tokenizer, Tokenizer):
         raise ConfigError(f"tokenizer={run}: model.{name} is a {type(tokenizer).__name__}, not a tokenizer")
     load_weights(tokenizer, checkpoint, prefix=f"{name}.")

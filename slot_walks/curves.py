@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from core.cli import parse, run
+from core.data.files import read_text
 from core.errors import ConfigError
 
 #: What is drawn, in this order, where a log has it; scores of evaluations follow.
@@ -55,10 +56,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"run={path}: no such folder or log")
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
+        except (ValueError, RecursionError):  # the last line of a run that was killed
             continue
         if isinstance(record, dict) and "step" in record:
             records.append(record)

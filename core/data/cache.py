@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data.files import replacing
+from core.data.files import read_json, replacing
 from core.data.packed import PackedStrings
 from core.data.provenance import differences, hash_file, normalised
 from core.data.sampling import rank_and_world
@@ -107,7 +107,7 @@ class DerivedCache:
                 raise CorruptCacheError(f"{self.folder} holds files but no provenance.json: it is not a cache")
             if not used:
                 self._write_provenance(record)
-        stored = json.loads(record.read_text())
+        stored = _record(record)
         lines = differences(stored, {"format": _FORMAT, "provenance": self.provenance})
         if not lines:
             return
@@ -139,7 +139,7 @@ class DerivedCache:
     # ------------------------------------------------------------------ reading
     def reload(self) -> None:
         """See what other processes have written since."""
-        shards = [json.loads(path.read_text()) for path in sorted(self.folder.glob("shard-*.json"))]
+        shards = [_record(path, "fields") for path in sorted(self.folder.glob("shard-*.json"))]
         for shard in shards:
             for entry in shard["fields"].values():
                 path = self.folder / entry["file"]
@@ -360,6 +360,13 @@ class DerivedCache:
         finally:
             if self._lock is not None:
                 self._lock.release()
+
+
+def _record(path: Path, *keys: str) -> dict[str, Any]:
+    try:
+        return read_json(path, keys=keys)
+    except VitrineError as error:
+        raise CorruptCacheError(f"{error} Or delete the folder, to have the cache computed anew.") from None
 
 
 def _say(line: str) -> None:

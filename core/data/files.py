@@ -139,6 +139,25 @@ def read_json(path: str | os.PathLike, kind: type = dict, keys: Sequence[str] = 
     return content
 
 
+def read_yaml(path: str | os.PathLike) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        MissingDataError: there is no such file.
+        DataFileError: not text, or not YAML (line and column are named).
+    """
+    import yaml
+
+    text = read_text(path)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise DataFileError(f"{os.fspath(path)!r} is not whole YAML ({reason}{place}): mend or copy it") from None
+
+
 def check_records(
     path: str | os.PathLike,
     name: str,

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from core.cli import parse, run
 from core.errors import ConfigError
@@ -38,11 +37,11 @@ def loaded(folder: Path) -> tuple[TwoDecoderTransformer, dict[str, Any]]:
         ConfigError: no finished run of the stand-in.
     """
     from core.launch import build_trainer
-    from core.run_folder import find_checkpoint
+    from core.run_folder import find_checkpoint, read_config
     from core.weights import load_weights
 
     checkpoint = find_checkpoint(folder)
-    config = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text())
+    config = read_config(checkpoint.parents[1])
     trainer = build_trainer(config)
     if not isinstance(trainer, TwoDecoderTransformer):
         raise ConfigError(f"runs: {folder} ends with a {type(trainer).__name__}: give runs of seqgan/shape_glyphs")
