@@ -35,7 +35,10 @@ _PLACES = ("runs_dir=", "run_dir=", "resume=", "seed=", "hydra.")
 def run_record(result: Mapping[str, Any], config: str) -> dict[str, Any]:
     """The part of a `result.json` that a claim keeps, with the fingerprint of its config."""
     overrides = [str(o) for o in result.get("overrides") or [] if not str(o).startswith(_PLACES)]
-    return {"config": config, "overrides": overrides, **{key: result[key] for key in _KEPT if key in result}}
+    kept = {key: result[key] for key in _KEPT if key in result}
+    if kept.get("resumed_from"):  # that the run was interrupted, and after which step; the folder says nothing
+        kept["resumed_from"] = Path(kept["resumed_from"]).name
+    return {"config": config, "overrides": overrides, **kept}
 
 
 @dataclass(frozen=True)

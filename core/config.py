@@ -137,17 +137,16 @@ def _compose(overrides: list[str], config_dir: str | Path | None, *, explain: bo
             return hydra_compose("train", overrides=[*extra, *overrides])
     # ValueError: a name where OmegaConf wants a list's index, or a file in another encoding
     except (*CANNOT_COMPOSE, ValueError, OSError, RecursionError) as error:
-        _check_files(config_dir)
         hint = explain_overrides(overrides, config_dir) if explain else None
-        raise ConfigError(hint or str(error).strip()) from None
+        raise ConfigError(hint or str(error).strip() or type(error).__name__) from None
     finally:
         GlobalHydra.instance().clear()
         if outer is not None:
             GlobalHydra.instance().initialize(outer)
 
 
-def _check_files(config_dir: str | Path | None) -> None:
-    """Names the first broken file of a user's configs, which Hydra does not."""
+def broken_file(config_dir: str | Path | None) -> str | None:
+    """What is wrong with the first broken file of a user's configs, whose name Hydra does not tell."""
     from core.data.files import read_yaml
 
     for folder in _roots(config_dir)[1:]:
@@ -155,9 +154,10 @@ def _check_files(config_dir: str | Path | None) -> None:
             try:
                 content = read_yaml(path)
             except VitrineError as error:
-                raise ConfigError(str(error)) from None
+                return str(error)
             if not isinstance(content, dict | None):
-                raise ConfigError(f"{path} holds a {type(content).__name__}, not keys and values")
+                return f"{path} holds a {type(content).__name__}, not keys and values"
+    return None
 
 
 def experiments(config_dir: str | Path | None = None) -> dict[str, str]:
@@ -182,6 +182,8 @@ def _purpose(path: Path) -> str:
 
 def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = None) -> str | None:
     """What is wrong with the first override that cannot be meant, and the nearest names; None if nothing is."""
+    if (broken := broken_file(config_dir)) is not None:
+        return broken
     parser = OverridesParser.create()
     groups, keys = [], []
     for text in overrides:
@@ -206,27 +208,33 @@ def explain_overrides(overrides: Iterable[str], config_dir: str | Path | None = 
         base = _compose([t for t, o in groups if not o.is_sweep_override()], config_dir, explain=False)
     except ConfigError:
         return None
-    known = list(_keys(base))
-    plain = OmegaConf.to_container(base)
-    hooks = [o.value() for _, o in keys if o.key_or_group == "custom_hooks"] or [plain["custom_hooks"]]
-    removed = {override.key_or_group for _, override in keys if override.is_delete()}
-    for text, override in keys:
-        key = override.key_or_group
-        parent, _, name = key.rpartition(".")
-        if parent == "custom_hooks" and isinstance(hooks[-1], list) and not name.isdigit() and not override.is_add():
-            return (
-                f"{text}: custom_hooks is a list here, which has no names; '+custom_hooks.{name}=...' adds a hook to it"
-            )
-        if key not in removed and (mismatch := _mismatch(plain, text, override)):
-            return mismatch
-        if override.is_add() or override.is_force_add():
-            continue
-        if override.is_delete() and key not in known and not OmegaConf.is_missing(base, key):
-            continue
-        for inner in [key, *(f"{key}.{inner}" for inner in _inner_keys(override.value()))]:
-            if inner not in known and (key in known or inner == key):
-                added = f" ('+{text}' adds one of that name)" if parent in _OPEN and not override.is_delete() else ""
-                return f"{text}: the config has no key '{inner}'{added}; {_closest(inner, known)}"
+    chosen = [t for t, o in groups if not o.is_sweep_override()]
+    for text, override in keys:  # Hydra applies them in their order, each to what is there then
+        sweep = override.is_sweep_override()
+        first = next(override.sweep_string_iterator()) if sweep else None
+        chosen.append(f"{override.get_key_element()}={first}" if sweep else text)
+        try:
+            base = _compose(chosen, config_dir, explain=False)
+        except ConfigError:
+            return _explained(base, text, override)
+    return None
+
+
+def _explained(base: DictConfig, text: str, override: Override) -> str | None:
+    """What is wrong with an override that cannot be applied to a config."""
+    known, plain = list(_keys(base)), OmegaConf.to_container(base)
+    key = override.key_or_group
+    parent, _, name = key.rpartition(".")
+    if parent == "custom_hooks" and isinstance(plain["custom_hooks"], list) and not name.isdigit():
+        return f"{text}: custom_hooks is a list here, which has no names; '+custom_hooks.{name}=...' adds a hook to it"
+    if mismatch := _mismatch(plain, text, override):
+        return mismatch
+    if override.is_add() or override.is_force_add():
+        return None
+    for inner in [key, *(f"{key}.{inner}" for inner in _inner_keys(override.value()))]:
+        if inner not in known and (key in known or inner == key):
+            added = f" ('+{text}' adds one of that name)" if parent in _OPEN and not override.is_delete() else ""
+            return f"{text}: the config has no key '{inner}'{added}; {_closest(inner, known)}"
     return None
 
 

@@ -75,20 +75,18 @@ def _inferred(
     output = Path(options.output)
     _make(output)
     records: list[dict[str, Any]] = []
+    failures: list[str] = []
     try:
         with torch.no_grad(), StopRequest(f"stopped: {output / 'results.json'} holds what was done"):
             for name, file in files.items():
-                records.append(_one(trainer, file, output / name))
+                records.append(_one(trainer, file, output / name, failures))
                 print(json.dumps(records[-1], default=float), flush=True)
     finally:
         write_text_atomic(json.dumps(records, indent=1, default=float) + "\n", output / "results.json")
-    failed = [record for record in records if "error" in record]
-    if len(failed) == len(records):
-        raise ConfigError(
-            f"none of {len(records)} could be processed, see {output / 'results.json'}: {failed[0]['error']}"
-        )
-    if failed:
-        print(f"{len(failed)} of {len(records)} files failed, see {output / 'results.json'}", file=sys.stderr)
+    if len(failures) == len(records):
+        raise ConfigError(f"none of {len(records)} could be processed, see {output / 'results.json'}: {failures[0]}")
+    if failures:
+        print(f"{len(failures)} of {len(records)} files failed, see {output / 'results.json'}", file=sys.stderr)
     return records
 
 
@@ -109,8 +107,8 @@ def _names(files: list[Path], root: Path) -> list[str]:
     return names
 
 
-def _one(trainer: Any, file: Path | None, output: Path) -> dict[str, Any]:
-    """The record of one file; whatever fails is in it."""
+def _one(trainer: Any, file: Path | None, output: Path, failures: list[str]) -> dict[str, Any]:
+    """The record of one file; what fails is in it, and in `failures`: a trainer's own record may have an `error`."""
     named = {} if file is None else {"file": str(file)}
     try:
         record = {**named, **_written(trainer.generate() if file is None else trainer.infer(file), output)}
@@ -119,7 +117,8 @@ def _one(trainer: Any, file: Path | None, output: Path) -> dict[str, Any]:
     except Exception as error:
         if not isinstance(error, OSError | ValueError | VitrineError):  # not of the file alone: the code has a fault
             traceback.print_exc()
-        return {**named, "error": f"{type(error).__name__}: {error}"}
+        failures.append(f"{type(error).__name__}: {error}")
+        return {**named, "error": failures[-1]}
 
 
 def _written(result: Inference, output: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from core.cli import stop
 from core.config import (
     CANNOT_COMPOSE,
     CONFIGS,
+    broken_file,
     command_line,
     experiments,
     explain_overrides,
@@ -121,8 +122,9 @@ def main(argv: list[str]) -> None:
         train()
     except VitrineError as error:  # of a job, by way of a sweeper or launcher with rules of its own
         raise VitrineError(sweep.report() or str(error)) from None
-    except (*CANNOT_COMPOSE, ValueError) as error:  # Hydra's and its plugins' own
-        if _WANTS_TRACEBACK:
+    except (*CANNOT_COMPOSE, ValueError, OSError, RecursionError) as error:  # Hydra's and its plugins' own
+        unnamed = isinstance(error, OSError | RecursionError) and broken_file(_config_dir(argv)) is None
+        if _WANTS_TRACEBACK or unnamed:
             raise
         said = explain_overrides(overrides, _config_dir(argv)) or str(error).strip()
         raise ConfigError("\n".join(filter(None, (said, sweep.report())))) from None

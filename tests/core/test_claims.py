@@ -7,7 +7,7 @@ import pytest
 from lab import Lab
 
 from core.claim_file import FAILS, HOLDS, OPEN, Comparison, load_claim, overall
-from core.claim_store import ClaimStore
+from core.claim_store import ClaimStore, run_record
 from core.claims import claims_table, show_claim
 from core.comparison import Paired, mean_and_deviation
 from core.errors import ConfigError
@@ -367,3 +367,12 @@ def test_a_figure_that_nobody_computes_is_named_once_the_runs_are_there(path, la
     show(path, lab)  # it may still be a metric
     with pytest.raises(ConfigError, match=r"no figure 'macz'.*did you mean 'macs'"):
         show(path, lab, run=True)
+
+
+def test_stored_evidence_says_whether_a_run_was_interrupted():
+    result = {"seed": 1, "metrics": {"top1": 0.5}, "run_dir": "/home/someone/runs/a", "resumed_from": None}
+    assert run_record(result, "print")["resumed_from"] is None
+    result["resumed_from"] = "/home/someone/runs/a/checkpoints/step_00000004.pt"
+    kept = run_record(result, "print")
+    assert kept["resumed_from"] == "step_00000004.pt" and "someone" not in str(kept)
+    assert "resumed_from" not in run_record({"seed": 1}, "print"), "a file of an older version stays as it is"

@@ -10,7 +10,7 @@ import pytest
 from tiny_experiment import ROOT, environment
 
 from core.cli import parse
-from core.config import command_line, compose, experiments, merge, to_dict
+from core.config import command_line, compose, experiments, explain_overrides, merge, to_dict
 from core.config_check import stage_config
 from core.errors import ConfigError
 
@@ -106,6 +106,18 @@ def test_typos_end_at_once_with_the_nearest_names(user, words, message):
         "Hydra's words do not come beside ours"
     )
     assert sorted((user / "runs").rglob("*")) == before, "nothing has been built or written"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["+vars.a=1", "vars.a=2", "sed=1"], "sed=1"),
+        (["~optim_wrapper", "+optim_wrapper={a: 1}", "optim_wrapper.a=2", "optim_wrapper.b=2"], "optim_wrapper.b=2"),
+        (["seed=1,2", "~nope"], "~nope"),
+    ],
+)
+def test_the_override_that_is_wrong_is_named_and_not_one_before(words, named):
+    assert explain_overrides(["experiment=stvit/digits", *words]).startswith(f"{named}: the config has no key")
 
 
 @pytest.mark.parametrize(

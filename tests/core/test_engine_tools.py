@@ -35,6 +35,8 @@ class Look(Classify):
             return Inference({"path": file})
         if file.stem == "shape":
             return Inference({}, {"still": np.zeros((3, 3, 7), dtype=np.uint8)})
+        if file.stem == "own":
+            return Inference({"error": 0.25}, {})
         pixels = np.asarray(Image.open(file).convert("RGB"))
         logits = self.network(torch.zeros(1, 8))
         return Inference(
@@ -171,6 +173,11 @@ def test_whatever_fails_on_a_file_is_in_its_record_and_the_others_go_on(look, ca
     assert [json.loads(line)["file"] for line in shown.out.splitlines()] == list(found)
     assert "3 of 5 files failed, see out/results.json" in shown.err
     assert "no_such_thing" in shown.err, "a fault of the code is shown with its place"
+
+
+def test_a_record_with_an_error_of_its_own_is_no_failure(look, capsys):
+    assert [record["error"] for record in look("own")] == [0.25]
+    assert "failed" not in capsys.readouterr().err
 
 
 def test_nothing_that_works_is_an_error_with_the_first_reason(look):
