@@ -123,8 +123,9 @@ def main(argv: list[str]) -> None:
     except VitrineError as error:  # of a job, by way of a sweeper or launcher with rules of its own
         raise VitrineError(sweep.report() or str(error)) from None
     except (*CANNOT_COMPOSE, ValueError, OSError, RecursionError) as error:  # Hydra's and its plugins' own
-        unnamed = isinstance(error, OSError | RecursionError) and broken_file(_config_dir(argv)) is None
-        if _WANTS_TRACEBACK or unnamed:
+        # What fails after composing, such as a disk that a run cannot write to, passes as it is.
+        composed = not isinstance(error, (*CANNOT_COMPOSE, ValueError)) and broken_file(_config_dir(argv)) is None
+        if _WANTS_TRACEBACK or composed:
             raise
         said = explain_overrides(overrides, _config_dir(argv)) or str(error).strip()
         raise ConfigError("\n".join(filter(None, (said, sweep.report())))) from None
