@@ -67,7 +67,8 @@ class Component:
 
     def changes(self) -> list[Change]:
         """One change per alternative."""
-        return [Change(self.name, value, tuple(override(self.key, value))) for value in self.alternatives]
+        merged = self.default is not None  # nothing merges with null, and Hydra finds no null to delete
+        return [Change(self.name, value, tuple(override(self.key, value, merged))) for value in self.alternatives]
 
 
 def shown(value: Any) -> str:
@@ -77,9 +78,12 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def override(key: str, value: Any) -> list[str]:
-    """Hydra overrides that give a key exactly this value; a mapping replaces, where Hydra alone would merge."""
-    if isinstance(value, Mapping | list):
+def override(key: str, value: Any, merged: bool = True) -> list[str]:
+    """Hydra overrides that give a key exactly this value.
+
+    A mapping replaces, where Hydra alone would have it `merged` with the mapping that is there.
+    """
+    if isinstance(value, Mapping | list) and merged:
         return [f"~{key}", f"+{key}={_literal(value)}"]
     return [f"{key}={_literal(value)}"]
 

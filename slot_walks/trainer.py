@@ -58,7 +58,7 @@ class SlotTrainer(Trainer):
 
     Raises:
         ValueError: an unknown mask source, or one that the network has not; fewer than one draw; a patch outside;
-            `diagnose` without walks.
+            `diagnose` of slots that cannot be compared with features.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class SlotTrainer(Trainer):
         self.mask_source, self.noise_seed, self.num_slots = source, noise_seed, num_slots
         if patch is not None and not (len(patch) == 2 and all(0 <= share <= 1 for share in patch)):
             raise ValueError(f"patch={patch}: give two shares of height and width, from 0 to 1, as in [0.5, 0.25]")
-        if diagnose and "walk" not in network.signals:
-            raise ValueError(f"diagnose=true compares the gradients of walks, which signal {network.signal!r} has not")
+        if diagnose and not comparable:
+            raise ValueError("diagnose=true needs walks between slots and features, but they have different widths")
         self.draws, self.diagnose = draws, diagnose
         self.transform, self.patch = transform, None if patch is None else tuple(patch)
         self._looked_at_backbone = False

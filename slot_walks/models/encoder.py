@@ -36,6 +36,7 @@ class SlotEncoder(nn.Module):
         dim: channels D of a slot.
         num_slots: K; any other K can be asked for at each call.
         hidden: width of the MLPs; None: D.
+        projection_hidden: width of the projection's hidden layer; None: as `hidden`.
         init: start of the slots: gaussian, learned or gaussian_mean (see `SlotInit`).
         num_iterations: of slot attention.
         num_heads: of slot attention.
@@ -60,6 +61,7 @@ class SlotEncoder(nn.Module):
         truncate: str = "none",
         projection: str = "slot",
         eps: float = 1e-8,
+        projection_hidden: int | None = None,
     ) -> None:
         super().__init__()
         if projection not in PROJECTIONS:
@@ -67,6 +69,7 @@ class SlotEncoder(nn.Module):
         hidden = dim if hidden is None else hidden
         self.in_dim, self.dim = in_dim, dim
         width, out = (hidden, dim) if projection == "slot" else (in_dim, in_dim)
+        width = width if projection_hidden is None else projection_hidden
         self.project = nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, width), nn.ReLU(), nn.Linear(width, out))
         for layer in (self.project[1], self.project[3]):
             nn.init.xavier_uniform_(layer.weight)

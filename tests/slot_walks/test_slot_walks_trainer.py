@@ -328,8 +328,10 @@ def test_the_cosine_of_both_walks_gradients_is_that_of_their_steps() -> None:
     assert torch.allclose(cosine, wanted.expand(4), atol=1e-4) and wanted.abs() > 1e-3
     assert all(parameter.grad is None for parameter in model.parameters())
     assert "gradient_cosine" not in trainer().eval().val_step(batch)
-    with pytest.raises(ValueError, match="diagnose=true compares"):
-        trainer("mlp", diagnose=True)
+    assert trainer("mlp", diagnose=True).eval().val_step(batch)["gradient_cosine"].isfinite().all(), "of the same slots"
+    narrow = SlotWalker(FilterBank(), SlotEncoder(32, 16), "mlp", feature_grid=16, decoder_width=16)
+    with pytest.raises(ValueError, match="diagnose=true needs"):
+        SlotTrainer(narrow, diagnose=True)
 
 
 def test_clusters_of_patches_separate_what_differs_and_are_not_trained() -> None:
