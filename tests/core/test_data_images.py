@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from core.data import DataFileError, MissingDataError, load_image, load_labels, to_pil
 from core.data.files import IMAGE_EXTENSIONS
@@ -75,6 +76,8 @@ def test_colours_of_every_mode_are_the_ones_that_were_saved(kind):
     data, tolerance = colour_files()[kind]
     found = np.asarray(load_image(data)).astype(int)
     assert found.shape == RAMP.shape and np.abs(found - RAMP).max() <= tolerance
+    weights = [0.299, 0.587, 0.114]  # of ITU-R 601, whatever the file's mode
+    assert np.abs(np.asarray(load_image(data, "L")) - found @ weights).max() <= 1
 
 
 def test_of_sixteen_bits_the_upper_eight_are_kept_in_every_file():
@@ -169,6 +172,9 @@ def test_labels_of_the_image_as_stored_keep_it_as_stored():
 def test_broken_exif_data_do_not_hide_an_image():
     data = encoded(Image.fromarray(RAMP), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
     assert load_image(data).size == (8, 6)
+    notes = PngInfo()
+    notes.add_text("Raw profile type exif", "\nexif\n  2\nno hexadecimal digits")
+    assert load_image(encoded(Image.fromarray(RAMP), pnginfo=notes)).size == (8, 6)
 
 
 # ---------------------------------------------------------------------- label maps
