@@ -16,6 +16,7 @@ from .errors import data_root as data_root
 from .folder import ImageFolder as ImageFolder
 from .image_zip import ImageZip as ImageZip
 from .imagenet import ImageNet as ImageNet
+from .images import load_animation as load_animation
 from .images import load_image as load_image
 from .images import load_labels as load_labels
 from .images import to_pil as to_pil

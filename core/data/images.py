@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from core.data.errors import DataFileError, MissingDataError
@@ -111,6 +111,20 @@ def load_labels(
 
 
 _REMEDY = "Save the labels as a PNG with a palette or of grey values (8 or 16 bits)"
+
+
+def load_animation(source: str | os.PathLike | bytes, name: str | None = None) -> tuple[np.ndarray, float]:
+    """All frames of an animation, uint8 (T, H, W, 3), and how many seconds they are shown for (0: it does not say).
+
+    Raises:
+        MissingDataError, DataFileError: see `load_image`.
+    """
+    frames, seconds = [], 0.0
+    with _opened(source, name) as image:
+        for frame in ImageSequence.Iterator(image):
+            frames.append(np.array(_converted(frame, "RGB")))
+            seconds += frame.info.get("duration", 0) / 1000
+        return np.stack(frames), seconds
 
 
 def to_pil(image: Any, mode: str = "RGB") -> Image.Image:

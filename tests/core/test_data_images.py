@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from core.data import DataFileError, MissingDataError, load_image, load_labels, to_pil
+from core.data import DataFileError, MissingDataError, load_animation, load_image, load_labels, to_pil
 from core.data.files import IMAGE_EXTENSIONS
 
 RAMP = np.stack(np.broadcast_arrays(*np.mgrid[0:240:40, 0:240:30], 90), axis=-1).astype(np.uint8)  # (6, 8, 3)
@@ -133,6 +133,17 @@ def test_animations_and_pages_give_the_first_one():
     for kind in ("GIF", "TIFF", "PNG"):
         data = encoded(pages[0], kind, save_all=True, append_images=pages[1:])
         assert load_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_every_frame_of_an_animation_is_read_with_its_time(tmp_path):
+    pages = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "lime")]
+    data = encoded(pages[0], "GIF", save_all=True, append_images=pages[1:], duration=[100, 200, 300])
+    frames, seconds = load_animation(data)
+    assert frames[:, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255], [0, 255, 0]] and frames.shape == (3, 4, 4, 3)
+    assert seconds == pytest.approx(0.6) and load_animation(encoded(pages[0]))[1] == 0
+    (tmp_path / "cut.gif").write_bytes(data[:60])
+    with pytest.raises(DataFileError, match=r"cut\.gif"):
+        load_animation(tmp_path / "cut.gif")
 
 
 TURNED = {  # what is stored for an upright image, by Exif's number

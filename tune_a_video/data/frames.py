@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from core.data import MissingDataError, VideoError, VideoReader, load_image
+from core.data import DataFileError, MissingDataError, VideoError, VideoReader, load_animation, load_image
 from core.data.files import IMAGE_EXTENSIONS, image_files
 from core.data.images import to_uint8
 from core.errors import ConfigError
@@ -99,19 +99,13 @@ def _video(path: Path) -> FrameSource:
 
 def _gif(path: Path) -> FrameSource:
     """The frames that the file has, whatever time each is shown for; the rate is the mean one."""
-    from PIL import Image, ImageSequence
-
-    frames, seconds = [], 0.0
     try:
-        with Image.open(path) as image:
-            for frame in ImageSequence.Iterator(image):
-                frames.append(torch.from_numpy(np.array(frame.convert("RGBA").convert("RGB"))))
-                seconds += frame.info.get("duration", 0) / 1000
-    except (OSError, SyntaxError, ValueError) as error:
+        decoded, seconds = load_animation(path)
+    except DataFileError as error:
         raise VideoError(f"{path} holds no frames that can be decoded ({error}): get it again") from None
-    decoded = rearrange(torch.stack(frames), "f h w c -> f c h w")
+    frames = rearrange(torch.from_numpy(decoded), "f h w c -> f c h w")
     fps = len(frames) / seconds if seconds else None
-    return FrameSource(path.stem, len(frames), lambda indices, size: decoded[indices], fps)
+    return FrameSource(path.stem, len(frames), lambda indices, size: frames[indices], fps)
 
 
 def _decode_all(path: Path) -> Tensor:
