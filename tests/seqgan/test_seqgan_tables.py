@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from core.ablation import declared
 from core.config import CONFIGS, compose
 from core.figures import Figures
+from core.launch import build_trainer
 from core.results import fingerprint
 from seqgan.models import UsageEntropy, ar_base, ar_large, conv_tokenizer, nar_base, nar_large
 from seqgan.sampling import ParallelSampler
@@ -76,3 +78,20 @@ def test_configs_say_the_counted_cost() -> None:
         macs = figures(TokenizerTrainer(tokenizer, input_shape=(3, 256, 256)))("macs") / 1e9
     files = sorted((CONFIGS / "experiment" / "seqgan").glob("*_tokenizer.yaml"))
     assert len(files) == 5 and all(f"# Costs: {macs:.1f} GMACs a picture" in file.read_text() for file in files)
+
+
+def test_what_the_tables_vary_is_declared_and_builds() -> None:
+    """Size of transformers, guidance, terms and networks of the perceptual loss: one change at a time."""
+    wanted = {
+        "imagenet256_tokenizer": ["low_loss", "perceptual_network", "alpha", "semantic_layers", "perceptual_weight"],
+        "imagenet256_ar_l": ["size", "top_k"],
+        "lsun_cat_nar": ["guidance", "size", "label_drop"],
+        "shape_glyphs": ["transformer_depth", "low_layers", "transformer_width"],
+    }
+    for name, components in wanted.items():
+        cfg = compose([f"experiment=seqgan/{name}"])
+        first, second, *_ = declared(cfg, components)
+        for component in (first, second) if name == "imagenet256_tokenizer" else (first,):
+            changed = compose([f"experiment=seqgan/{name}", *component.changes()[0].overrides])
+            assert fingerprint(changed) != fingerprint(cfg), (name, component)
+            build_trainer(changed, device="meta")
