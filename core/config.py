@@ -115,7 +115,7 @@ def with_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
         if _APPENDED in cfg:
             for hook in cfg.pop(_APPENDED).values():
                 cfg.custom_hooks.append(hook)
-        if isinstance(cfg.train_cfg, DictConfig):
+        if isinstance(cfg.get("train_cfg"), DictConfig):
             for key in displaced(cfg.train_cfg, asked):
                 cfg.train_cfg[key] = None
     return cfg

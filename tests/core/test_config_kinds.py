@@ -236,6 +236,10 @@ def test_hydra_is_asked_with_the_same_care(user, word, message):
         compose(["experiment=mine/tiny", word], config_dir=user / "configs")
 
 
+def test_the_length_can_be_taken_away(user):
+    assert "train_cfg" not in compose(["experiment=mine/tiny", "~train_cfg"], config_dir=user / "configs")
+
+
 def test_the_model_alone_is_checked_alike(changed):
     for override, message in (
         ("model=net", "config key 'model': net is a text"),
