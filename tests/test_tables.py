@@ -116,6 +116,7 @@ COUNTED = {
         ("EViT, equal cost", "macs"): 1.917,
         ("top-k of class attention, equal cost", "macs"): 1.917,
         ("DynamicViT, equal cost", "macs"): 1.917,
+        ("ATS, equal cost", "macs"): 1.917,
         ("random tokens, equal cost", "macs"): 1.917,
         ("pooled tokens, equal cost", "macs"): 1.917,
         ("EViT, rate 0.7", "macs"): 3.0,
