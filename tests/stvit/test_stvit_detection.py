@@ -488,7 +488,9 @@ def cfg(checkpoint, **more):
 def test_init_cfg_loads_addresses_by_mmengines_loader_and_parts_below_a_prefix(tmp_path):
     source = STViTRSwin(num_classes=5, **TINY)
     weight = source.stages[2].units[0].base[0].attn.qkv.weight
-    torch.save({"state_dict": {f"teacher.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pth")
+    both = {f"teacher.{k}": v for k, v in source.state_dict().items()}
+    both |= {f"student.{k}": torch.zeros_like(v) for k, v in source.state_dict().items()}
+    torch.save({"state_dict": both}, tmp_path / "w.pth")
     asked = []
 
     def fetch(place, map_location):
