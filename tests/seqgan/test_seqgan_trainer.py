@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core import randomness
 from core.data import StaleCacheError
 from core.param_groups import OptimConstructor
 from seqgan.codes import CodeCache
@@ -184,6 +185,33 @@ def test_masks_of_evaluation_are_drawn_from_their_seed() -> None:
     ratio, score = torch.rand(4, generator=generator), torch.rand(4, 16, generator=generator)
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
     assert torch.equal(masks[2], training_mask(ratio, score))
+
+
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_processes_draw_the_rows_of_the_samples_that_they_hold(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process r of W holds samples r, r + W, ...: masks and dropped labels of these, as one process would draw them."""
+    sizes = {"dim": 16, "depth": 1, "num_heads": 2}
+    network = (
+        ARTransformer(8, 2, 16, **sizes, null_class=True) if kind == "ar" else MaskedTransformer(8, 2, 16, **sizes)
+    )
+    trainer = TransformerTrainer(network, label_drop=0.5)
+    batch = {"codes": torch.randint(8, (6, 4, 4)), "label": torch.arange(6) % 2}
+
+    def given(rank: int, processes: int) -> list[Tensor]:
+        """What the network is asked, besides codes."""
+        seen: list[Tensor] = []
+        monkeypatch.setattr(randomness, "get_dist_info", lambda: (rank, processes))
+        hook = network.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[1:]))
+        torch.manual_seed(7)
+        trainer.losses({name: value[rank::processes] for name, value in batch.items()})
+        hook.remove()
+        return seen
+
+    whole, parts = given(0, 1), [given(rank, 3) for rank in range(3)]
+    for place, value in enumerate(whole):
+        for rank in range(3):
+            assert torch.equal(parts[rank][place], value[rank::3])
+    assert (whole[-1] == network.null_label).any() and (whole[-1] != network.null_label).any()
 
 
 def test_a_lazy_penalty_costs_as_much_on_average() -> None:
