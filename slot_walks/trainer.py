@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.checkpoint import load
+from core.randomness import own_rows
 from core.trainer import Batch, Inference, Trainer
 from slot_walks.cache import FeatureCache
 from slot_walks.data.transforms import WholePicture
@@ -116,7 +117,7 @@ class SlotTrainer(Trainer):
         `pwp_kl` is the row cross-entropy of P-W-P above its lower bound; `effective_slots` and `usage_entropy` are
         means over the batch.
         """
-        output = self._forward(batch, noise=batch.get("noise"), decode=True)
+        output = self._forward(batch, noise=self._training_noise(batch), decode=True)
         terms: dict[str, Tensor] = {}
         assignment = output.assignment
         if "walk" in self.network.signals:
@@ -228,6 +229,15 @@ class SlotTrainer(Trainer):
             return None
         height, width = (side * self.network.backbone.patch_size for side in self.network.feature_grid)
         return 3, height, width
+
+    def _training_noise(self, batch: Batch) -> Tensor | None:
+        """The batch's noise, or what one process with the batches of all would draw for these samples."""
+        encoder = self.network.encoder
+        if "noise" in batch or not encoder.init.samples:
+            return batch.get("noise")
+        mu, shape = encoder.init.mu, (encoder.num_slots, encoder.dim)
+        rows = len(batch["features"] if "features" in batch else batch["image"])
+        return own_rows(lambda count: torch.randn(count, *shape, device=mu.device, dtype=mu.dtype), rows)
 
     def _noise(self, batch: Batch, draw: int) -> Tensor | None:
         encoder = self.network.encoder

@@ -59,6 +59,12 @@ COUNTED = {
         ("STViT-DeiT-S", "fewer"): -58.4,
         ("STViT-DeiT-B", "fewer"): -58.6,
     },
+    "slot_walks/balance": {
+        ("drawn scenes, 256 parts, 5 slots", "row_wpw"): 1 / 5,
+        ("drawn scenes, 256 parts, 5 slots", "row_pwp"): 100 / 256,
+        ("drawn scenes, 256 parts, 5 slots", "row_ratio"): 1.95,
+        ("784 parts, 7 slots, weights 1 and 100", "row_ratio"): 0.89,
+    },
     "stvit/token_grids": {
         ("STViT-DeiT-T, 5 x 5", "macs"): 0.561,
         ("STViT-DeiT-S, 6 x 6", "macs"): 2.210,

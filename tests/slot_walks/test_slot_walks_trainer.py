@@ -124,6 +124,30 @@ def test_the_optimizer_holds_what_is_trained_and_nothing_else() -> None:
     assert held == {id(p) for p in model.network.encoder.parameters()}
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_processes_draw_the_noise_that_one_with_all_rows_draws(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = trainer().train(), scenes(0, 6)
+    if kept:
+        maps = model.network.backbone(batch.pop("image")).unflatten(1, (16, 16))
+        batch = {"features": maps, "sample_id": batch["sample_id"]}
+
+    def starts(rank: int, processes: int) -> tuple[Tensor, Tensor]:
+        monkeypatch.setattr("core.randomness.get_dist_info", lambda: (rank, processes))
+        found: list[Tensor] = []
+        hook = model.network.encoder.register_forward_hook(lambda module, inputs, output: found.append(output.init))
+        torch.manual_seed(1)
+        total, _ = model.parse_losses(model.losses({key: value[rank::processes] for key, value in batch.items()}))
+        hook.remove()
+        return found[0], total
+
+    whole, loss = starts(0, 1)
+    torch.manual_seed(1)
+    assert torch.equal(whole, model.network.encoder.init(6)), "one process draws as the network does"
+    parts = [starts(rank, 2) for rank in (0, 1)]
+    assert all(torch.equal(part[0], whole[rank::2]) for rank, part in enumerate(parts))
+    assert torch.allclose((parts[0][1] + parts[1][1]) / 2, loss, rtol=1e-5), "and a step is that of the joint batch"
+
+
 # ------------------------------------------------------------------ evaluation
 
 
