@@ -159,8 +159,10 @@ def test_all_stages_are_shortened_and_go_on(tiny, monkeypatch):
     monkeypatch.setattr(mypoints.Classify, "losses", broken)
     with pytest.raises(KeyboardInterrupt):
         tiny(stages, "runtime.fast_dev_run=2", "run_dir=staged")
+    first = Path("staged/stage_0_one/result.json")
+    before = first.stat().st_mtime_ns
     result = tiny(stages, "runtime.fast_dev_run=2", "run_dir=staged", "resume=auto")
-    assert result["status"] == "trial"
+    assert result["status"] == "trial" and first.stat().st_mtime_ns == before
     assert len(seen["losses"]) == 4 + 2  # of the first stage nothing is done again
     assert {json.loads(p.read_text())["status"] for p in Path("staged").rglob("result.json")} == {"trial"}
 
