@@ -135,6 +135,12 @@ def test_null_texts_lead_guidance_back_to_the_source(pipe, latents):
     back = pipe("a cat", negative_prompt_embeds=found, **options).videos
     distance = [(video - latents).square().mean().item() for video in (plain, back)]
     assert distance[1] < 0.5 * distance[0]
+    by_hand, text = path[-1], pipe.encode_prompt("a cat")
+    with torch.no_grad():
+        for t, empty in zip(pipe.scheduler.timesteps, found, strict=True):  # each step under its own
+            without, with_text = (pipe.unet(by_hand, t, states).sample for states in (empty, text))
+            by_hand = pipe.scheduler.step(without + scale * (with_text - without), t, by_hand).prev_sample
+    torch.testing.assert_close(back, by_hand, atol=1e-3, rtol=1e-3)
     unmoved = null_text_inversion(pipe, path, "a cat", scale, iterations=0)
     torch.testing.assert_close(unmoved, pipe.encode_prompt("")[None].expand(steps, -1, -1, -1))
     torch.testing.assert_close(pipe("a cat", negative_prompt_embeds=unmoved, **options).videos, plain)
