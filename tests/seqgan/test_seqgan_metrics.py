@@ -330,6 +330,7 @@ def test_the_command_reads_folders_batches_and_statistics(weights, tmp_path, cap
     for i, image in enumerate(real):
         place = tmp_path / "real" / ("deep" if i > 4 else "") / f"{i}.png"
         Image.fromarray(image.movedim(0, -1).numpy()).save(place)
+    (tmp_path / "real" / "._0.png").write_bytes(b"left by macOS")
     np.savez(tmp_path / "made.npz", arr_0=made.movedim(1, -1).numpy(), arr_1=np.arange(6))
     common = [f"samples={tmp_path}/made.npz", f"weights={weights}", "layer=64", "splits=2", "device=cpu", "batch=4"]
     tool.main([*common, f"reference={tmp_path}/real", f"statistics={tmp_path}/stats.npz", f"output={tmp_path}/a.json"])

@@ -33,6 +33,7 @@ def files(name: str, root: Path) -> list[str]:
         (root / "00000").mkdir(parents=True)
         for number in range(4):
             picture.save(root / "00000" / f"{number:05d}.png")
+            (root / "00000" / f"._{number:05d}.png").write_bytes(b"left by macOS")
         return ["train_dataloader.dataset.count=null", "train_dataloader.dataset.val_count=2"]
     if "cat" in name:  # one file without splits
         shutil.copytree(LMDB, root / "cat_lmdb")
