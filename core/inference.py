@@ -155,7 +155,13 @@ def input_files(path: Path) -> list[Path]:
 
 
 def write_picture(array: Any, stem: Path, seconds_per_frame: float = 0.12) -> Path:
-    """A PNG from uint8 (H, W, 3), an animated GIF from uint8 (T, H, W, 3); the path written."""
+    """A PNG from uint8 (H, W, 3) or labels (H, W), an animated GIF from uint8 (T, H, W, 3); the path written."""
     from core.media import write_media
 
+    if np.ndim(array) == 2:
+        from PIL import Image
+
+        path = stem.with_name(f"{stem.name}.png")
+        Image.fromarray(np.asarray(array)).save(path)
+        return path
     return write_media(array, stem, fps=1 / seconds_per_frame)

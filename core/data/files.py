@@ -1,5 +1,7 @@
 """Reading and writing the files of data sets: whatever is wrong with one is an error that names it and the remedy."""
 
+from __future__ import annotations
+
 import codecs
 import json
 import os
@@ -7,12 +9,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from core.data.errors import DataFileError, MissingDataError
 from core.errors import VitrineError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _MARKS = (  # UTF-32 before UTF-16, whose mark begins alike
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -106,6 +109,8 @@ def read_labels(path: str | os.PathLike, separator: str | None, form: str, what:
         labels.append(int(label))
     if not names:
         raise MissingDataError(f"{os.fspath(path)} lists no {what}: expected lines of {form}")
+    import numpy as np
+
     return names, np.array(labels, dtype=np.int32)
 
 
@@ -193,6 +198,8 @@ def check_records(
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray] | None:
     """The arrays of an ``.npz`` file that only saves time; None when there is none, or a broken one."""
+    import numpy as np
+
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}

@@ -31,14 +31,14 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vgg16_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """torchvision's VGG16; its 124 million weights of linear layers are one number each."""
+    """torchvision's VGG16; its 124 million weights of linear layers are one byte each, all the same."""
     torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in vgg16().state_dict().items()}
     state = {}
     for name, shape in shapes.items():
         if name.startswith("classifier") and name.endswith("weight"):
-            state[name] = torch.full((1,), 1e-3).expand(shape)
+            state[name] = torch.zeros(1, dtype=torch.uint8).expand(shape)
         else:
             state[name] = torch.zeros(shape)
             if len(shape) > 1:

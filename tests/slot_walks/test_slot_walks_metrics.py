@@ -93,7 +93,8 @@ def test_void_may_be_missing_and_classes_switched_off():
     assert evaluated(ObjectDiscovery(), plain) == evaluated(ObjectDiscovery(), marked)
     del plain["classes"]
     found = evaluated(ObjectDiscovery(classes=None, prefix="voc"), plain)
-    assert set(found) == {f"voc/{n}" for n in ("ari", "fg_ari", "mbo_i", "miou", "recovery", "corloc")}
+    scores = ("ari", "fg_ari", "mbo_i", "miou", "recovery", "corloc", "segments_in_use", "background_pieces")
+    assert set(found) == {f"voc/{name}" for name in scores}
     with pytest.raises(ValueError, match="classes"):
         evaluated(ObjectDiscovery(), plain)
 
