@@ -159,5 +159,6 @@ def inverse_samples(share: Tensor, count: int, real: Tensor) -> tuple[Tensor, Te
     nearer = (steps - cumulative.gather(1, below)).abs() < (cumulative.gather(1, above) - steps).abs()
     places = torch.where(nearer, below, above)
     first = torch.cat([torch.ones_like(places[:, :1]), places[:, 1:] - places[:, :-1]], dim=1) > 0
-    order = (~first).long().argsort(dim=1, stable=True)
+    rank = torch.arange(count, device=share.device)
+    order = (rank + count * (~first)).argsort(dim=1)  # copies behind, in their order; ONNX has no stable sort
     return places.gather(1, order), first.gather(1, order)
