@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from core.comparison import Paired, mean_and_deviation
+from core.config import Compose, composer
 from core.errors import ConfigError, VitrineError
 from core.messages import first_process
 from core.render import Cell, Column, Row, Table, emit, plot_differences, resolve_format
-from core.results import Compose, Results, Runner, composer, launcher
+from core.results import Results, Runner, launcher
 
 BASE = "base"
 

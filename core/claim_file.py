@@ -19,7 +19,7 @@ from typing import Any
 
 from core.comparison import Paired
 from core.figures import MeasureSettings
-from core.results import digest
+from core.fingerprint import digest
 from core.table_file import Reader, table_id
 
 CLAIM = "claim"

@@ -64,7 +64,7 @@ class ClaimStore:
         """
         if not self.path.is_file():
             return None
-        from core.data.files import check_records, read_json
+        from core.files import check_records, read_json
 
         try:
             record = read_json(self.path, keys=("definition_hash", "row_configs", "figures", "rows"))

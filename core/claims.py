@@ -13,11 +13,13 @@ from core.claim_file import OPEN, Claim, ClaimRow, Comparison, is_claim, load_cl
 from core.claim_report import comparison_columns, comparison_record, comparison_row, rows_table, verdicts_table
 from core.claim_store import ClaimStore, run_record
 from core.comparison import Paired
+from core.config import Compose
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, measure
+from core.fingerprint import fingerprint, fingerprints
 from core.messages import first_process
 from core.render import Column, Row, Table
-from core.results import Compose, Results, Runner, fingerprint, fingerprints, launcher
+from core.results import Results, Runner, launcher
 
 if TYPE_CHECKING:
     from core.tables import Options

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from core.errors import ConfigError, VitrineError
 
 _OPEN = ("vars", "custom_hooks")  # mappings whose names the user chooses
+#: Overrides -> config.
+Compose = Callable[[list[str]], Any]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 #: What Hydra raises for overrides and config files that it cannot put together.
@@ -44,6 +46,11 @@ def compose(overrides: Iterable[str], config_dir: str | Path | None = None) -> D
     """
     overrides = [str(o) for o in overrides]
     return with_overrides(_compose(spelled_out(overrides, config_dir), config_dir, explain=True), overrides)
+
+
+def composer(config_dir: str | Path | None) -> Compose:
+    """`compose` with a folder of configs searched besides the project's own."""
+    return lambda overrides: compose(overrides, config_dir=config_dir)
 
 
 # Lengths and intervals of `train_cfg` of which a run has one: giving one takes the place of the other.
@@ -147,7 +154,7 @@ def _compose(overrides: list[str], config_dir: str | Path | None, *, explain: bo
 
 def broken_file(config_dir: str | Path | None) -> str | None:
     """What is wrong with the first broken file of a user's configs, whose name Hydra does not tell."""
-    from core.data.files import read_yaml
+    from core.files import read_yaml
 
     for folder in _roots(config_dir)[1:]:
         for path in sorted(folder.rglob("*.yaml")):

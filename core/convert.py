@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.cli import parse
 from core.errors import ConfigError, VitrineError, some
-from core.parts import import_part, split_words
+from core.exports import import_part, split_words
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from core import eval_sets
-from core.data.files import check_records, read_json
 from core.errors import ConfigError
+from core.files import check_records, read_json
 from core.trainer import Batch, Inference, Trainer
 
 #: Side that a small picture is enlarged to, so that boxes and names can be read.
@@ -131,6 +131,11 @@ class Detector(Trainer):
     test_step = val_step
 
     # ------------------------------------------------------------------ state
+    @property
+    def named_by(self) -> nn.Module:
+        """The detector, whose names the entries of the state dict have."""
+        return self.network
+
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         """The detector's."""
         return self.network.state_dict(*args, **options)

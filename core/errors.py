@@ -46,3 +46,12 @@ def some(names: Sequence[str], count: int = 4) -> str:
     return ", ".join(one_line(str(name), 120) for name in names[:count]) + (
         f", ... ({len(names) - count} more)" if len(names) > count else ""
     )
+
+
+class MissingDataError(VitrineError, FileNotFoundError):
+    """Data that the config points to is not there, or not laid out as expected."""
+
+
+class DataFileError(VitrineError, OSError, ValueError):
+    """A file or folder of a data set that is there, but cannot be read as what it should be: damaged, of another
+    kind or encoding, or without the right to read it. The message names it and the remedy."""

@@ -52,7 +52,7 @@ class Figures:
             ConfigError: nothing computes that figure for this experiment; names the nearest that exist.
         """
         from core.config import to_dict
-        from core.results import digest
+        from core.fingerprint import digest
 
         key = digest(to_dict(cfg))  # not the fingerprint: what changes no result, as an input's shape, changes counts
         if key not in self._cache:

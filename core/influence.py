@@ -100,7 +100,7 @@ def _without(node: Any, path: list[str]) -> Any:
 
 
 def influential(kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config (as `core.results` reduces it) that changes figures; configs share it as they share figures.
+    """The part of a config, reduced by `core.fingerprint`, that changes figures; runs of equal figures share it.
 
     Hooks that only watch are left out, and places and speed of caches. How often and by what metric checkpoints are
     judged counts where something depends on it.

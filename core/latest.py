@@ -57,7 +57,7 @@ def _started(run: Path) -> tuple[str, int]:
 
 def _is_run(run: Path) -> bool:
     """Whether a folder is a run that a user can mean; one without a readable config is no run."""
-    from core.data.files import read_yaml
+    from core.files import read_yaml
 
     try:
         cfg = read_yaml(run / "config.yaml")

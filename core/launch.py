@@ -21,11 +21,11 @@ from core.config_check import checked, look_in_working_directory, some_experimen
 from core.config_key import config_key
 from core.config_kinds import check_kinds
 from core.errors import ConfigError, VitrineError
+from core.fingerprint import fingerprint
 from core.latest import point_latest
 from core.messages import first_process_speaks
 from core.objective import objective
 from core.processes import first_decides, managers_unlocked
-from core.results import fingerprint
 from core.resume import Origin
 from core.run_folder import finished, rank, unwritable, writable, write_json
 from core.run_start import Start, enter, opened, plan

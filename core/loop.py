@@ -17,11 +17,11 @@ from mmengine.runner import BaseLoop
 from core.checkpoint.files import storable
 from core.data.prefetch import DevicePrefetcher
 from core.errors import ConfigError
+from core.fingerprint import digest
 from core.hooks.finite import FiniteCheck
 from core.position import joint_batch, place
 from core.processes import total
 from core.registry import LOOPS
-from core.results import digest
 from core.sanity import check_evaluations
 from core.shortened import limits
 from core.signals import Interrupted, StopRequest

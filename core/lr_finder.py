@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.cli import parse
 from core.errors import ConfigError
+from core.lr_curve import LossCurve, judge
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-SMOOTHING = 0.95  # share of the past in the smoothed loss
-DIVERGED = 4.0  # times the lowest smoothed loss
-FIRST = 10  # updates before which neither slope nor divergence is looked at: the smoothed loss has no past yet
 
 
 @dataclass
@@ -40,50 +36,7 @@ class Options:
     config_dir: str | None = field(default=None, metadata={"help": "a folder of configs of your own"})
 
 
-@dataclass
-class Sweep:
-    """What a sweep found.
-
-    rates: of every update.
-    losses: its loss, the mean over micro-steps and processes.
-    smoothed: running means of these, without the bias towards the beginning.
-    suggestion: the rate at which `smoothed` falls steepest; None: it never falls.
-    lowest: the rate at which `smoothed` is lowest.
-    diverged: the rate at which the sweep was ended before its end, or None.
-    """
-
-    rates: list[float]
-    losses: list[float]
-    smoothed: list[float]
-    suggestion: float | None = None
-    lowest: float | None = None
-    diverged: float | None = None
-
-
-def judge(rates: Sequence[float], losses: Sequence[float], diverged: float | None = None) -> Sweep:
-    """The smoothed losses of a sweep, and what they suggest."""
-    smoothed, mean = [], 0.0
-    for count, loss in enumerate(losses, start=1):
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        smoothed.append(mean / (1 - SMOOTHING**count))
-    found = Sweep(list(rates), list(losses), smoothed, diverged=diverged)
-    if len(smoothed) < FIRST + 3:
-        return found
-    lowest = min(range(FIRST, len(smoothed)), key=smoothed.__getitem__)
-    found.lowest = rates[lowest]
-    # Behind the lowest point the loss falls only where it recovers from a jump.
-    span = max(1, len(smoothed) // 20)
-    slopes = {
-        i: (smoothed[i + span] - smoothed[i - span]) / math.log(rates[i + span] / rates[i - span])
-        for i in range(max(FIRST, span), lowest - span + 1)
-    }
-    steepest = min(slopes, key=slopes.__getitem__, default=None)
-    if steepest is not None and slopes[steepest] < 0:
-        found.suggestion = rates[steepest]
-    return found
-
-
-def find_lr(cfg: DictConfig | dict[str, Any], options: Options, folder: str | Path) -> Sweep:
+def find_lr(cfg: DictConfig | dict[str, Any], options: Options, folder: str | Path) -> LossCurve:
     """Trains an experiment once along growing rates.
 
     Precision, accumulation, clipping, groups (each keeps its factor) and several processes are as in a run; there are
@@ -126,7 +79,7 @@ def _micro_steps(optim_wrapper: Any) -> int:
     return max([int(optim_wrapper.get("accumulative_counts") or 1), *inner])
 
 
-def _swept(cfg: dict[str, Any], options: Options) -> Sweep:
+def _swept(cfg: dict[str, Any], options: Options) -> LossCurve:
     from core.hooks.finite import NonFiniteGradient, NonFiniteLoss
     from core.hooks.lr_sweep import LRSweep
     from core.runner import Runner
@@ -154,7 +107,7 @@ def _swept(cfg: dict[str, Any], options: Options) -> Sweep:
         runner.visualizer.close()
 
 
-def picture(found: Sweep, path: Path, title: str, what: str) -> None:
+def picture(found: LossCurve, path: Path, title: str, what: str) -> None:
     """A PNG of the losses over the rate, with the suggestion."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -176,8 +129,7 @@ def main(argv: list[str], doc: str) -> None:
     """The command line of ``tools/find_lr.py``."""
     options, overrides = parse(argv, Options, doc=doc, positional="experiment", overrides=True)
     from core.config import compose
-    from core.messages import first_process
-    from core.results import to_stderr
+    from core.messages import first_process, to_stderr
 
     cfg = compose([f"experiment={options.experiment}", *overrides], options.config_dir)
     folder = Path(options.output) if options.output else _folder(cfg)

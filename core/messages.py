@@ -5,12 +5,12 @@ Imports nothing heavy: `first_process_speaks` comes before the libraries that wa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-
-from core.progress import console_handlers
 
 _WARNINGS = "py.warnings"  # the logger of logging.captureWarnings
 
@@ -35,6 +35,20 @@ def first_process_speaks() -> None:
         warned.addHandler(logging.NullHandler())
     for handler in console_handlers():
         handler.setLevel(max(handler.level, logging.ERROR))
+
+
+def console_handlers(logger: logging.Logger | None = None) -> list[logging.StreamHandler]:
+    """Every logger's handlers that write to the console, and those of `logger`."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values(), *([logger] if logger is not None else [])]
+    handlers = {id(h): h for one in loggers for h in getattr(one, "handlers", ())}.values()
+    return [h for h in handlers if isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)]
+
+
+@contextlib.contextmanager
+def to_stderr() -> Iterator[None]:
+    """What runs and builders print goes to standard error: standard output belongs to the table."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def log_warnings(folder: str | os.PathLike[str], rank: int) -> None:

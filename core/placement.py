@@ -20,9 +20,7 @@ _HOLDERS = ("model.", "backbone.", "encoder.", "network.", "net.")
 
 def holder(model: nn.Module) -> nn.Module:
     """The module whose names a state dict has: a detector's own, not those of its wrapper."""
-    from core.detection import Detector
-
-    return model.network if isinstance(model, Detector) else model
+    return getattr(model, "named_by", None) or model
 
 
 def join(into: str, name: str) -> str:

@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 from core.cli import parse
 from core.console import wrapped
 from core.errors import ConfigError
-from core.parts import import_part, packages_with
+from core.exports import import_part, packages_with
 
 F = TypeVar("F", bound=Callable[..., Any])
 

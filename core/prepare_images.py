@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
-from core.data.files import IMAGE_EXTENSIONS, image_files, is_folder, listed, read_json, read_lines, reading
+from core.data.files import IMAGE_EXTENSIONS, image_files, is_folder, listed
 from core.errors import VitrineError
+from core.files import read_json, read_lines, reading
 from core.prepare import preparer
 from core.progress import Progress
 

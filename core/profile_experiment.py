@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from core.config import composer
 from core.errors import ConfigError, VitrineError
+from core.messages import to_stderr
 from core.render import Cell, Column, Row, Table, emit, resolve_format
-from core.results import composer, to_stderr
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from core.messages import console_handlers
+
 T = TypeVar("T")
 
 _PLAIN_EVERY = 30.0  # seconds between two lines of one piece of work
@@ -221,10 +223,3 @@ def _columns() -> list[Any]:
         Left(compact=True, table_column=Column(no_wrap=True)),
         Words(lambda task: task.fields["note"]),
     ]
-
-
-def console_handlers(logger: logging.Logger | None = None) -> list[logging.StreamHandler]:
-    """Every logger's handlers that write to the console, and those of `logger`."""
-    loggers = [logging.root, *logging.root.manager.loggerDict.values(), *([logger] if logger is not None else [])]
-    handlers = {id(h): h for one in loggers for h in getattr(one, "handlers", ())}.values()
-    return [h for h in handlers if isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)]

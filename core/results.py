@@ -1,42 +1,24 @@
 """Finished runs as evidence: which `result.json` below a folder belongs to which resolved config.
 
-Two configs mean the same run when they agree on everything that can change the numbers: `fingerprint` leaves out where
-things are stored, how the run is watched and how fast the machine is fed (see `core.influence`). A run copied from a
-cluster therefore counts.
+A run counts when `core.fingerprint` is the same for both, so one that was copied from a cluster does, too.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core import shortened
+from core.config import Compose
 from core.errors import ConfigError, VitrineError
-from core.influence import WATCHING, influential, without_declared, without_defaults
+from core.fingerprint import fingerprint, first_difference, relevant
+from core.messages import to_stderr
 from core.sweep import contained
 
-Compose = Callable[[list[str]], Any]
 Runner = Callable[[Any], dict[str, Any]]
-
-
-def composer(config_dir: str | Path | None) -> Compose:
-    """`core.config.compose` with a folder of configs searched besides the project's own."""
-    from core.config import compose
-
-    return lambda overrides: compose(overrides, config_dir=config_dir)
-
-
-@contextlib.contextmanager
-def to_stderr() -> Iterator[None]:
-    """What runs and builders print goes to standard error: standard output belongs to the table."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 def launcher(run: Runner, *, resume: bool = True, tool: str = "table") -> Runner:
@@ -66,104 +48,6 @@ def launcher(run: Runner, *, resume: bool = True, tool: str = "table") -> Runner
         return result
 
     return call
-
-
-# Top-level keys that say where a run is kept and how it is watched.
-_BOOKKEEPING = (
-    "runs_dir",
-    "run_dir",
-    "resume",
-    "resume_changes",
-    "resume_from",
-    "forked_from",
-    "stage_of",
-    "overrides",
-    "started_by",
-    "components",
-    "without_influence",
-    "paper",
-    "hydra",
-    *WATCHING,
-)
-# Keys of `runtime` that change numbers; the others choose a device, a compiler, a wrapper.
-_RUNTIME = ("precision", "debug")
-# Keys of `checkpoint` that say which is best; the others say when and how many are kept.
-_CHECKPOINT = ("metric", "direction")
-# Keys, at any depth, that belong to the machine.
-_MACHINE = frozenset(
-    {"root", "data_root", "cache_dir", "num_workers", "pin_memory", "prefetch_factor", "persistent_workers"}
-)
-
-
-def relevant(cfg: Any) -> dict[str, Any]:
-    """The part of a resolved config that can change a run's numbers, as plain containers."""
-    from core.config import to_dict
-
-    return influential(_formerly_relevant(without_declared(to_dict(cfg))))
-
-
-def _formerly_relevant(cfg: Any) -> dict[str, Any]:
-    """As `relevant` was when the first results were stored: hooks that only watch and the like count, too."""
-    from core.config import to_dict
-
-    plain = to_dict(cfg)
-    kept = without_defaults({k: _without_machine(v) for k, v in plain.items() if k not in _BOOKKEEPING})
-    if "custom_hooks" in kept:
-        hooks = kept["custom_hooks"] or []  # names of hooks change no numbers
-        kept["custom_hooks"] = [h for h in hooks.values() if h is not None] if isinstance(hooks, Mapping) else hooks
-    if isinstance(kept.get("runtime"), Mapping):
-        runtime = kept["runtime"]
-        kept["runtime"] = {key: runtime[key] for key in _RUNTIME if key in runtime} | shortened.settings(runtime)
-    if isinstance(kept.get("checkpoint"), Mapping):
-        kept["checkpoint"] = {key: value for key, value in kept["checkpoint"].items() if key in _CHECKPOINT}
-    return kept
-
-
-def _without_machine(node: Any) -> Any:
-    if isinstance(node, str) and node.startswith("/"):
-        return node.rstrip("/").rpartition("/")[2]  # where a file lies is the machine's business, which one is ours
-    if isinstance(node, Mapping):
-        return {str(key): _without_machine(value) for key, value in node.items() if key not in _MACHINE}
-    if isinstance(node, list | tuple):
-        return [_without_machine(value) for value in node]
-    return node
-
-
-def fingerprint(cfg: Any) -> str:
-    """Sixteen hexadecimal digits that two configs share exactly when `relevant` gives the same for both."""
-    return digest(relevant(cfg))
-
-
-def fingerprints(cfg: Any) -> Iterator[str]:
-    """The one under which results of this config may have been stored earlier, and `fingerprint`."""
-    yield digest(_formerly_relevant(cfg))
-    yield fingerprint(cfg)
-
-
-def digest(data: Any) -> str:
-    """Sixteen hexadecimal digits of JSON-ready data; the order of keys does not matter."""
-    text = json.dumps(data, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def first_difference(left: Any, right: Any, path: str = "") -> str | None:
-    """Where two plain containers first differ, e.g. ``model.network.depth: 6 there, 5 here``; None when they agree."""
-    if isinstance(left, Mapping) and isinstance(right, Mapping):
-        for key in [*left, *(k for k in right if k not in left)]:
-            inner = f"{path}.{key}" if path else str(key)
-            if key not in left or key not in right:
-                return f"{inner} is only {'there' if key in left else 'here'}"
-            found = first_difference(left[key], right[key], inner)
-            if found:
-                return found
-        return None
-    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
-        for index, (one, other) in enumerate(zip(left, right, strict=True)):
-            found = first_difference(one, other, f"{path}.{index}")
-            if found:
-                return found
-        return None
-    return None if left == right else f"{path}: {left!r} there, {right!r} here"
 
 
 @dataclass(frozen=True)
@@ -261,7 +145,7 @@ class Results:
 
 def _read_all(runs_dir: Path) -> list[Result]:
     """Finished results, newest first; unreadable files are named on standard error and left out."""
-    from core.data.files import read_json
+    from core.files import read_json
 
     found = []
     for path in runs_dir.rglob("result.json"):

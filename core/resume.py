@@ -24,7 +24,7 @@ from typing import Any
 from core.config import get
 from core.config_check import stage_config
 from core.errors import ConfigError
-from core.results import relevant
+from core.fingerprint import relevant
 
 HISTORY = "resume_history"
 BATCH = "train_dataloader.batch_size"

@@ -16,11 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.config import CONFIGS, compose, get, to_dict
 from core.config_check import stage_config
-from core.data.files import read_yaml
 from core.errors import ConfigError
+from core.files import read_yaml
+from core.fingerprint import first_difference
 from core.latest import LATEST
 from core.messages import first_process
-from core.results import first_difference
 from core.run_folder import find_checkpoint, stage_folders, stage_of
 
 # What a stored config says of its own run, and means nothing to another one.

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from core.data.files import read_json, read_yaml
 from core.errors import ConfigError, VitrineError
+from core.files import read_json, read_yaml
 from core.processes import first_decides
 from core.shortened import TRIAL
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
+from core.fingerprint import fingerprint
 from core.locks import FileLock, Locked
 from core.processes import first_decides
-from core.results import fingerprint
 from core.resume import (
     BATCH,
     HISTORY,

@@ -130,7 +130,7 @@ class Reader:
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
 
-        from core.data.files import read_text
+        from core.files import read_text
 
         try:
             data = OmegaConf.to_container(OmegaConf.load(io.StringIO(read_text(self.path))), resolve=False)

@@ -15,11 +15,13 @@ from typing import Any
 
 from core.claim_file import is_claim, load_claim
 from core.comparison import mean_and_deviation
+from core.config import Compose, composer
 from core.errors import ConfigError, VitrineError
 from core.figures import MEASURED, Figures, Measured, measure
+from core.fingerprint import fingerprint
 from core.messages import first_process
 from core.render import Cell, Column, Row, Table, emit, resolve_format
-from core.results import Compose, Results, Runner, composer, fingerprint, launcher
+from core.results import Results, Runner, launcher
 from core.table_file import ColumnSpec, RowSpec, TableSpec, load_table, table_id
 
 SHOW = ("both", "paper", "ours")

@@ -64,6 +64,8 @@ class Trainer(BaseModel):
 
     #: Whether the first batches of every evaluation are tried out before training; False where a batch takes minutes.
     sanity_check: bool = True
+    #: The submodule whose names the state dict's entries have, where a wrapper leaves its own out; None: this module.
+    named_by: nn.Module | None = None
     #: Whether `training_data` may keep what it derives on disk; the engine says no in a fast dev run.
     keeps_data: bool = True
 

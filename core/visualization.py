@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -308,10 +309,9 @@ class TensorBoard(TensorboardVisBackend):
             return
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        from core.data import load_image
-
-        width, height = load_image(path).size
-        encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        content = path.read_bytes()
+        width, height = struct.unpack_from("<HH", content, 6)  # of the logical screen, behind the six letters GIF89a
+        encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
         summary = Summary(value=[Summary.Value(tag=name, image=encoded)])
         self.experiment._get_file_writer().add_summary(summary, step)
         self.experiment.flush()

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from core.cli import parse, run
 from core.data import load_image
-from core.data.files import IMAGE_EXTENSIONS, image_files, reading
+from core.data.files import IMAGE_EXTENSIONS, image_files
 from core.errors import ConfigError
+from core.files import reading
 from core.progress import Progress
 
 

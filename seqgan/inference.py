@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from core.data import load_image
-from core.data.files import read_text
 from core.errors import ConfigError
+from core.files import read_text
 from core.registry import check_values, nearest
 from core.trainer import Inference
 from seqgan.diagnostics import teacher_forced

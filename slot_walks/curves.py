@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from core.cli import parse, run
-from core.data.files import read_text
 from core.errors import ConfigError
+from core.files import read_text
 
 #: What is drawn, in this order, where a log has it; scores of evaluations follow.
 CURVES = {

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from core.data import DataFileError, MissingDataError, load_image, load_labels
-from core.data.files import read_json, replacing
 from core.errors import ConfigError
+from core.files import read_json, replacing
 from core.prepare import preparer
 from core.progress import Progress
 from slot_walks.data.files import load_mat, read_lines

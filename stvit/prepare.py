@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from core.data.files import read_json, replacing
 from core.errors import ConfigError
+from core.files import read_json, replacing
 from core.prepare import preparer
 from core.progress import Progress
 from stvit.data import GLYPHS

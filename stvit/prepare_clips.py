@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from core.data.files import read_json, replacing
 from core.errors import ConfigError
+from core.files import read_json, replacing
 from core.media import write_media
 from core.prepare import preparer
 from core.progress import Progress

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from core.data.files import replacing
 from core.errors import ConfigError
+from core.files import replacing
 from core.prepare import preparer
 from core.progress import Progress
 from stvit.data import GlyphField, to_pixels

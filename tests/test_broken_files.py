@@ -262,7 +262,8 @@ def _result(root):
 
 
 def _results(root):
-    from core.results import Results, composer
+    from core.config import composer
+    from core.results import Results
 
     content = {"status": "finished", "name": "a/b", "seed": 0, "metrics": {"top1": 1.0}, "overrides": []}
     return _text(root / "a/b/run/result.json", content), lambda: Results(root, composer(None))

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from core.claim_file import is_claim, load_claim
-from core.config import compose, to_dict
+from core.config import compose, composer, to_dict
 from core.figures import Figures
 from core.launch import build_trainer
 from core.registry import check
 from core.render import as_dict
-from core.results import Results, composer
+from core.results import Results
 from core.table_file import load_table
 from core.tables import Evaluation, find_tables, side_by_side
 

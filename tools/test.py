@@ -37,8 +37,7 @@ def main(argv: list[str]) -> None:
     options, overrides = parse(argv, Options, doc=__doc__, overrides=True)
     from core.checkpoint import write_text_atomic
     from core.evaluation import evaluate
-    from core.messages import first_process
-    from core.results import to_stderr
+    from core.messages import first_process, to_stderr
 
     with to_stderr():
         cfg, file = options.configured(overrides)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from core.data.errors import DataFileError
-from core.data.files import check_records, read_json
+from core.errors import DataFileError
+from core.files import check_records, read_json
 
 _NUMBER, _NAME = (int, float), (int, str)
 _WHAT = "an annotation file of COCO"

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data.files import read_json, replacing
 from core.data.packed import PackedStrings
 from core.data.provenance import differences, hash_file, normalised
 from core.data.sampling import rank_and_world
 from core.errors import VitrineError
+from core.files import read_json, replacing
 from core.locks import FileLock, Locked
 
 _FORMAT = 1

@@ -18,10 +18,9 @@ from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation import CocoMetric
 
 from core.data.annotations import read_annotations
-from core.data.errors import DataFileError, MissingDataError
 from core.data.errors import data_root as checked_root
 from core.data.images import load_image
-from core.errors import ConfigError
+from core.errors import ConfigError, DataFileError, MissingDataError
 from core.registry import DATASETS
 
 _LAYOUT = "annotations/instances_train2017.json, instances_val2017.json\ntrain2017/*, val2017/*"

@@ -4,16 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import VitrineError
-
-
-class MissingDataError(VitrineError, FileNotFoundError):
-    """Data that the config points to is not there, or not laid out as expected."""
-
-
-class DataFileError(VitrineError, OSError, ValueError):
-    """A file or folder of a data set that is there, but cannot be read as what it should be: damaged, of another
-    kind or encoding, or without the right to read it. The message names it and the remedy."""
+from core.errors import DataFileError, MissingDataError, VitrineError
 
 
 class SampleError(VitrineError, RuntimeError):

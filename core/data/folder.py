@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from core.data.errors import MissingDataError, data_root
-from core.data.files import IMAGE_EXTENSIONS, files_below, is_folder, listed, read_arrays, replacing
+from core.data.errors import data_root
+from core.data.files import IMAGE_EXTENSIONS, files_below, is_folder, listed, read_arrays
 from core.data.images import load_image, to_uint8
 from core.data.packed import PackedStrings
+from core.errors import MissingDataError
+from core.files import replacing
 
 _INDEX_VERSION = 1
 

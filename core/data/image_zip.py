@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from core.data.errors import MissingDataError, data_root
-from core.data.files import FilePool, read_labels, reading
+from core.data.errors import data_root
+from core.data.files import FilePool, read_labels
 from core.data.images import load_image, to_uint8
 from core.data.packed import PackedStrings
+from core.errors import MissingDataError
+from core.files import reading
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 

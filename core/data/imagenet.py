@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from core.data.errors import MissingDataError, data_root
+from core.data.errors import data_root
 from core.data.folder import ImageFolder
 from core.data.image_zip import ImageZip
 from core.data.images import to_uint8
 from core.data.tar import TarShards
+from core.errors import MissingDataError
 
 _LAYOUTS = {
     "folder": "root/train/<wnid>/*.JPEG   1000 folders, 1 281 167 images\nroot/val/<wnid>/*.JPEG     50 000 images",

@@ -11,8 +11,7 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from core.data.errors import DataFileError, MissingDataError
-from core.errors import VitrineError
+from core.errors import DataFileError, MissingDataError, VitrineError
 
 _ORIENTATION = 274  # Exif's tag
 # Its values. Not ImageOps.exif_transpose, which writes the rest of the Exif data anew and fails on some cameras' own.

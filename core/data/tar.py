@@ -19,10 +19,11 @@ import numpy as np
 from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
-from core.data.errors import MissingDataError
-from core.data.files import IMAGE_EXTENSIONS, FilePool, read_arrays, reading, replacing
+from core.data.files import IMAGE_EXTENSIONS, FilePool, read_arrays
 from core.data.images import load_image
 from core.data.packed import PackedStrings
+from core.errors import MissingDataError
+from core.files import reading, replacing
 
 _INDEX_VERSION = 1
 

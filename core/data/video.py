@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data.errors import DataFileError, MissingDataError
+from core.errors import DataFileError, MissingDataError
 
 Mode = Literal["uniform", "segments", "dense", "stride"]
 

@@ -11,7 +11,7 @@ from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 
 from core.errors import ConfigError
-from core.lr_finder import DIVERGED, FIRST, judge
+from core.lr_curve import DIVERGED, FIRST, judge
 from core.registry import HOOKS, nearest
 
 

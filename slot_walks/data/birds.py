@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from core.data import DataFileError, MissingDataError, data_root
-from core.data.files import reading
+from core.files import reading
 from slot_walks.data.files import load_foreground, load_pair, read_table
 from slot_walks.data.transforms import Square, bird_window
 

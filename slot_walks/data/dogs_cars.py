@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, data_root
-from core.data.files import reading
+from core.files import reading
 from slot_walks.data.files import load_foreground, load_pair
 from slot_walks.data.transforms import Square
 

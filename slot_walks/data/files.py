@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from core.data import DataFileError, MissingDataError, files, load_image
+from core import files
+from core.data import DataFileError, MissingDataError, load_image
 from core.data import load_labels as load_labels
-from core.data.files import reading
+from core.files import reading
 
 Pair = tuple[Image.Image, dict[str, np.ndarray]]
 #: Label of pixels that nobody labelled, in the files of VOC and COCO-Stuff.

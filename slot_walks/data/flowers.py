@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data import DataFileError, data_root, load_image
-from core.data.files import reading
+from core.files import reading
 from slot_walks.data.files import load_mat, load_pair
 from slot_walks.data.transforms import Square
 

@@ -10,7 +10,7 @@ import torch
 
 from core.checkpoint import CheckpointStore
 from core.errors import ConfigError
-from core.results import fingerprint
+from core.fingerprint import fingerprint
 from core.run_folder import find_checkpoint
 from core.weights import model_state
 

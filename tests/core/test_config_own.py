@@ -11,9 +11,9 @@ import yaml
 from core.config import command_line, compose, experiments, to_dict
 from core.config_check import checked
 from core.errors import ConfigError
+from core.fingerprint import fingerprint
 from core.hook_configs import hook_configs
 from core.launch import run
-from core.results import fingerprint
 
 PACKAGE = '''
 from mmengine.hooks import Hook

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from core import files as files_module
 from core.data import (
     CorruptCacheError,
     DerivedCache,
@@ -26,7 +27,6 @@ from core.data import (
     hash_state,
 )
 from core.data import cache as cache_module
-from core.data import files as files_module
 from core.errors import VitrineError
 
 PROVENANCE = {"weights": "3fa2", "transform": {"size": 224, "crop": "center"}, "files": "77aa", "code": 1}

@@ -21,8 +21,9 @@ from core.data import (
     load_image,
 )
 from core.data.errors import data_root
-from core.data.files import check_records, files_below, read_arrays, read_json, read_labels, read_lines, read_text
+from core.data.files import files_below, read_arrays, read_labels
 from core.errors import VitrineError
+from core.files import check_records, read_json, read_lines, read_text
 
 TEXT = "grün\nzwei\n"
 

@@ -13,8 +13,9 @@ import yaml
 
 from core.config import compose
 from core.errors import ConfigError, VitrineError
+from core.fingerprint import fingerprint
 from core.launch import run
-from core.results import Results, fingerprint
+from core.results import Results
 from core.run_folder import find_checkpoint
 from core.signals import Interrupted
 from core.weights import model_state

@@ -15,8 +15,8 @@ from core.config_check import checked
 from core.errors import ConfigError
 from core.eval_sets import loaders
 from core.evaluation import evaluate
+from core.fingerprint import fingerprint
 from core.launch import run
-from core.results import fingerprint
 from core.run_folder import find_checkpoint
 from core.weights import model_state
 

@@ -9,8 +9,9 @@ from mmengine.hooks import Hook
 from core.claim_file import load_claim
 from core.claims import stale
 from core.config import compose, to_dict
+from core.fingerprint import _formerly_relevant, digest, fingerprint, fingerprints
 from core.launch import run
-from core.results import Results, _formerly_relevant, digest, fingerprint, fingerprints
+from core.results import Results
 
 HERE = __name__
 CACHED = "+model.cache={type: seqgan.CodeCache, folder: a, views: 1}"

@@ -15,7 +15,8 @@ from tiny_experiment import ROOT
 
 from core.errors import ConfigError
 from core.hooks.lr_sweep import LRSweep
-from core.lr_finder import Options, find_lr, judge
+from core.lr_curve import judge
+from core.lr_finder import Options, find_lr
 from core.optim import OptimWrapper, OptimWrapperDict
 
 

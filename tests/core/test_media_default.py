@@ -10,8 +10,8 @@ import torch
 
 from core.config import compose
 from core.errors import ConfigError
+from core.fingerprint import fingerprint
 from core.launch import run
-from core.results import fingerprint
 from core.run_folder import find_checkpoint
 from core.weights import model_state
 

@@ -12,7 +12,7 @@ import yaml
 from tiny_experiment import ROOT
 
 from core.errors import ConfigError
-from core.results import fingerprint
+from core.fingerprint import fingerprint
 from core.run_folder import find_checkpoint
 from core.weights import model_state
 

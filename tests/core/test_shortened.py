@@ -10,7 +10,8 @@ from core.config import to_dict
 from core.data.batching import ResumableBatchSampler
 from core.data.loader import build_loader
 from core.errors import ConfigError, VitrineError
-from core.results import Results, fingerprint, launcher
+from core.fingerprint import fingerprint
+from core.results import Results, launcher
 from core.run_folder import find_checkpoint
 from core.weights import model_state
 

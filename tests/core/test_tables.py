@@ -10,9 +10,10 @@ from lab import Lab
 from core import figures as figures_module
 from core.errors import ConfigError
 from core.figures import Figures
+from core.fingerprint import fingerprint, first_difference
 from core.launch import build_trainer
 from core.render import as_dict, render
-from core.results import Results, fingerprint, first_difference
+from core.results import Results
 from core.table_file import load_table
 from core.tables import Evaluation, Options, find_tables, list_tables, show_table, side_by_side
 

@@ -10,8 +10,8 @@ import pytest
 from core.ablation import declared
 from core.config import compose, experiments, get, to_dict
 from core.config_check import checked, stage_config
+from core.fingerprint import fingerprint
 from core.launch import build_trainer
-from core.results import fingerprint
 from core.table_file import load_table
 
 NAMES = sorted(name for name in experiments() if name.startswith("seqgan/"))

@@ -8,8 +8,8 @@ import torch
 from core.ablation import declared
 from core.config import CONFIGS, compose
 from core.figures import Figures
+from core.fingerprint import fingerprint
 from core.launch import build_trainer
-from core.results import fingerprint
 from seqgan.models import UsageEntropy, ar_base, ar_large, conv_tokenizer, nar_base, nar_large
 from seqgan.sampling import ParallelSampler
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer

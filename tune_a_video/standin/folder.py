@@ -21,8 +21,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from core.checkpoint import load, save_atomic, write_text_atomic
 from core.data import MissingDataError
-from core.data.files import read_json
 from core.errors import ConfigError
+from core.files import read_json
 from tune_a_video.standin.networks import Judge, TinyCLIP, make_tokenizer, token_ids
 from tune_a_video.standin.training import make_scheduler, train_clip, train_judge, train_unet
 from tune_a_video.standin.vae import identity_vae
