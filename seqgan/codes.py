@@ -55,8 +55,8 @@ class CodeCache:
         """The data set with codes in place of images; encodes those that are missing, each process its share.
 
         Args:
-            dataset: gives `image` `(3, H, W)` in [-1, 1] and, with classes, `label`. With `describe(index)`, the file
-                of a sample, the list of files is part of what the cache remembers.
+            dataset: gives `image` `(3, H, W)` in [-1, 1] and, with classes, `label`. With `source_files()`, the files
+                that it reads, or `describe(index)`, the file of a sample, these are part of what the cache remembers.
             tokenizer: on its device; evaluated in float32.
 
         Raises:
@@ -91,10 +91,17 @@ class CodeCache:
             "views": self.views,
             "first": hash_state({"image": views[0][1]}),
         }
-        if hasattr(dataset, "describe"):
-            files = [dataset.describe(index) for index in range(len(dataset))]
+        files = _source_files(dataset)
+        if files:
             origin["files"] = hash_files(files, Path(files[0]).parent)
         return origin
+
+
+def _source_files(dataset: Dataset) -> list[str]:
+    """The files that a data set reads: what it says itself (archives, shards), else the file of every sample."""
+    if hasattr(dataset, "source_files"):
+        return dataset.source_files()
+    return [dataset.describe(index) for index in range(len(dataset))] if hasattr(dataset, "describe") else []
 
 
 class CachedCodes(Dataset):

@@ -81,6 +81,10 @@ class ImageFolder(Dataset):
         """The file of a sample."""
         return str(self.root / self.files[index])
 
+    def source_files(self) -> list[str]:
+        """The files that samples are read from, in their order."""
+        return [self.describe(index) for index in range(len(self))]
+
     def _check_classes(self, layout: str) -> None:
         from core.registry import nearest
 

@@ -45,7 +45,7 @@ class ImageZip(Dataset):
         archive, listing = self.root / f"{split}.zip", self.root / f"{split}_map.txt"
         for path in (archive, listing):
             data_root(path, what=f"ImageZip split {split!r}", layout=layout, prepare=prepare, kind="file")
-        self.archive = str(archive)
+        self.archive, self.listing = str(archive), listing
         self.transform = transform
         names, self.labels = read_labels(listing, "\t", "path<TAB>class index", "image")
         self.files = PackedStrings(names)
@@ -63,6 +63,10 @@ class ImageZip(Dataset):
     def describe(self, index: int) -> str:
         """Archive and member of a sample."""
         return f"{self.archive}: {self.files[index]}"
+
+    def source_files(self) -> list[str]:
+        """The files that samples are read from: the archive and its list."""
+        return [self.archive, str(self.listing)]
 
     def _read(self, index: int) -> bytes:
         start, size, method, checksum = (int(value) for value in self._entries[index])

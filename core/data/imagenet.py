@@ -58,7 +58,7 @@ class ImageNet(Dataset):
             raise ValueError(f"storage must be one of {', '.join(_LAYOUTS)}, not {storage!r}")
         prepare = _PREPARE[storage]
         root = data_root(root, what=f"ImageNet ({storage})", layout=_LAYOUTS[storage], prepare=prepare)
-        self.split = split
+        self.split, self.storage, self.transform = split, storage, transform
         self.num_classes = num_classes
         self.source: ImageFolder | ImageZip | TarShards
         if storage == "folder":
@@ -94,3 +94,7 @@ class ImageNet(Dataset):
     def describe(self, index: int) -> str:
         """Where a sample lies."""
         return self.source.describe(index)
+
+    def source_files(self) -> list[str]:
+        """The files that samples are read from: images, an archive and its list, or shards."""
+        return self.source.source_files()

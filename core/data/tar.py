@@ -122,6 +122,10 @@ class TarShards(Dataset):
         shard, row = self._place(index)
         return f"{self.shards[shard]}: {self._keys[shard][row]}"
 
+    def source_files(self) -> list[str]:
+        """The files that samples are read from: the shards."""
+        return list(self.shards)
+
     def extensions(self, index: int) -> list[str]:
         """What the sample has, by extension."""
         return list(self._members_of(*self._place(index)))

@@ -102,6 +102,12 @@ class LSUN(Dataset):
     def __len__(self) -> int:
         return len(self._range)
 
+    def source_files(self) -> list[str]:
+        """The files that images are read from: the LMDB file, or the images of this split."""
+        if self.storage == "lmdb":
+            return [str(self._reader.path)]
+        return [str(self.path / self._names[place]) for place in self._range]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = self._range[index]
         name = self._names[place]

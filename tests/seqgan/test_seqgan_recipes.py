@@ -236,36 +236,6 @@ def test_other_codebooks_go_through_to_a_transformer(kind, size, options, faces,
     assert 0 < result_of(tmp_path / "next")["metrics"]["bits_per_code"] < 20
 
 
-def test_vqgan_takes_its_own_steps(imagenet, vgg16_file, lpips_file, tmp_path) -> None:
-    """Attention, PatchGAN with the adaptive weight, LPIPS and VGG16 from their files."""
-    words = [
-        "experiment=seqgan/imagenet256_vqgan",
-        *loaders(imagenet, "val"),
-        "train_dataloader.dataset.num_classes=2",
-        *keys("model.network", {"ch": 32, "ch_mult": "[1,2]", "num_res_blocks": 1, "attn_resolutions": "[16]"}),
-        *keys("model.network", {"resolution": 32, "z_channels": 8, "embed_dim": 8, "codebook_size": 16}),
-        "model.discriminator.ndf=4",
-        "model.discriminator.n_layers=1",
-        f"model.perceptual.network.weights={vgg16_file}",
-        f"model.perceptual.low_loss.weights={vgg16_file}",
-        f"model.perceptual.low_loss.linear={lpips_file}",
-        "model.adversarial_ramp=1",
-        "train_cfg.max_steps=2",
-        f"run_dir={tmp_path}/run",
-    ]
-    run(compose(words))
-    shutil.rmtree(tmp_path / "run" / "checkpoints")  # VGG16 is among its weights
-    log, judged = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
-    assert log["step"] == 2 and 0 < log["layer_low"] == log["loss_perceptual"], "alpha 0: LPIPS alone"
-    assert log["adversarial_weight"] > 0 and log["loss_adversarial"] != 0 and "loss_penalty" not in log
-    # Hinge losses of logits near zero: half of 1 + 1.
-    assert log["loss_discriminator"] == pytest.approx(1, abs=0.1) and log["loss_commit"] * 4 == pytest.approx(
-        log["loss_codebook"]
-    )
-    assert {name.removeprefix("val/") for name in judged} >= QUALITY
-    assert result_of(tmp_path / "run")["metrics"].keys() == QUALITY
-
-
 def test_lsun_starts_from_imagenet(phases, tmp_path) -> None:
     """One epoch from another tokenizer, from a published LMDB file, then the decoder alone."""
     published = Path(__file__).parent / "files" / "church_outdoor_val_lmdb"

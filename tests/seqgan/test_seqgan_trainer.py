@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from core import randomness
-from core.data import StaleCacheError
+from core.data import ImageNet, StaleCacheError
 from core.param_groups import OptimConstructor
+from core.prepare import run_task
 from seqgan.codes import CodeCache
+from seqgan.data import TokenizerTransform
 from seqgan.losses import gradient_penalty
 from seqgan.models import (
     ARTransformer,
@@ -364,6 +369,29 @@ def test_other_files_of_one_look_are_refused(tmp_path) -> None:
     cache.fill(Files([str(tmp_path / name) for name in "abcd"]), model)
     with pytest.raises(StaleCacheError, match="files"):
         cache.fill(Files([str(tmp_path / name) for name in "abce"]), model)
+
+
+@pytest.mark.parametrize("storage", ["zip", "shards"])
+def test_codes_of_packed_images_remember_archive_and_transform(storage, tmp_path) -> None:
+    """ImageNet reads through one of three readers: its transform and the packed file count like those of folders."""
+    root, pixels = tmp_path / "data", np.full((16, 16, 3), 90, np.uint8)
+    for name in ("n01440764/a.png", "n01440764/b.png"):
+        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / "train" / name)
+    run_task(None, {"zip": "image_zip", "shards": "image_shards"}[storage], [f"root={root}", f"output={root}"])
+
+    def data(flip: float) -> ImageNet:
+        return ImageNet(root, "train", TokenizerTransform(16, "centre", flip=flip), storage, num_classes=1)
+
+    cache, model = CodeCache(tmp_path / "codes"), spread_tokenizer()
+    cached = cache.fill(data(0.5), model)
+    assert len(cached) == 2 and cached[1]["codes"].shape == cached[0]["codes"].shape
+    with pytest.raises(StaleCacheError, match="transform"):  # images of one colour look the same turned around
+        cache.fill(data(0.0), model)
+    packed = next(root.glob("train*.zip" if storage == "zip" else "train*.tar"))
+    os.utime(packed, ns=(1, 1))
+    with pytest.raises(StaleCacheError, match="files"):
+        cache.fill(data(0.5), model)
 
 
 def test_views_are_augmented_apart_and_drawn(tmp_path) -> None:
