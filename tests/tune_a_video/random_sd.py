@@ -59,3 +59,17 @@ def make_pipeline(prediction_type="epsilon", **scheduler):
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def quiet(pipe):
+    """The same pipeline without progress bars."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_video_pipeline(folder):
+    """A pipeline of clips over the base in a folder; what it adds to the base is the same at every call."""
+    from tune_a_video.pipeline import TuneAVideoPipeline
+
+    torch.manual_seed(5)
+    return quiet(TuneAVideoPipeline.from_base(folder))

@@ -30,14 +30,6 @@ def network(seed=0, zero=False):
     return made.eval()
 
 
-@pytest.fixture(scope="module")
-def pipe(sd_folder):
-    torch.manual_seed(5)
-    made = TuneAVideoPipeline.from_base(sd_folder)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
 def noise(videos=1, count=3):
     return torch.randn(videos, 4, count, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from diffusers.utils import export_to_gif, export_to_video
 from PIL import Image
-from random_sd import make_pipeline
+from random_sd import make_pipeline, quiet
 
 from core.media import write_media
 from tune_a_video.data import OneShotVideoDataset
@@ -26,17 +26,6 @@ from tune_a_video.inversion import ddim_invert
 from tune_a_video.models import TuneAVideoUNet
 from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.video_io import save_video, to_pixels
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def pipe(sd_folder):
-    torch.manual_seed(5)
-    return quiet(TuneAVideoPipeline.from_base(sd_folder))
 
 
 def noise(videos=1, count=4):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler
 from original_layout import original_state
-from random_sd import make_pipeline
+from random_sd import make_pipeline, make_video_pipeline, quiet
 from safetensors.torch import save_file
 
 from core.errors import ConfigError
@@ -15,15 +15,10 @@ from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.trainer import TuneAVideoTrainer
 
 
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
 def pipe(sd_folder):
-    torch.manual_seed(5)
-    return quiet(TuneAVideoPipeline.from_base(sd_folder))
+    """Every test's own: precision, tiles and offloading stay with a pipeline."""
+    return make_video_pipeline(sd_folder)
 
 
 def frames(count=3):

@@ -13,7 +13,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
-from random_sd import make_pipeline, make_tokenizer
+from random_sd import make_pipeline, make_tokenizer, quiet
 from safetensors.torch import save_file
 
 from core.media import as_pixels
@@ -25,17 +25,6 @@ from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.text import PartsMismatch
 from tune_a_video.video_io import save_video, to_pixels, video_grid
 from tune_a_video.windows import predict_in_windows, window_spans
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def pipe(sd_folder):
-    torch.manual_seed(5)
-    return quiet(TuneAVideoPipeline.from_base(sd_folder))
 
 
 def frames(count=3, size=16, seed=0):

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from random_sd import make_pipeline
+from random_sd import make_pipeline, make_video_pipeline
 
 from core.config import compose
 from core.errors import ConfigError
 from tune_a_video.editing import Sampling, edit
 from tune_a_video.losses import add_noise
 from tune_a_video.null_text import null_text_inversion
-from tune_a_video.pipeline import TuneAVideoPipeline
 from tune_a_video.trainer import TuneAVideoTrainer
 
 PRIOR = {"samples": 2, "steps": 2, "guidance_scale": 2.0}
@@ -110,9 +109,7 @@ def test_they_are_components(name):
 
 @pytest.fixture(scope="module")
 def pipe(sd_folder):
-    torch.manual_seed(5)
-    made = TuneAVideoPipeline.from_base(sd_folder)
-    made.set_progress_bar_config(disable=True)
+    made = make_video_pipeline(sd_folder)
     with torch.no_grad():
         for name, parameter in made.unet.named_parameters():
             if "attn2" in name:  # the text matters

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from stvit.models.attention import Attention
 from stvit.models.block import Block
-from stvit.models.reducers.layerwise import LayerReducer, State, check_share, follow, quarter_points, share_of, shares
+from stvit.models.reducers.layerwise import ShareReducer, State, follow, quarter_points, share_of
 from stvit.models.sizes import fixed
 
 
-class ATS(LayerReducer):
+class ATS(ShareReducer):
     """Adaptive token sampling.
 
     Args:
@@ -64,14 +64,6 @@ class ATS(LayerReducer):
             )
         self.trim = trim
         self.set_rate(keep_rate)
-
-    def set_rate(self, rate: float) -> None:
-        """Keep at most the share `rate`."""
-        self.keep_rate = check_share("keep_rate", rate)
-
-    def rates(self, tokens: int) -> list[float]:
-        """Shares in steps below one token."""
-        return shares(tokens)
 
     def layer(self, index: int, block: Block, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Sample before the attention of layer `index` if it is one of the places."""

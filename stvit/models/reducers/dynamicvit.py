@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from stvit.models.block import Block
 from stvit.models.reducers.layerwise import (
-    LayerReducer,
+    ShareReducer,
     State,
-    check_share,
     follow,
     highest,
     moved,
     quarter_points,
-    shares,
     take,
 )
 from stvit.models.sizes import fixed
@@ -62,7 +60,7 @@ class KeepPredictor(nn.Module):
         return self.decide(torch.cat([own, context.expand_as(own)], dim=-1)).float().log_softmax(dim=-1)
 
 
-class DynamicViT(LayerReducer):
+class DynamicViT(ShareReducer):
     """Learned keep decisions.
 
     Args:
@@ -77,6 +75,7 @@ class DynamicViT(LayerReducer):
         ValueError: a ratio outside (0, 1] or impossible places.
     """
 
+    share = "keep_ratio"
     pools = ("token", "avg", "")  # while training, dropped tokens stay in place
 
     def __init__(
@@ -95,14 +94,6 @@ class DynamicViT(LayerReducer):
         self.predictors = nn.ModuleList(KeepPredictor(dim) for _ in self.places)
         self.last_pass: tuple[Tensor, State] | None = None
         self.set_rate(keep_ratio)
-
-    def set_rate(self, rate: float) -> None:
-        """Keep the share `rate` at the first place, its square at the second, and so on."""
-        self.keep_ratio = check_share("keep_ratio", rate)
-
-    def rates(self, tokens: int) -> list[float]:
-        """Shares in steps below one token."""
-        return shares(tokens)
 
     def layer(self, index: int, block: Block, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Decide before layer `index` if it is one of the places; run it on, or with attention on, what is kept."""

@@ -15,22 +15,20 @@ from torch import Tensor
 
 from stvit.models.block import Block
 from stvit.models.reducers.layerwise import (
-    LayerReducer,
+    ShareReducer,
     State,
     check_score,
-    check_share,
     follow,
     highest,
     moved,
     quarter_points,
     share_of,
-    shares,
     take,
     token_scores,
 )
 
 
-class EViT(LayerReducer):
+class EViT(ShareReducer):
     """Attentive tokens stay, inattentive ones are fused.
 
     Args:
@@ -63,14 +61,6 @@ class EViT(LayerReducer):
         self.score = check_score(type(self).__name__, score, class_token)
         self.fuse = fuse
         self.set_rate(keep_rate)
-
-    def set_rate(self, rate: float) -> None:
-        """Keep the share `rate` at each place."""
-        self.keep_rate = check_share("keep_rate", rate)
-
-    def rates(self, tokens: int) -> list[float]:
-        """Shares in steps below one token."""
-        return shares(tokens)
 
     def layer(self, index: int, block: Block, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Reduce inside layer `index` if it is one of the places."""

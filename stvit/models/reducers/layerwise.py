@@ -113,6 +113,26 @@ class LayerReducer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no rate")
 
 
+class ShareReducer(LayerReducer):
+    """Base of the methods whose setting is the share of tokens that stays, in (0, 1]."""
+
+    # Its name, as an argument and an attribute.
+    share = "keep_rate"
+
+    def set_rate(self, rate: float) -> None:
+        """Keep the share `rate`, as the method's argument of that name says.
+
+        Raises:
+            ValueError: a rate outside (0, 1].
+        """
+        setattr(self, self.share, check_share(self.share, rate))
+
+    def rates(self, tokens: int) -> list[float]:
+        """Shares in steps below one token: those at which rounding changes in any of several decisions."""
+        steps = 4 * tokens
+        return [step / steps for step in range(1, steps + 1)]
+
+
 def quarter_points(depth: int, places: Sequence[int] | None) -> tuple[int, ...]:
     """`places` checked against `depth` layers; None: a quarter, half and three quarters of the depth (3, 6, 9 of 12).
 
@@ -141,12 +161,6 @@ def check_share(name: str, value: float) -> float:
 def share_of(share: float, tokens: int) -> int:
     """`share * tokens` rounded up, at least 1; what floating point adds beyond a whole number does not count."""
     return max(1, math.ceil(share * tokens - 1e-6))
-
-
-def shares(tokens: int) -> list[float]:
-    """Shares in (0, 1] in steps below a token: those at which rounding changes in any of several decisions."""
-    steps = 4 * tokens
-    return [step / steps for step in range(1, steps + 1)]
 
 
 def token_scores(kind: str, x: Tensor, q: Tensor, k: Tensor, attention: Attention, prefix: int) -> Tensor:
