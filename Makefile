@@ -1,17 +1,28 @@
 # Everything from a bare checkout with Python 3.11 and make: `make demo`, `make test`.
+# `make test` with two cores; WORKERS=8 on a machine with more. `make test-quick`: nothing that starts processes or
+# compiles; `make test-all`: further cases of what `make test` checks once, too (tests/costs.py tells the marks).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(VENV)/uv
 READY := $(VENV)/.ready
+WORKERS ?= 2
+# Groups of tests are handed out in the order in which tests/costs.py has put them.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-quick test-all lint setup clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-quick: $(READY)
+	$(PYTEST) -m "not child and not compile and not slow"
+
+test-all: $(READY)
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -122,13 +122,14 @@ FULL_DISK = textwrap.dedent(
 )
 
 
+@pytest.mark.child
 @pytest.mark.parametrize(("suffix", "limit"), [(".pt", 1 << 20), (".pt", 1 << 12), (".safetensors", 1 << 20)])
 def test_a_full_disk_leaves_the_previous_file_and_says_so(tmp_path, suffix, limit):
     ran = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path), suffix, str(limit)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("could not write") == 2

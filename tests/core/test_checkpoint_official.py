@@ -271,6 +271,7 @@ class _Hashable(_Calls):
     __hash__ = object.__hash__
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("form", ["zip", "legacy", 0, 2, 4])
 @pytest.mark.parametrize("attack", _attacks("").keys())
 def test_a_file_that_would_execute_code_is_refused(tmp_path, attack, form):
@@ -281,6 +282,7 @@ def test_a_file_that_would_execute_code_is_refused(tmp_path, attack, form):
     assert not marker.exists()
 
 
+@pytest.mark.child
 def test_what_would_run_when_trusted_does_run(tmp_path):
     """The attack above is real: Python's own unpickler executes it."""
     marker = tmp_path / "executed"

@@ -166,6 +166,7 @@ def test_a_new_start_in_the_same_folder_keeps_what_it_writes(tmp_path):
     assert store.path(10).exists()
 
 
+@pytest.mark.child
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     code = textwrap.dedent(
         """
@@ -181,7 +182,7 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
         store.save({"w": torch.zeros(10)}, 2)
         """
     )
-    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, timeout=600)
     assert ran.returncode == -9
     assert [n for n in os.listdir(tmp_path) if n.endswith(".tmp")]
     store = CheckpointStore(tmp_path)

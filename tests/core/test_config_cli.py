@@ -19,10 +19,11 @@ TOOLS = ("train", "test", "infer", "table", "ablate", "profile", "convert", "fin
 
 def call(*words, cwd=ROOT, env=None):
     return subprocess.run(
-        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120, env=env or environment()
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=600, env=env or environment()
     )
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("tool", TOOLS)
 def test_help_teaches_by_example_without_heavy_imports(tool):
     done = call("-X", "importtime", f"tools/{tool}.py", "--help")
@@ -32,6 +33,7 @@ def test_help_teaches_by_example_without_heavy_imports(tool):
     assert not imported & {"torch", "timm", "mmengine", "matplotlib", "torchvision", "torchmetrics"}
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("flag", ["--help", "--list"])
 def test_answers_within_two_seconds(flag):
     # Time of the processor: that of the clock is the neighbours' on a busy machine.
@@ -42,6 +44,7 @@ def test_answers_within_two_seconds(flag):
     assert min(after - before for before, after in itertools.pairwise(spent)) < 2, spent
 
 
+@pytest.mark.child
 def test_list_prints_every_experiment_with_its_purpose(user):
     wide = {**environment(), "COLUMNS": "300"}
     done = call(str(ROOT / "tools/train.py"), "--list", "--config-dir", "configs", cwd=user, env=wide)
@@ -51,6 +54,7 @@ def test_list_prints_every_experiment_with_its_purpose(user):
     assert all(lines.values())
 
 
+@pytest.mark.child
 def test_cfg_job_prints_the_resolved_runner_config(user):
     done = call(
         str(ROOT / "tools/train.py"), "--config-dir", "configs", "experiment=mine/tiny", "--cfg", "job", cwd=user
@@ -58,6 +62,7 @@ def test_cfg_job_prints_the_resolved_runner_config(user):
     assert "type: mypoints.Classify" in done.stdout and "max_epochs: 3" in done.stdout
 
 
+@pytest.mark.child
 def test_multirun_runs_one_after_the_other(user):
     done = call(
         str(ROOT / "tools/train.py"), "-m", "--config-dir", "configs", "experiment=mine/tiny", "runtime=cpu",
@@ -70,6 +75,7 @@ def test_multirun_runs_one_after_the_other(user):
     assert len(runs) == 2
 
 
+@pytest.mark.child
 def test_completion_knows_groups_and_experiments():
     line = "tools/train.py experiment=stvit/"
     env = {**environment(), "COMP_LINE": line, "COMP_POINT": str(len(line))}
@@ -77,6 +83,7 @@ def test_completion_knows_groups_and_experiments():
     assert "experiment=stvit/digits" in done.stdout.split()
 
 
+@pytest.mark.child
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -120,6 +127,7 @@ def test_the_override_that_is_wrong_is_named_and_not_one_before(words, named):
     assert explain_overrides(["experiment=stvit/digits", *words]).startswith(f"{named}: the config has no key")
 
 
+@pytest.mark.child
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -134,6 +142,7 @@ def test_flags_that_are_meant_as_keys(words, message):
         command_line(words)
 
 
+@pytest.mark.child
 def test_overrides_behind_a_flag_go_to_the_others():
     words = ["experiment=a", "--config-dir", "b=c", "seed=1", "-m", "seed=2"]
     assert command_line(words) == (["--config-dir", "b=c", "-m"], ["experiment=a", "seed=1", "seed=2"])
@@ -166,6 +175,7 @@ def test_a_config_file_that_is_not_yaml_is_named_with_its_line(user, tmp_path):
         compose(["experiment=bad"], config_dir=tmp_path)
 
 
+@pytest.mark.child
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
@@ -253,6 +263,7 @@ def test_options_that_cannot_be_meant(words, message):
         parse(words, Options, doc="")
 
 
+@pytest.mark.child
 def test_no_tool_needs_the_working_directory_to_be_the_repository(tmp_path):
     done = call(str(ROOT / "tools/train.py"), "--list", cwd=tmp_path, env={**environment(), "PYTHONPATH": ""})
     assert done.returncode == 0 and os.listdir(tmp_path) == []

@@ -328,8 +328,9 @@ def test_hints_that_only_type_checkers_can_read_leave_the_others(tmp_path, monke
     assert {name: hint for name, (hint, _) in hints.items()} == {"b": int, "d": str}
 
 
+@pytest.mark.child
 def test_the_tool_prints_one_line(user):
     command = command_line("train_cfg.max_epochs=two")
-    done = subprocess.run(command, cwd=user, capture_output=True, text=True, env=environment(), timeout=120)
+    done = subprocess.run(command, cwd=user, capture_output=True, text=True, env=environment(), timeout=600)
     wanted = "error: config key 'train_cfg.max_epochs': two is a text, it takes a whole number from 0 on or null\n"
     assert (done.returncode, done.stderr) == (2, wanted)

@@ -31,11 +31,12 @@ class Noisy(mypoints.Classify):
 SHORT = ("train_cfg.max_epochs=1", "train_dataloader.dataset.count=16", "param_scheduler=null", "log_every=1")
 
 
+@pytest.mark.processes
 def test_under_torchrun_only_the_first_process_warns_on_the_console(user):
     (user / "mynoise.py").write_text(NOISY)
     words = command_line("run_dir=noisy", "model.type=mynoise.Noisy", *SHORT, torchrun=2)
     environ = {**environment(), "PYTHONWARNINGS": "always"}
-    done = subprocess.run(words, cwd=user, capture_output=True, text=True, timeout=240, env=environ)
+    done = subprocess.run(words, cwd=user, capture_output=True, text=True, timeout=600, env=environ)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("UserWarning: warned while imported") == 1
     assert done.stderr.count("UserWarning: warned in a step") == 2  # two steps, one process

@@ -37,6 +37,7 @@ def test_of_several_processes_the_first_says_it(monkeypatch, capsys):
     assert "only this process knows" in capsys.readouterr().err
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize(
     ("library", "words", "line"),
@@ -53,7 +54,7 @@ def test_a_tool_that_is_stopped_while_it_imports_ends_with_one_line(tmp_path, li
     environ = environment()
     environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
     command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2, done.stderr
     [said] = done.stderr.splitlines()
     assert said.startswith(line)

@@ -180,21 +180,23 @@ def teaching_text(tool):
     return ast.get_docstring(ast.parse((ROOT / "tools" / f"{tool}.py").read_text()), clean=True)
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("width", [60, 100])
 def test_the_help_of_the_training_tool_fits_the_terminal(width):
     words = [sys.executable, "tools/train.py", "--help"]
     environ = {**environment(), "COLUMNS": str(width)}
-    done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=True)
     assert_fits(done.stdout, width)
     assert "experiment/stvit: " in done.stdout and "--hydra-help" in done.stdout
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("words", [["train.py", "--list"], ["prepare_data.py", "list"]])
 def test_a_reader_that_has_seen_enough_ends_a_tool_quietly(words):
     reading, writing = os.pipe()
     os.close(reading)
     words = [sys.executable, f"tools/{words[0]}", words[1]]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), stdout=writing, stderr=subprocess.PIPE, timeout=600)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
 

@@ -359,6 +359,7 @@ def test_nothing_to_average_is_an_error_in_an_evaluation():
         evaluator.evaluate(1)
 
 
+@pytest.mark.processes
 def test_two_processes_reduce_to_the_figures_of_one(tmp_path):
     script = tmp_path / "share.py"
     script.write_text(
@@ -391,6 +392,6 @@ def test_two_processes_reduce_to_the_figures_of_one(tmp_path):
         )
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agreed") == 2

@@ -253,6 +253,7 @@ def test_a_file_that_would_execute_code_is_refused(paper, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.child
 def test_the_command_line(paper, capsys):
     torch.save(_official(), "a.pt")
     main([f"paper={paper}", "src=a.pt", "dst=b.pt", "rows=2", "drop=x.*,y"], "doc")
@@ -262,6 +263,7 @@ def test_the_command_line(paper, capsys):
         main([f"paper={paper}", "src=a.pt"], "doc")
 
 
+@pytest.mark.child
 def test_the_tool_teaches_at_once():
     ran = subprocess.run(
         [sys.executable, "-X", "importtime", "tools/convert.py", "--help"], capture_output=True, text=True

@@ -25,6 +25,7 @@ def call(*words, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.child
 def test_without_a_gpu_it_says_that_nothing_was_checked():
     before = (ROOT / "results" / "cuda.json").exists()
     done = call()
@@ -35,6 +36,7 @@ def test_without_a_gpu_it_says_that_nothing_was_checked():
     assert (ROOT / "results" / "cuda.json").exists() == before
 
 
+@pytest.mark.child
 def test_on_a_cpu_every_check_runs_on_an_experiment_and_on_the_engine(tmp_path):
     done = call("device=cpu", "experiments=slot_walks/blobworld_fe", f"output={tmp_path / 'report.json'}")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -47,6 +49,7 @@ def test_on_a_cpu_every_check_runs_on_an_experiment_and_on_the_engine(tmp_path):
     assert "nothing about CUDA" in done.stdout and report["device"].startswith("cpu")
 
 
+@pytest.mark.child
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -131,6 +131,7 @@ def test_lengths_may_differ(tmp_path):
         assert torch.equal(cache[identity]["x"], value)
 
 
+@pytest.mark.child
 def test_records_are_read_by_worker_processes(full):
     class Cached(torch.utils.data.Dataset):
         def __init__(self, cache):
@@ -151,6 +152,7 @@ def test_records_are_read_by_worker_processes(full):
     assert len(pickle.dumps(cache)) < 20_000
 
 
+@pytest.mark.child
 def test_reading_does_not_hold_the_data_in_memory(tmp_path):
     provenance = {"x": 1}
     with DerivedCache(tmp_path / "cache", provenance, shard_bytes=16 << 20) as cache:
@@ -169,7 +171,7 @@ def test_reading_does_not_hold_the_data_in_memory(tmp_path):
     queue = context.SimpleQueue()
     process = context.Process(target=child, args=(queue,))
     process.start()
-    process.join(30)
+    process.join(300)
     assert process.exitcode == 0 and queue.get() == list(range(12))
 
 
@@ -264,6 +266,7 @@ def test_an_incomplete_cache_says_how_much_is_missing(tmp_path):
         DerivedCache(tmp_path / "cache", PROVENANCE).missing()
 
 
+@pytest.mark.child
 def test_a_killed_writer_goes_on_where_it_was(tmp_path):
     folder = tmp_path / "cache"
 
@@ -278,7 +281,7 @@ def test_a_killed_writer_goes_on_where_it_was(tmp_path):
 
     process = multiprocessing.get_context("fork").Process(target=killed)
     process.start()
-    process.join(30)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
     cache = open_cache(folder, shard_bytes=100)
     left = cache.missing()
@@ -318,6 +321,7 @@ def test_a_full_disk_leaves_the_cache_whole(full, monkeypatch):
     assert_holds(open_cache(full), IDS)
 
 
+@pytest.mark.child
 def test_several_ranks_fill_one_cache(tmp_path):
     folder = tmp_path / "cache"
 
@@ -331,7 +335,7 @@ def test_several_ranks_fill_one_cache(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     cache = open_cache(folder)
     cache.require_complete()
@@ -395,6 +399,7 @@ def other(tmp_path):
     process.stdout.close()
 
 
+@pytest.mark.child
 def test_a_second_process_waits_for_the_first_and_shares_what_it_made(tmp_path, other, monkeypatch):
     said = []
 
@@ -411,6 +416,7 @@ def test_a_second_process_waits_for_the_first_and_shares_what_it_made(tmp_path, 
     assert_holds(cache, IDS)
 
 
+@pytest.mark.child
 def test_records_of_another_process_are_not_written_twice(tmp_path, other, monkeypatch):
     monkeypatch.setattr(cache_module, "_say", lambda line: (tmp_path / "go").touch())
     cache = open_cache(tmp_path / "cache")
@@ -420,6 +426,7 @@ def test_records_of_another_process_are_not_written_twice(tmp_path, other, monke
     assert len(open_cache(tmp_path / "cache")) == 20
 
 
+@pytest.mark.child
 def test_a_process_that_was_killed_is_not_waited_for(tmp_path, other, monkeypatch):
     other.kill()
     other.wait()

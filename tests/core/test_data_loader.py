@@ -56,6 +56,7 @@ def content(batches):
 # ---------------------------------------------------------------------------- determinism
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("sampler", [None, {"type": "DefaultSampler", "shuffle": True}])
 @pytest.mark.parametrize("training", [True, False])
 def test_batches_do_not_depend_on_the_number_of_workers(training, sampler):
@@ -83,7 +84,7 @@ def test_random_sources_of_one_sample_are_not_copies_of_each_other():
     assert torch.corrcoef(noise.T).fill_diagonal_(0).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.child)])
 def test_two_ranks_together_make_the_batches_of_one(workers):
     single = content(loader(Noisy(24), batch_size=6))
     ranks = [content(loader(Noisy(24), batch_size=3, rank=r, world_size=2, num_workers=workers)) for r in (0, 1)]
@@ -91,7 +92,7 @@ def test_two_ranks_together_make_the_batches_of_one(workers):
         assert sorted(zip(*whole, strict=True)) == sorted([*zip(*first, strict=True), *zip(*second, strict=True)])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.child)])
 def test_the_loader_draws_nothing_from_the_global_generators(workers):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     made = loader(num_workers=workers)
@@ -106,7 +107,7 @@ def test_seeds_of_runs_differ():
     assert content(loader(seed=1)) == content(loader(seed=1))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.child)])
 def test_resuming_inside_an_epoch_loads_only_what_is_left(workers):
     whole, log = content(loader()), []
     for start in (0, 2, 5):
@@ -119,6 +120,7 @@ def test_resuming_inside_an_epoch_loads_only_what_is_left(workers):
         assert content(made) == whole, "the next pass is whole again"
 
 
+@pytest.mark.child
 def test_persistent_workers_start_a_new_pass_after_an_unfinished_one():
     made = loader(num_workers=2, persistent_workers=True)
     whole = content(made)
@@ -129,7 +131,7 @@ def test_persistent_workers_start_a_new_pass_after_an_unfinished_one():
 # ---------------------------------------------------------------------------- broken samples
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.child)])
 def test_a_broken_sample_is_an_error_that_names_it(workers):
     made = loader(Noisy(broken=[7], named=True), num_workers=workers)
     with pytest.raises(SampleError) as caught:
@@ -160,7 +162,7 @@ def test_the_file_is_known_from_the_error_or_from_the_dataset():
         SeededDataset(Files())[0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.child)])
 def test_training_replaces_broken_samples_and_reports_them(workers):
     made = loader(Noisy(broken=[7, 8, 19]), on_error="skip", num_workers=workers)
     batches = list(made)
@@ -174,7 +176,7 @@ def test_training_replaces_broken_samples_and_reports_them(workers):
     assert content(made) == content(loader(Noisy(broken=[7, 8, 19]), on_error="skip"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.child)])
 def test_evaluation_leaves_broken_samples_out_and_reports_them(workers):
     made = loader(Noisy(10, broken=[1, 4, 5, 6, 7]), training=False, on_error="skip", num_workers=workers)
     batches = list(made)
@@ -303,7 +305,7 @@ class Boxes(BaseDataset):
 
 
 @pytest.mark.parametrize("sampler", [None, {"type": "DefaultSampler", "shuffle": True}])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.child)])
 def test_openmmlab_datasets_and_batch_samplers_work(workers, sampler):
     import core.mmcv_ops  # noqa: F401  (mmdet needs it)
 
@@ -354,6 +356,7 @@ def test_torch_samplers_are_repeatable_and_refused_where_they_do_not_divide():
     assert sorted(index for indices, _ in shuffled for index in indices) == list(range(20))
 
 
+@pytest.mark.child
 def test_workers_leave_signals_to_the_main_process():
     class Signalled(Noisy):
         def __getitem__(self, index):
@@ -365,10 +368,13 @@ def test_workers_leave_signals_to_the_main_process():
     assert content(loader(Signalled(), num_workers=1)) == content(loader())
 
 
+@pytest.mark.child
 def test_workers_obey_the_main_process():
     def work(ready, start):
         start(0)
         os.kill(os.getpid(), signal.SIGTERM)
+        while signal.SIGTERM in signal.sigpending():  # two that are pending at once would be one
+            time.sleep(0.01)
         ready.set()
         time.sleep(60)
 
@@ -376,14 +382,15 @@ def test_workers_obey_the_main_process():
     ready = context.Event()
     worker = context.Process(target=work, args=(ready, loader(num_workers=1).worker_init_fn), daemon=True)
     worker.start()
-    assert ready.wait(20) and worker.is_alive()
+    assert ready.wait(300) and worker.is_alive()
     worker.terminate()
-    worker.join(20)
+    worker.join(300)
     assert worker.exitcode == -signal.SIGTERM
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("prefetched", [False, True])
-def test_workers_end_at_once_after_an_error(prefetched):
+def test_workers_end_at_once_after_an_error(prefetched, monkeypatch):
     class Still:
         start = finish = staticmethod(lambda data: data)
 
@@ -392,13 +399,15 @@ def test_workers_end_at_once_after_an_error(prefetched):
         with pytest.raises(SampleError):
             list(DevicePrefetcher(made, "cpu", transfer=Still()) if prefetched else made)
 
+    # torch waits this long for each worker that does not answer: a busy machine is not taken for one.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 120)
     begin = time.monotonic()
     run()
     gc.collect()
-    # torch waits five seconds for each worker that does not answer.
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 100
 
 
+@pytest.mark.child
 def test_a_process_ends_though_its_workers_are_alive():
     script = """if True:
         import signal, torch
@@ -413,10 +422,11 @@ def test_a_process_ends_though_its_workers_are_alive():
         batches = iter(loader)
         next(batches)
     """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.child
 def test_worker_init_fn_runs_in_every_worker():
     started = torch.zeros(2).share_memory_()
 

@@ -84,6 +84,7 @@ class Points(mypoints.Points):
 """
 
 
+@pytest.mark.processes
 def test_two_processes_count_together(user):
     (user / "myholes.py").write_text(HOLES)
     words = [f"{split}_dataloader.dataset.type=myholes.Points" for split in ("train", "val")]

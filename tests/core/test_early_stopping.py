@@ -132,6 +132,7 @@ def tiny_copy(result, name):
     return folder
 
 
+@pytest.mark.processes
 def test_two_processes_stop_together(user, tmp_path):
     """The figures of the processes differ: the first one's count, or one would wait for the other for ever."""
     (user / "mycourse.py").write_text(

@@ -67,6 +67,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "extra"),
     [

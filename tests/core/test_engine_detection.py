@@ -306,6 +306,7 @@ def test_a_file_of_the_backbone_goes_into_a_detectors_backbone_in_training_and_i
     assert all(torch.equal(after[f"backbone.{key}"], value) for key, value in part.items())
 
 
+@pytest.mark.compile
 def test_compiled_parts_are_backbone_and_neck(site, boxes):
     model = build(to_dict(cfg(site))["model"])
     assert set(networks(model)) == {"backbone", "neck"}
@@ -321,6 +322,7 @@ def test_a_loss_that_is_not_finite_names_the_pictures(boxes, site):
     assert state["batch"]["data_samples"][0]["gt_instances"]["bboxes"].shape[1] == 4
 
 
+@pytest.mark.processes
 def test_two_processes_train_alike_and_evaluate_every_picture_once(site, trained):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "tools" / "train.py"), "--config-dir", "configs", "experiment=mine/boxes", "runtime=cpu"]
@@ -332,7 +334,7 @@ def test_two_processes_train_alike_and_evaluate_every_picture_once(site, trained
     ]
     command += ["optim_wrapper.optimizer.lr=0", "optim_wrapper.optimizer.weight_decay=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
-    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((site / "two" / "result.json").read_text())
     # Five pictures on two processes: shares of three and two; the same weights give the same figures.

@@ -29,12 +29,14 @@ def assert_close(one, other):
     assert all(abs(a[step] - b[step]) < 1e-4 for step in a)
 
 
+@pytest.mark.processes
 def test_data_parallel_gives_the_single_process_weights(user, single):
     done = train(user, *QUIET, "run_dir=double", "train_dataloader.batch_size=2", torchrun=2)
     assert_close(single, user / "double")
     assert '"seen": 21' in (user / "double" / "result.json").read_text(), done.stdout  # 21 samples on 2 processes
 
 
+@pytest.mark.processes
 def test_data_parallel_accumulates_like_one_process(user, single):
     options = ["optim_wrapper.accumulative_counts=2", "train_dataloader.batch_size=1", "param_scheduler=null"]
     train(user, *QUIET, *options, "run_dir=double_accumulated", torchrun=2)
@@ -44,6 +46,7 @@ def test_data_parallel_accumulates_like_one_process(user, single):
         torch.testing.assert_close(first[key], second[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.processes
 def test_sharded_run_gives_the_same_and_reloads_on_one_process(user, single, monkeypatch):
     sharded = ["runtime=fsdp", "runtime.device=cpu", "run_dir=sharded", "train_dataloader.batch_size=2"]
     train(user, *QUIET, *sharded, "ema={decay: 0.9}", torchrun=2)
@@ -57,6 +60,7 @@ def test_sharded_run_gives_the_same_and_reloads_on_one_process(user, single, mon
     assert evaluate(cfg, find_checkpoint(user / "sharded"))["seen"] == 21
 
 
+@pytest.mark.processes
 def test_sharded_run_resumes_exactly_and_on_one_process(user):
     sharded = ["runtime=fsdp", "runtime.device=cpu", "train_dataloader.batch_size=2", "param_scheduler=null"]
     whole = [*QUIET, *sharded, "train_cfg.max_epochs=2", "ema={decay: 0.9}"]

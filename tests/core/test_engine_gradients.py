@@ -191,6 +191,7 @@ class Net(mypoints.Net):
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("runtime", ["default", "fsdp"])
 def test_all_processes_stop(user, monkeypatch, runtime):
     """Of the sharded weight (2, 16) one process holds the row whose gradient is bad, the other the row that is not."""

@@ -39,7 +39,7 @@ def start(user, *overrides):
 
 def wait_for_step(run, step, process):
     """Until the log shows the step (or the run is over)."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
         try:
             if max(losses(run), default=0) >= step:
@@ -65,6 +65,7 @@ def assert_same(one, other):
     assert losses(one) == losses(other)
 
 
+@pytest.mark.child
 def test_killed_at_random_moments(user, undisturbed):
     chance = random.Random(time.time_ns())
     for step in sorted(chance.sample(range(1, 38), 3)):
@@ -80,13 +81,14 @@ def test_killed_at_random_moments(user, undisturbed):
     assert_same(undisturbed, user / "killed")
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_leaves(user, undisturbed, number):
     name = f"stopped_{number}"
     process = start(user, f"run_dir={name}")
     wait_for_step(user / name, 6, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
     assert "saved" in errors and "resume=auto" in errors
     stopped = torch.load(find_checkpoint(user / name), weights_only=True)["step"]
@@ -95,6 +97,7 @@ def test_asked_to_stop_it_saves_and_leaves(user, undisturbed, number):
     assert_same(undisturbed, user / name)
 
 
+@pytest.mark.child
 def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(user):
     train(user, "run_dir=full", "train_cfg.max_epochs=1")
     before = find_checkpoint(user / "full")
@@ -113,7 +116,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(user):
     )
     (user / "full" / "result.json").unlink()
     done = subprocess.run(
-        words, cwd=user, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=120
+        words, cwd=user, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=600
     )
     log = (user / "full" / "run.log").read_text()
     assert "checkpoint of step 15 not written" in log and str(before) in log  # went on, and said what there is

@@ -83,6 +83,7 @@ def test_mixed_precision_trains(tiny, precision):
     assert log[max(log)] < log[min(log)]
 
 
+@pytest.mark.compile
 def test_compiled_and_channels_last_give_the_same_result(tiny):
     plain = weights(tiny("train_cfg.max_epochs=1"))
     fast = weights(tiny("train_cfg.max_epochs=1", "runtime.compile={backend: eager}", "runtime.channels_last=true"))

@@ -249,8 +249,9 @@ with StopRequest() as stop:
 """
 
 
+@pytest.mark.child
 def test_a_second_signal_leaves_at_once():
-    done = subprocess.run([sys.executable, "-c", TWICE], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", TWICE], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stdout == "noted True\n" and done.returncode == 128 + signal.SIGTERM
 
 
@@ -268,14 +269,15 @@ def signalled(user, place, number, seconds, *overrides, tool="train.py"):
     process = subprocess.Popen(
         words, cwd=user, env={**environment(), **extra}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     return process.returncode, errors
 
 
+@pytest.mark.child
 @pytest.mark.parametrize(
     ("place", "number", "tool", "seconds", "line"),
     [
@@ -292,6 +294,7 @@ def test_a_tool_that_is_asked_to_stop_says_one_line(waiting, place, number, tool
     assert len(errors.splitlines()) == 1 and errors.strip().endswith(line), errors
 
 
+@pytest.mark.processes
 def test_two_processes_agree_on_stopping_within_an_evaluation(waiting):
     options = (
         "val_evaluator={type: mywaiting.Accuracy}",
@@ -303,7 +306,7 @@ def test_two_processes_agree_on_stopping_within_an_evaluation(waiting):
     )
     words = command_line(*options, torchrun=2)
     stopped = subprocess.run(
-        words, cwd=waiting, env={**environment(), "STOP_RANK": "1"}, capture_output=True, text=True, timeout=240
+        words, cwd=waiting, env={**environment(), "STOP_RANK": "1"}, capture_output=True, text=True, timeout=600
     )
     newest = find_checkpoint(waiting / "agreed")
     assert stopped.returncode and newest.name == "step_00000005.pt"

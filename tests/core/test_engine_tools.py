@@ -54,6 +54,7 @@ def trained(user):
     return user / "for_tools"
 
 
+@pytest.mark.child
 def test_test_gives_the_figures_of_the_run(user, trained):
     words = ["checkpoint=for_tools", "model.type=mylook.Look", "split=val", "output=figures.json"]
     train(user, "--config_dir=configs", *words, tool="test.py")
@@ -69,6 +70,7 @@ class Options:
         self.__dict__.update(given)
 
 
+@pytest.mark.child
 def test_infer_writes_pictures_and_records_and_survives_a_broken_file(user, trained, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(user))
     monkeypatch.chdir(user)
@@ -90,6 +92,7 @@ def test_infer_writes_pictures_and_records_and_survives_a_broken_file(user, trai
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == records
 
 
+@pytest.mark.child
 def test_files_of_one_name_do_not_overwrite_each_others_pictures(user, trained, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(user))
     monkeypatch.chdir(user)
@@ -131,6 +134,7 @@ def test_nothing_to_look_at_is_an_error(tmp_path):
         input_files(tmp_path)
 
 
+@pytest.mark.child
 def test_a_trainer_without_inference_says_so(user, trained, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(user))
     monkeypatch.chdir(user)
@@ -162,6 +166,7 @@ def look(user, trained, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.child
 def test_whatever_fails_on_a_file_is_in_its_record_and_the_others_go_on(look, capsys):
     records = look("a", "fault", "odd", "shape", "z")
     found = {record["file"]: record.get("error") for record in records}
@@ -175,11 +180,13 @@ def test_whatever_fails_on_a_file_is_in_its_record_and_the_others_go_on(look, ca
     assert "no_such_thing" in shown.err, "a fault of the code is shown with its place"
 
 
+@pytest.mark.child
 def test_a_record_with_an_error_of_its_own_is_no_failure(look, capsys):
     assert [record["error"] for record in look("own")] == [0.25]
     assert "failed" not in capsys.readouterr().err
 
 
+@pytest.mark.child
 def test_nothing_that_works_is_an_error_with_the_first_reason(look):
     with pytest.raises(
         ConfigError, match=r"none of 2 could be processed, see out/results\.json: AttributeError: 'Look'"
@@ -188,6 +195,7 @@ def test_nothing_that_works_is_an_error_with_the_first_reason(look):
     assert len(look.written()) == 2
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("name", ["interrupt", "terminate"])
 def test_an_interruption_leaves_the_records_until_then(look, name):
     with pytest.raises((KeyboardInterrupt, Interrupted)) as caught:
@@ -196,6 +204,7 @@ def test_an_interruption_leaves_the_records_until_then(look, name):
     assert name == "interrupt" or str(caught.value) == "stopped: out/results.json holds what was done"
 
 
+@pytest.mark.child
 def test_weights_with_nan_answer_nothing(look, trained, tmp_path):
     from tools.test import main as evaluate_tool
 
@@ -212,6 +221,7 @@ def test_weights_with_nan_answer_nothing(look, trained, tmp_path):
     assert record["mean"] == 9
 
 
+@pytest.mark.child
 def test_options_of_loading_are_those_of_load_from(look, trained, tmp_path):
     state = torch.load(find_checkpoint(trained), weights_only=True)["model"]
     stem = {f"their.{k.removeprefix('network.')}": v for k, v in state.items() if k.startswith("network.stem")}
@@ -226,6 +236,7 @@ def test_options_of_loading_are_those_of_load_from(look, trained, tmp_path):
     assert look("a", checkpoint="part.pt", words=[*words, *ignored])
 
 
+@pytest.mark.processes
 def test_several_processes_print_the_figures_once(user, trained):
     words = ["checkpoint=for_tools", "output=twice.json"]
     done = train(user, "--config_dir=configs", *words, tool="test.py", torchrun=2)

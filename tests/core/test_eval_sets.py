@@ -140,6 +140,7 @@ def test_pictures_bear_the_name_of_the_set(tiny_config, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.processes
 def test_two_processes_count_every_sample_of_every_set_once(user, tmp_path):
     train(user, VAL, "train_cfg.max_epochs=1", f"run_dir={tmp_path / 'run'}", torchrun=2)
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]

@@ -459,6 +459,7 @@ class Own(Hook):
         Own.ends.append(float(self.labels.sum()))
 
 
+@pytest.mark.processes
 def test_every_process_goes_on_with_its_own(user):
     script = user / "own.py"
     script.write_text(PROCESSES.format(tests=str(ROOT / "tests/core"), user=str(user)))
@@ -469,7 +470,7 @@ def test_every_process_goes_on_with_its_own(user):
         env={**environment(), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (user / "own_0.txt").read_text() != (user / "own_1.txt").read_text()

@@ -45,10 +45,11 @@ def test_ours_alone_is_silent():
     check_mmengine()
 
 
+@pytest.mark.child
 def test_it_is_noticed_once_and_when_the_engine_is_imported(tmp_path):
     install(tmp_path, "mmengine", "0.10.7")
     environ = {**environment(), "PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONWARNINGS": "default"}
     code = "import core.registry, core.runner"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("TwoMMEngines") == 1 and "pip uninstall" in done.stderr

@@ -79,6 +79,7 @@ def test_one_holds_it_and_the_others_are_told_who(tmp_path, disk):
     assert [path.name for path in tmp_path.iterdir() if path.stat().st_size] == []
 
 
+@pytest.mark.child
 def test_another_process_is_named_and_waited_for(tmp_path, holder):
     lock = FileLock(tmp_path / ".lock", "it")
     with pytest.raises(Locked, match=f"process {holder.pid} on {socket.gethostname()}") as caught:
@@ -94,6 +95,7 @@ def test_another_process_is_named_and_waited_for(tmp_path, holder):
     assert lock.held and told == [f"waiting for {caught.value.holder}: it"]
 
 
+@pytest.mark.child
 def test_a_killed_process_holds_nothing_though_a_child_of_it_lives(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
@@ -107,6 +109,7 @@ def test_waiting_for_oneself_would_not_end(tmp_path):
         FileLock(tmp_path / ".lock", "it").wait(print)
 
 
+@pytest.mark.child
 @pytest.mark.parametrize(
     ("change", "dead"),
     [
@@ -137,6 +140,7 @@ def test_a_lock_of_the_kernel_counts_whatever_the_file_says(tmp_path):
             FileLock(tmp_path / ".lock", "it").acquire()
 
 
+@pytest.mark.child
 def test_a_forked_child_neither_holds_nor_releases(tmp_path):
     lock = FileLock(tmp_path / ".lock", "it")
     lock.acquire()

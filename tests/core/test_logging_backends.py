@@ -190,11 +190,12 @@ def _wandb_records(path: Path) -> list:
     return records
 
 
+@pytest.mark.child
 def test_an_offline_wandb_run_holds_metrics_config_and_media(tmp_path):
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     environment |= {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        [sys.executable, "-c", WANDB, str(tmp_path)], capture_output=True, text=True, timeout=200, env=environment
+        [sys.executable, "-c", WANDB, str(tmp_path)], capture_output=True, text=True, timeout=600, env=environment
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))

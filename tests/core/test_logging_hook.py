@@ -256,6 +256,7 @@ WORKER = textwrap.dedent(
 )
 
 
+@pytest.mark.processes
 def test_losses_are_means_over_processes_and_survive_a_resume(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -264,7 +265,7 @@ def test_losses_are_means_over_processes_and_survive_a_resume(tmp_path):
         [*command, str(tmp_path / "worker.py"), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         env=environment,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -318,9 +319,10 @@ SHOW = textwrap.dedent(
 )
 
 
+@pytest.mark.child
 def test_a_pipe_gets_plain_lines(tmp_path):
     ran = subprocess.run(
-        [sys.executable, "-c", SHOW, str(tmp_path / "run.log")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SHOW, str(tmp_path / "run.log")], capture_output=True, text=True, timeout=600
     )
     assert ran.returncode == 0, ran.stderr
     assert "\x1b" not in ran.stdout
@@ -330,6 +332,7 @@ def test_a_pipe_gets_plain_lines(tmp_path):
     assert "printed by a worker" in lines and "warned by a worker" in ran.stderr
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("columns", ["60", "160"])
 def test_a_terminal_gets_bars_and_the_log_file_plain_lines(tmp_path, columns):
     master, slave = pty.openpty()

@@ -24,6 +24,7 @@ class Painter(mypoints.Classify):
 """
 
 
+@pytest.mark.child
 def test_a_run_with_wandb_leaves_figures_config_and_media(user):
     (user / "mypainter.py").write_text(PAINTER)
     evaluator = (
@@ -42,7 +43,7 @@ def test_a_run_with_wandb_leaves_figures_config_and_media(user):
         "checkpoint.metric=top1",
     ]
     environ = {**environment(), "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(user)}
-    ran = subprocess.run(command_line(*words), cwd=user, capture_output=True, text=True, timeout=240, env=environ)
+    ran = subprocess.run(command_line(*words), cwd=user, capture_output=True, text=True, timeout=600, env=environ)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     folder = user / "watched"
     result = json.loads((folder / "result.json").read_text())
@@ -84,6 +85,7 @@ def test_a_run_with_wandb_leaves_figures_config_and_media(user):
     assert [shown.getpixel((0, y))[0] for y in range(4)] == [200, 200, 200, 0]  # three samples
 
 
+@pytest.mark.processes
 def test_evaluation_metrics_on_two_processes_count_every_sample_once(user):
     evaluator = (
         "+val_evaluator={type: core.metrics.TorchMetrics, metrics: {top1: {type: "
@@ -94,7 +96,7 @@ def test_evaluation_metrics_on_two_processes_count_every_sample_once(user):
     for count, words in ((0, ["train_dataloader.batch_size=4"]), (2, ["train_dataloader.batch_size=2"])):
         words = [f"run_dir=judged_{count}", "~val_evaluator", evaluator, "train_cfg.max_epochs=1", *words]
         command = command_line(*words, torchrun=count)
-        ran = subprocess.run(command, cwd=user, capture_output=True, text=True, timeout=240, env=environment())
+        ran = subprocess.run(command, cwd=user, capture_output=True, text=True, timeout=600, env=environment())
         assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
         lines = [json.loads(x) for x in Path(user, f"judged_{count}", "log.jsonl").read_text().splitlines()]
         figures.append([line["val/top1"] for line in lines if "val/top1" in line])

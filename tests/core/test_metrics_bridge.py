@@ -296,6 +296,7 @@ WORKER = textwrap.dedent(
 )
 
 
+@pytest.mark.processes
 def test_processes_with_uneven_shares_give_the_figures_of_one(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -304,7 +305,7 @@ def test_processes_with_uneven_shares_give_the_figures_of_one(tmp_path):
         [*command, str(tmp_path / "worker.py"), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         env=environment,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]

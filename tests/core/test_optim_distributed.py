@@ -148,6 +148,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(out, weights_only=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("clip", CLIPS)
 def test_two_processes_equal_one(two_processes: dict[str, Any], kind: str, clip: str) -> None:

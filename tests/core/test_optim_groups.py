@@ -219,6 +219,7 @@ def test_frozen_parameters_are_left_out() -> None:
         built(model)
 
 
+@pytest.mark.compile
 def test_compiled_networks_keep_their_plain_names() -> None:
     model = Net()
     model.network = torch.compile(model.network)

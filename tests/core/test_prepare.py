@@ -135,6 +135,7 @@ def test_tasks_need_names_and_hints():
     assert argument_texts(own) == {}
 
 
+@pytest.mark.child
 def test_the_tool_answers_at_once():
     ran = subprocess.run(
         [sys.executable, "-X", "importtime", "tools/prepare_data.py", "list"], capture_output=True, text=True

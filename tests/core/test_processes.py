@@ -20,7 +20,7 @@ from core.processes import all_or_none, first_decides, managers_unlocked
 
 
 def _shares(rank: int, folder: str) -> None:
-    wait = datetime.timedelta(seconds=40)
+    wait = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
     slow = Path(folder, "slow")
     with all_or_none("waiting"):
@@ -66,12 +66,14 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_processes_wait_for_each_other_and_fail_together(folder) -> None:
     said = [(folder / str(rank)).read_text() for rank in (0, 1)]
     assert said[1] == "OSError: disk full"
     assert said[0] == "VitrineError: reading pictures ended because process 1 failed: OSError: disk full"
 
 
+@pytest.mark.processes
 def test_the_first_process_decides_and_its_errors_reach_all(folder) -> None:
     first, second = (json.loads((folder / f"decided{rank}").read_text()) for rank in (0, 1))
     assert first == [{"folder": "a"}, "Locked: taken", "ZeroDivisionError: by zero"]
@@ -93,7 +95,7 @@ def test_where_mmengine_fails_other_threads_still_build():
             raise OSError("the log cannot be opened")
 
     def take():
-        taken.append(manager._lock.acquire(timeout=20))
+        taken.append(manager._lock.acquire(timeout=300))
         manager._lock.release()
 
     taken = []

@@ -3,9 +3,9 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -102,9 +102,10 @@ def test_misspelt_words_are_answered(measure):
 
 def tool(name, *words, cwd=None, check=True):
     command = [sys.executable, str(TOOLS / name), *words]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=check, timeout=240)
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=check, timeout=600)
 
 
+@pytest.mark.child
 def test_standard_output_holds_the_table_and_nothing_else(user):
     words = ["mine/tiny", "--config-dir", "configs", "what=macs,train", "repeats=3", "batch=2", "device=cpu"]
     done = tool("profile.py", *words, "format=json", cwd=user)
@@ -120,20 +121,20 @@ def test_standard_output_holds_the_table_and_nothing_else(user):
     assert ["parameters", "", "818", "", ""] in rows
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("name", ["profile.py", "table.py", "ablate.py"])
 def test_help_teaches_and_is_quick(name):
-    seconds = []
-    for _ in range(2):  # the first may find a cold disk
-        start = time.perf_counter()
-        done = tool(name, "--help")
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2.0
+    # Time of the processor: that of the clock is the neighbours' on a busy machine.
+    before = sum(os.times()[2:4])
+    done = tool(name, "--help")
+    assert sum(os.times()[2:4]) - before < 2.0
     assert f"python tools/{name} " in done.stdout
     assert "format: str" in done.stdout
     lines = done.stdout.splitlines()
     assert "Options (key=value):" in lines
 
 
+@pytest.mark.child
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -153,6 +154,7 @@ def test_errors_are_one_line_and_status_two(words, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.child
 def test_the_profile_tool_does_not_hide_pythons_own_profiler():
     """torch.compile imports cProfile, which imports `profile`: beside tools/train.py that name is this tool's file."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import cProfile, profile as p; print(p.Profile, p.__file__)"

@@ -25,7 +25,7 @@ JUDGE = (
 
 def _work(rank: int, user: str, folder: str) -> None:
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=60)
+    wait = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
     sys.path.insert(0, user)
     os.chdir(folder)
@@ -86,6 +86,7 @@ def said(user, tmp_path_factory):
     return folder, [json.loads((folder / f"said{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.processes
 def test_every_process_takes_its_limited_share_and_all_samples_count_once(said):
     for one in said[1]:
         limited = one["limited"]
@@ -96,6 +97,7 @@ def test_every_process_takes_its_limited_share_and_all_samples_count_once(said):
     assert "evaluated on 16 of 21 samples" in (said[0] / "limited" / "run.log").read_text()
 
 
+@pytest.mark.processes
 def test_figures_are_looked_at_before_training_without_waiting_for_each_other(said):
     for one in said[1]:
         assert one["alone"] == [False, False] and one["together"] == 2
@@ -104,6 +106,7 @@ def test_figures_are_looked_at_before_training_without_waiting_for_each_other(sa
     assert "ValueError: too few here" in (said[0] / "failing" / "run.log").read_text()
 
 
+@pytest.mark.processes
 def test_a_sweep_of_rates_is_the_same_on_both_processes(said):
     first, second = (one["rates"] for one in said[1])
     assert first == second and len(first["rates"]) == 12 and len(set(first["losses"])) == 12

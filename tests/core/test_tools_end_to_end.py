@@ -54,6 +54,7 @@ def test_a_table_trains_a_row_with_the_engine_and_finds_it_again(user, place, tm
     assert capsys.readouterr().out == ""  # the engine's lines go to standard error
 
 
+@pytest.mark.child
 def test_a_run_of_tools_train_is_part_of_an_ablation(user, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(user))
     folder = user / "configs" / "experiment" / "mine"

@@ -29,9 +29,10 @@ def present():
 
 def lint(folder):
     command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.child
 def test_contracts_hold():
     done = lint(ROOT)
     assert done.returncode == 0, done.stdout
@@ -54,6 +55,7 @@ def test_every_paper_is_inside_every_contract():
     assert {"core", *(f"{p}.trainer" for p in papers)} <= set(models["forbidden_modules"])
 
 
+@pytest.mark.child
 def test_a_paper_imported_by_the_engine_is_noticed(tmp_path):
     for package in ("core", *(folder for paper in present() for folder in (paper, f"{paper}/models"))):
         (tmp_path / package).mkdir()

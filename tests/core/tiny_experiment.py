@@ -150,7 +150,7 @@ param_scheduler: {type: core.Schedule, kind: warmup_cosine, by_epoch: false, war
 """
 
 
-def train(folder, *overrides, torchrun=0, check=True, timeout=240, tool="train.py"):
+def train(folder, *overrides, torchrun=0, check=True, timeout=600, tool="train.py"):
     """Runs tools/train.py in `folder`; returns the finished process."""
     command = command_line(*overrides, torchrun=torchrun, tool=tool)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, env=environment())

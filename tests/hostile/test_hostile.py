@@ -67,10 +67,11 @@ def test_the_colliding_keys_do_collide():
     assert colliding(_colliding_pairs(100))
 
 
+@pytest.mark.child
 def test_the_command_counts_refusals():
     words = ["--no-record", "a pipe", "a shell command in a torch file"]
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.hostile", *words], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "tests.hostile", *words], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "2 files, 2 refused in one line by every reader, 0 executed something" in ran.stdout

@@ -97,6 +97,7 @@ def _share(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_codebooks_and_figures_of_two_processes(tmp_path) -> None:
     joint, restarts = EMAQuantizer(4, 2, decay=0.9), RestartQuantizer(4, 2, patience=1)
     for quantizer in (joint, restarts):
@@ -129,7 +130,7 @@ class Torn(torch.utils.data.Dataset):
 
 
 def _encode(rank: int, folder: str) -> None:
-    wait = timedelta(seconds=60)
+    wait = timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
     torch.manual_seed(0)
     try:
@@ -139,6 +140,7 @@ def _encode(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_a_process_that_cannot_encode_its_images_leaves_none_waiting(tmp_path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     mp.spawn(_encode, (str(tmp_path),), nprocs=2)
@@ -223,6 +225,7 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", BUILD)
 def test_two_processes_train_as_one_with_the_joint_batch(kind: str, shares: list[dict]) -> None:
     (first, one), (second, two) = (share[kind] for share in shares)

@@ -311,6 +311,7 @@ def _joint(rank: int, folder: str, distances: Tensor) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_entropy_over_processes_is_that_of_the_joint_batch(tmp_path) -> None:
     distances = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) * 4
     distances[..., 1] += 200  # a code whose share underflows
@@ -338,6 +339,7 @@ def test_discriminators_give_logits() -> None:
 # ------------------------------------------------------------------ compilation and precision
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("extra", ["none", "attn1"])
 def test_tokenizers_compile_in_one_piece(extra: str) -> None:
     torch._dynamo.reset()

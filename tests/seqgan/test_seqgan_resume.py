@@ -134,13 +134,14 @@ run(compose(sys.argv[2:]))
 """
 
 
+@pytest.mark.child
 def test_a_process_that_is_killed_in_the_transformer_stage(undisturbed, beside) -> None:
     shutil.copytree(undisturbed / "run", "run")  # both tokenizers are trained
     shutil.rmtree("run/stage_2_transformer")
     Path("run/result.json").unlink()
     words = [f"{key}={value}" for key, value in SETTINGS.items()]
     command = [sys.executable, "-c", SCRIPT, "3", *words, "resume=auto"]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=240)
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=600)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert not Path("run/stage_2_transformer/result.json").exists()
     shutil.rmtree(CODES)

@@ -336,6 +336,7 @@ def test_training_masks_hide_a_cosine_share() -> None:
     assert draw_mask(torch.tensor([1.0]), score[:1], 0.5).sum() == 50
 
 
+@pytest.mark.compile
 def test_transformers_compile_in_one_piece() -> None:
     torch._dynamo.reset()
     codes, mask = some_codes(), some_codes() > 5

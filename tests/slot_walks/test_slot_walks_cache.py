@@ -185,7 +185,7 @@ class Torn(Flowers):
 
 
 def _share(rank: int, flowers: str, folder: str) -> None:
-    wait = timedelta(seconds=60)
+    wait = timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
     try:
         FeatureCache(f"{folder}/kept").fill(Torn(flowers, "train", transform=Square(32), masks=False), vit())
@@ -194,6 +194,7 @@ def _share(rank: int, flowers: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_a_process_that_fails_leaves_none_waiting(flowers, tmp_path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     mp.spawn(_share, (str(flowers), str(tmp_path)), nprocs=2)
@@ -278,6 +279,7 @@ def test_a_killed_run_goes_on_exactly(flowers, tmp_path, source, features) -> No
     assert logged(tmp_path / "undisturbed") == logged(tmp_path / "killed")
 
 
+@pytest.mark.processes
 def test_two_processes_share_the_work_and_train_as_one(flowers, tmp_path) -> None:
     start = "model.network.encoder.init=learned"  # no noise, which each process would draw for itself
     run(compose([*overrides(flowers, tmp_path, "one"), start, "train_dataloader.batch_size=4"]))
@@ -290,7 +292,7 @@ def test_two_processes_share_the_work_and_train_as_one(flowers, tmp_path) -> Non
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -307,6 +307,7 @@ def test_options_that_do_not_exist_are_refused() -> None:
         WalkLoss(target="attention")(features, slots)
 
 
+@pytest.mark.compile
 def test_the_loss_compiles_without_graph_breaks() -> None:
     features, slots, assignment, attention = scene(dtype=torch.float32)
     torch._dynamo.reset()

@@ -433,6 +433,7 @@ def test_widths_that_do_not_fit_are_refused_or_projected() -> None:
             tiny(signal)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_models_compile_without_graph_breaks(signal: str) -> None:
     model, image, noise = tiny(signal).eval(), torch.randn(1, 3, 32, 48), torch.randn(1, 4, 24)

@@ -270,10 +270,11 @@ def test_logs_without_figures_say_so(tmp_path: Path) -> None:
         draw({"run": [{"step": 1, "loss": 1.0}]})
 
 
+@pytest.mark.child
 def test_help_is_quick_to_load() -> None:
     words = [sys.executable, "-X", "importtime", "-m", "slot_walks.curves", "--help"]
     wide = {**os.environ, "COLUMNS": "200"}  # a narrow terminal folds the command
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, env=wide)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, env=wide)
     assert done.returncode == 0 and "python -m slot_walks.curves run=" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert not imported & {"torch", "matplotlib", "numpy"}

@@ -176,6 +176,7 @@ def test_what_cannot_be_evaluated_is_said():
             evaluated(everything, **wrong)
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_figures_of_one(tmp_path):
     script = tmp_path / "share.py"
     script.write_text(
@@ -200,6 +201,6 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
         )
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agreed") == 2

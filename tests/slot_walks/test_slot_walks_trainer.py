@@ -268,6 +268,7 @@ def test_bf16_steps_stay_finite() -> None:
         assert all(torch.isfinite(value) for value in terms.values())
 
 
+@pytest.mark.compile
 def test_a_training_step_compiles_without_graph_breaks() -> None:
     model, batch = trainer("walk").train(), {"image": torch.rand(2, 3, 64, 64), "noise": torch.randn(2, 4, 32)}
     torch._dynamo.reset()

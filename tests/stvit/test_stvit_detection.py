@@ -308,6 +308,7 @@ optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3))
 """
 
 
+@pytest.mark.child
 def test_the_backbone_works_in_mmdets_own_runner(data, tmp_path):
     torch.manual_seed(3)
     before = STViTRSwin(features_only=True, **TINY).state_dict()
@@ -325,7 +326,7 @@ def test_the_backbone_works_in_mmdets_own_runner(data, tmp_path):
         "runner.train()\n"
         "torch.save(runner.model.backbone.state_dict(), 'after.pth')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "bbox_mAP" in done.stdout + done.stderr
     after = torch.load(tmp_path / "after.pth", weights_only=True)
@@ -338,6 +339,7 @@ def test_the_backbone_works_in_mmdets_own_runner(data, tmp_path):
         torch.testing.assert_close(after[key], before[key], atol=0.01, rtol=0)  # two steps away from what was loaded
 
 
+@pytest.mark.child
 def test_one_of_mmdets_own_configs_takes_the_backbone(tmp_path):
     """The card's lines; here the backbone is smaller."""
     (tmp_path / "mine.py").write_text(
@@ -357,7 +359,7 @@ def test_one_of_mmdets_own_configs_takes_the_backbone(tmp_path):
         "maps = MODELS.build(cfg.model).extract_feat(torch.zeros(1, 3, 64, 96))\n"
         "print([tuple(m.shape) for m in maps])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     sides = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
     assert done.stdout.strip().splitlines()[-1] == str([(1, 256, *side) for side in sides])

@@ -119,6 +119,7 @@ def test_gradients_reach_every_parameter(options: dict[str, object]) -> None:
     assert not without
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     "variant",
     [
@@ -146,6 +147,7 @@ def test_compiled_and_exported_models_give_the_same(variant: str) -> None:
         torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), logits)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("kind", ["semantic", "random"])
 def test_training_step_compiles_without_graph_breaks(kind: str) -> None:
     model = tiny(tokens=kind, drop_path_rate=0.1).train()

@@ -59,6 +59,7 @@ def test_methods_have_the_weights_of_the_full_model(method: str) -> None:
     assert bool(own) == bool(fresh)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("method", "class_token"), [("tome", False), ("evit", True), ("topk", False), ("dynamicvit", True)]
 )
@@ -72,6 +73,7 @@ def test_compiled_and_exported_models_give_the_same(method: str, class_token: bo
         torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), logits)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("method", ["tome", "dynamicvit"])
 def test_training_step_compiles_without_graph_breaks(method: str) -> None:
     model = build(method, True, drop_path_rate=0.1).train()

@@ -157,6 +157,7 @@ def test_distilled_models_answer_with_both_tokens() -> None:
     assert semantic.reg_token is None and semantic.pos_embed.shape[1] == 64
 
 
+@pytest.mark.compile
 def test_wrapped_models_are_unwrapped() -> None:
     vit, images = timm_vit(), torch.randn(1, 3, 32, 32)
     for wrapped in (nn.DataParallel(vit), torch.compile(vit), AveragedModel(vit)):

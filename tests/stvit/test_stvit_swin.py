@@ -249,6 +249,7 @@ def test_half_precision_is_finite(variant: str) -> None:
 
 
 # Maps of stage 3: 15x17 tokens, so that rows of windows are attended one by one and both sides are padded.
+@pytest.mark.compile
 @pytest.mark.parametrize("variant", ["swin", "stvit", "r", "dense", "dense_official"])
 def test_compiled_and_exported_models_give_the_same(variant: str) -> None:
     model = tiny(variant, depths=(1, 2, 6, 1)).eval()
@@ -263,6 +264,7 @@ def test_compiled_and_exported_models_give_the_same(variant: str) -> None:
                 torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.compile
 def test_training_step_compiles_without_graph_breaks() -> None:
     model = tiny("dense", depths=(1, 1, 6, 1), drop_path_rate=0.1).train()
     torch._dynamo.reset()

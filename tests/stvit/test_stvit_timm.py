@@ -176,6 +176,7 @@ def test_a_file_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ maps, export
 
 
+@pytest.mark.compile
 def test_features_only_models_give_maps_of_the_stages() -> None:
     model = timm.create_model(
         "stvit_r_swin_tiny_window7_224", **OWN_SWIN, features_only=True, out_indices=(1, 3)

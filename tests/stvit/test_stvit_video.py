@@ -334,6 +334,7 @@ def test_half_precision_is_finite_and_near():
     assert torch.isfinite(half).all() and torch.allclose(half.float(), model(clip), atol=0.1, rtol=0.1)
 
 
+@pytest.mark.compile
 def test_compiles_whole_and_exports():
     options = dict(SMALL, depths=(4, 1), embed_dim=8, base_depth=1, patch_size=(2, 8, 8), drop_path_rate=0.0)
     model, clip = lively(STViTVideoSwin(**options)), torch.randn(1, 3, 10, 72, 60)

@@ -121,6 +121,7 @@ def test_methods_that_break_the_grid_say_why(build: object, tokens: str) -> None
         build("luck")
 
 
+@pytest.mark.compile
 def test_random_tokens_compile_without_graph_breaks() -> None:
     control = RandomWindowTokens(8, 2, window=4, per_window=2, depth=1).eval()
     x = torch.randn(2, 72, 8)

@@ -314,6 +314,7 @@ def test_residuals_of_a_control_network_are_added(image_unet):
     assert (unet(sample, 7, text, **residuals).sample - unet(sample, 7, text).sample).abs().max() > 1e-3
 
 
+@pytest.mark.compile
 def test_the_whole_forward_pass_is_one_graph():
     # One level, so that tracing is quick; all exchanged modules are in it.
     one_level = {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None}

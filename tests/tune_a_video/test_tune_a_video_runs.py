@@ -36,7 +36,7 @@ def command(tool_arguments, *start):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -50,6 +50,7 @@ def losses(folder):
 # ------------------------------------------------------------------ several processes
 
 
+@pytest.mark.processes
 def test_two_processes_tune_as_one_with_the_joint_batch(sd_folder, tmp_path):
     for seed, name in enumerate(("bear", "camel", "car", "dog")):
         write_frames(tmp_path / "davis/JPEGImages/480p" / name, 3, seed)
@@ -138,6 +139,7 @@ def benchmark_overrides(sd_folder, benchmark, tmp_path):
     ]
 
 
+@pytest.mark.child
 def test_a_sweep_over_the_benchmark_fills_a_submission(sd_folder, benchmark, tmp_path):
     given = benchmark_overrides(sd_folder, benchmark, tmp_path)
     command(["-m", *given, "train_dataloader.dataset.clip=range(2)", f"hydra.sweep.dir={tmp_path / 'sweep'}"])
