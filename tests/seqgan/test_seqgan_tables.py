@@ -84,7 +84,7 @@ def test_what_the_tables_vary_is_declared_and_builds() -> None:
     """Size of transformers, guidance, terms and networks of the perceptual loss: one change at a time."""
     wanted = {
         "imagenet256_tokenizer": ["low_loss", "perceptual_network", "alpha", "semantic_layers", "perceptual_weight"],
-        "imagenet256_ar_l": ["size", "top_k"],
+        "imagenet256_ar_l": ["guidance", "size", "top_k", "temperature"],
         "lsun_cat_nar": ["guidance", "size", "label_drop"],
         "shape_glyphs": ["transformer_depth", "low_layers", "transformer_width"],
     }
@@ -95,3 +95,15 @@ def test_what_the_tables_vary_is_declared_and_builds() -> None:
             changed = compose([f"experiment=seqgan/{name}", *component.changes()[0].overrides])
             assert fingerprint(changed) != fingerprint(cfg), (name, component)
             build_trainer(changed, device="meta")
+
+
+def test_guidance_of_ar_is_one_change() -> None:
+    """A row for "no class", dropped labels and a weight go together; any of them alone is refused or does nothing."""
+    (guidance,) = declared(compose(["experiment=seqgan/imagenet256_ar"]), ["guidance"])
+    (change,) = guidance.changes()
+    plain, guided = (
+        build_trainer(compose(["experiment=seqgan/imagenet256_ar", *words]), device="meta")
+        for words in ((), change.overrides)
+    )
+    assert (plain.network.null_label, plain.label_drop, plain.sampler.cfg) == (None, 0.0, 0.0)
+    assert (guided.network.null_label, guided.label_drop, guided.sampler.cfg) == (1000, 0.1, 1.0)
