@@ -20,10 +20,10 @@ import torch
 from mmengine.hooks import Hook
 from torch import Tensor, nn
 
-from core.benchmarking import conditions, publish
-from core.cli import parse, run
 from core.config import compose
-from core.data.loader import build_loader
+from core.config.command.cli import parse, run
+from core.data.loading.loader import build_loader
+from core.profile.benchmarking import conditions, publish
 from core.trainer import Trainer
 
 
@@ -93,7 +93,7 @@ OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.05}
 def engine_stamps(steps: int, folder: str) -> list[tuple[float, float]]:
     """When each step in the engine ended."""
     from benchmarks.engine import Stopwatch as Registered
-    from core.launch import run as launch
+    from core.engine.launch import run as launch
 
     Registered.stamps.clear()
     cfg = compose([f"runs_dir={folder}", "runtime=cpu", "name=benchmark/engine", "log_every=10"])

@@ -32,9 +32,9 @@ from torch import Tensor
 # This file has the name of the package that it measures: look for that in the repository, not beside the file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.benchmarking import conditions, measure, publish
-from core.cli import parse, run
-from core.profile import benchmark
+from core.config.command.cli import parse, run
+from core.profile.benchmarking import conditions, measure, publish
+from core.profile.measure import benchmark
 from seqgan import (
     ARSampler,
     ARTransformer,

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 # This file has the name of the package that it measures: look for that in the repository, not beside the file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.benchmarking import conditions, measure, publish
-from core.cli import parse, run
+from core.config.command.cli import parse, run
 from core.data import build_loader, to_device
-from core.profile import benchmark, peak_memory
+from core.profile.benchmarking import conditions, measure, publish
+from core.profile.measure import benchmark, peak_memory
 from slot_walks import FeatureCache, SlotEncoder, SlotTrainer, SlotWalker, WalkLoss, dino_vits8
 from slot_walks.data import Flowers, Square
 from slot_walks.data.standin import draw_scene

@@ -20,9 +20,9 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from core.benchmarking import conditions, publish
-from core.cli import parse, run
+from core.config.command.cli import parse, run
 from core.metrics import GroupingScores
+from core.profile.benchmarking import conditions, publish
 
 NAMES = ("ari", "fg_ari", "mbo")
 

@@ -26,9 +26,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stvit
-from core.benchmarking import conditions, publish
-from core.cli import parse, run
-from core.profile import benchmark, count_macs, peak_memory
+from core.config.command.cli import parse, run
+from core.profile.benchmarking import conditions, publish
+from core.profile.measure import benchmark, count_macs, peak_memory
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from torch import Tensor
 # This file has the name of the package that it measures: look for that in the repository, not beside the file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.benchmarking import conditions, measure, publish
-from core.cli import parse, run
-from core.profile import benchmark, peak_memory
+from core.config.command.cli import parse, run
+from core.profile.benchmarking import conditions, measure, publish
+from core.profile.measure import benchmark, peak_memory
 from tune_a_video import TuneAVideoTrainer
 from tune_a_video.folders import ddim
 from tune_a_video.models import FrameCount, FrameGroupNorm

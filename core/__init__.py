@@ -1,5 +1,5 @@
 """The engine: config, registries, launcher, data, metrics and tools. Nothing in it names a paper."""
 
-from core.exports import lazy
+from core.config.packages import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -1,7 +1,8 @@
 """The base of every paper's trainer: what one step is.
 
 A trainer owns its networks as plain submodules and says, in methods of tensors, what a loss and a prediction are. The
-engine around it (core.runner, core.loop, core.eval_loop) decides where and how often they are called.
+engine around it (core.engine.runner, core.engine.loops.train, core.engine.loops.evaluation) decides where and how often
+they are called.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Trainer(BaseModel):
             module.eval()
 
     def _frozen_modules(self) -> Iterator[nn.Module]:
-        from core.registry import nearest
+        from core.config.registry import nearest
 
         for name in self.frozen:
             try:

@@ -5,6 +5,6 @@
 Names are loaded when they are first used: the networks alone need neither the engine nor data.
 """
 
-from core.exports import lazy
+from core.config.packages import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from core.config.command.processes import all_or_none
 from core.data import DerivedCache, derive_seed, hash_files, hash_state, preserved_random_state, seed_sample
-from core.processes import all_or_none
-from core.progress import Progress
+from core.output.progress import Progress
 from seqgan.models import Tokenizer
 
 

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.cli import parse, run
+from core.config.command.cli import parse, run
+from core.config.files import reading
 from core.data import load_image
-from core.data.files import IMAGE_EXTENSIONS, image_files
+from core.data.sources.files import IMAGE_EXTENSIONS, image_files
 from core.errors import ConfigError
-from core.files import reading
-from core.progress import Progress
+from core.output.progress import Progress
 
 
 @dataclass
@@ -125,7 +125,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     Raises:
         ConfigError: sources that are not there or do not fit.
     """
-    from core.runner import pick_device
+    from core.engine.runner import pick_device
     from seqgan.fidelity import Inception, read_statistics, write_statistics
     from seqgan.metrics import ImageScores
 

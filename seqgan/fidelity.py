@@ -18,9 +18,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
+from core.checkpoint.weights import model_state
+from core.config.files import reading
 from core.errors import ConfigError
-from core.files import reading
-from core.weights import model_state
 
 LAYERS = (64, 192, 768, 2048)
 _RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"

@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.config.files import read_text
+from core.config.registry import check_values, nearest
 from core.data import load_image
 from core.errors import ConfigError
-from core.files import read_text
-from core.registry import check_values, nearest
 from core.trainer import Inference
 from seqgan.diagnostics import teacher_forced
 from seqgan.generation import Generator, spread_labels
@@ -128,10 +128,10 @@ def tokenizer_of(run: str | Path) -> Tokenizer:
     Raises:
         ConfigError: no such run, or it has no tokenizer.
     """
-    from core.registry import build
-    from core.run_config import stored_config
-    from core.run_folder import find_checkpoint
-    from core.weights import load_weights
+    from core.checkpoint.run_folder import find_checkpoint
+    from core.checkpoint.weights import load_weights
+    from core.config.registry import build
+    from core.engine.run.config import stored_config
 
     checkpoint = find_checkpoint(run)
     config = checkpoint.parents[1] / "config.yaml"

@@ -21,9 +21,9 @@ from torch import Tensor
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from core.config.registry import METRICS
 from core.errors import ConfigError
 from core.metrics import TorchMetrics
-from core.registry import METRICS
 from seqgan.diagnostics import code_histogram, codebook_usage
 from seqgan.fidelity import (
     Inception,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.checkpoint import save_atomic
+from core.data.prepare import preparer
 from core.errors import ConfigError
-from core.prepare import preparer
 from seqgan.checkpoint.msgpack import read_flax
 from seqgan.data import ShapeGlyphs
 from seqgan.standin.judges import ROOT, prepare_networks

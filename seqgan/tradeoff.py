@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from core.cli import parse, run
+from core.config.command.cli import parse, run
+from core.config.files import read_json
 from core.errors import ConfigError
-from core.files import read_json
 
 #: What is drawn against alpha: name of the figure, its title.
 PANELS = {

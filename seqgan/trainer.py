@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from core.engine.state.randomness import own_rows
 from core.errors import ConfigError
-from core.randomness import own_rows
 from core.trainer import Batch, Inference, Trainer
 from seqgan.codes import CodeCache
 from seqgan.diagnostics import codebook_usage, predicted_images

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from core.config.command.processes import all_or_none
 from core.data import DerivedCache, derive_seed, hash_files, hash_state, preserved_random_state, seed_sample
 from core.errors import ConfigError, VitrineError
-from core.processes import all_or_none
-from core.progress import Progress
+from core.output.progress import Progress
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.cli import parse, run
+from core.config.command.cli import parse, run
+from core.config.files import read_text
 from core.errors import ConfigError
-from core.files import read_text
 
 #: What is drawn, in this order, where a log has it; scores of evaluations follow.
 CURVES = {

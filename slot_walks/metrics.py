@@ -10,11 +10,11 @@ from typing import Any
 
 from torchmetrics import MeanMetric
 
+from core.config.registry import METRICS
 from core.errors import ConfigError
 from core.metrics import ARI, BestOverlap, ClusterMIoU, ForegroundIoU, GroupingScores, SegCover, TorchMetrics
 from core.metrics.grouping import Aggregate, Protocol
-from core.metrics.reading import batches
-from core.registry import METRICS
+from core.metrics.predictions import batches
 
 __all__ = [
     "ARI",

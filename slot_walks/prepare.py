@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from core.config.files import read_json, replacing
 from core.data import DataFileError, MissingDataError, load_image, load_labels
+from core.data.prepare import preparer
 from core.errors import ConfigError
-from core.files import read_json, replacing
-from core.prepare import preparer
-from core.progress import Progress
+from core.output.progress import Progress
 from slot_walks.data.files import load_mat, read_lines
 from slot_walks.data.standin import CATEGORIES, Scene, draw_scene, scene_seed
 from slot_walks.data.tfrecord import parse_example, read_records

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
+from core.config.registry import METRICS
 from core.errors import ConfigError
 from core.metrics.contingency import class_iou, contingency, match_clusters
 from core.metrics.grouping import as_segments
-from core.metrics.reading import MetricError, NanCount, batches, check_counts, gather, read
-from core.registry import METRICS
+from core.metrics.predictions import MetricError, NanCount, batches, check_counts, gather, read
 
 Start = Literal["kmeans++", "random"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.checkpoint import load
-from core.randomness import own_rows
+from core.engine.state.randomness import own_rows
 from core.trainer import Batch, Inference, Trainer
 from slot_walks.cache import FeatureCache
 from slot_walks.data.transforms import WholePicture
@@ -321,7 +321,7 @@ class SlotTrainer(Trainer):
         """
         if self.input_shape is None:
             return {}
-        from core.profile import count_macs
+        from core.profile.measure import count_macs
 
         network, device = self.network, self.device
         image = torch.zeros(1, *self.input_shape, device=device)

@@ -6,7 +6,7 @@ Names are loaded when they are first used: the networks alone need neither the e
 timm (`timm.create_model("stvit_deit_small_patch16_224")`) and OpenMMLab (`type="vitrine.STViTRSwin"`).
 """
 
-from core.exports import lazy
+from core.config.packages import lazy
 from stvit.registration import register_models
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)

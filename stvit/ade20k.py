@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from core.data import MissingDataError, data_root, load_image, load_labels
-from core.data.files import image_files
+from core.data.sources.files import image_files
 from stvit.losses import IGNORE
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core.data.digits import mnist_digits, shuffled_rows
+from core.data.sources.digits import mnist_digits, shuffled_rows
 
 #: Mean and deviation of MNIST's grey values in [0, 1].
 DIGITS_MEAN, DIGITS_STD = 0.1307, 0.3081

@@ -73,6 +73,6 @@ def load_teacher(teacher: nn.Module, path: str) -> None:
         core.errors.ConfigError: no such file.
         core.checkpoint.StateMismatch: the weights are of another network.
     """
-    from core.weights import load_weights
+    from core.checkpoint.weights import load_weights
 
     load_weights(teacher, path, prefix="network.")

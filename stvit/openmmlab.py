@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import nn
 
+from core.config.registry import MODELS
 from core.errors import ConfigError
-from core.registry import MODELS
 from stvit.models.stvit_r_swin import STViTRSwin
 from stvit.models.swin import SwinTransformer
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from core.config.files import read_json, replacing
+from core.data.prepare import preparer
 from core.errors import ConfigError
-from core.files import read_json, replacing
-from core.prepare import preparer
-from core.progress import Progress
+from core.output.progress import Progress
 from stvit.data import GLYPHS
 from stvit.prepare_clips import moving_glyphs
 from stvit.prepare_glyphs import glyph_pictures

@@ -6,11 +6,11 @@ import json
 import os
 from pathlib import Path
 
+from core.config.files import read_json, replacing
+from core.data.prepare import preparer
 from core.errors import ConfigError
-from core.files import read_json, replacing
-from core.media import write_media
-from core.prepare import preparer
-from core.progress import Progress
+from core.output.media import write_media
+from core.output.progress import Progress
 from stvit.moving_glyphs import class_names, sample_clip, sample_label
 
 

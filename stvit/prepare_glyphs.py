@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from core.config.files import replacing
+from core.data.prepare import preparer
 from core.errors import ConfigError
-from core.files import replacing
-from core.prepare import preparer
-from core.progress import Progress
+from core.output.progress import Progress
 from stvit.data import GlyphField, to_pixels
 
 

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from core.cli import parse, run
+from core.config.command.cli import parse, run
+from core.engine.runner import versions
 from core.errors import VitrineError
-from core.runner import versions
 from tests.core.tiny_experiment import EXPERIMENT, PACKAGE, environment
 from tests.killing import lasting, losses, states
 

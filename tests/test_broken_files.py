@@ -195,7 +195,7 @@ def _adapter(root):
 
 
 def _table(root):
-    from core.table_file import load_table
+    from core.tables.table_file import load_table
 
     path = root / "tables/a.yaml"
     path.parent.mkdir()
@@ -210,7 +210,7 @@ def _table(root):
 
 
 def _claim(root):
-    from core.claim_file import load_claim
+    from core.tables.claim_file import load_claim
 
     path = root / "tables/claim.yaml"
     path.parent.mkdir()
@@ -231,7 +231,7 @@ def _claim(root):
 
 
 def _claim_store(root):
-    from core.claim_store import ClaimStore
+    from core.tables.claim_store import ClaimStore
 
     rows = [{"runs": [{"config": "a"}]}]
     path = _text(root / "a.json", {"definition_hash": "a", "row_configs": {}, "figures": {}, "rows": rows})
@@ -240,7 +240,9 @@ def _claim_store(root):
 
 
 def _run_config(root):
-    from core import latest, rerun, run_config, run_folder
+    from core.checkpoint import latest, run_folder
+    from core.engine.run import config as run_config
+    from core.engine.run import rerun
 
     path = root / "config.yaml"
     content = {"name": "a/b", "seed": 0, "model": {"type": "a"}, "checkpoint": {}}
@@ -256,14 +258,14 @@ def _run_config(root):
 
 
 def _result(root):
-    from core.run_folder import finished
+    from core.checkpoint.run_folder import finished
 
     return _text(root / "result.json", {"status": "finished", "metrics": {}}), lambda: finished(root)
 
 
 def _results(root):
     from core.config import composer
-    from core.results import Results
+    from core.tables.runs import Results
 
     content = {"status": "finished", "name": "a/b", "seed": 0, "metrics": {"top1": 1.0}, "overrides": []}
     return _text(root / "a/b/run/result.json", content), lambda: Results(root, composer(None))

@@ -17,13 +17,13 @@ import pytest
 import yaml
 
 from core.config import CONFIGS, compose, experiments, get
-from core.convert import find_converter
+from core.config.registry import resolve
+from core.data.prepare import tasks
+from core.engine.commands.convert import find_converter
 from core.errors import ConfigError
-from core.prepare import tasks
-from core.registry import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPERS = sorted(path.parent.name for path in ROOT.glob("*/tables"))
+PAPERS = sorted({path.parents[1].name for path in ROOT.glob("*/tables/*.yaml")})
 PACKAGES = ("core", "tools", "benchmarks", *PAPERS)
 TOOLS = {path.stem for path in (ROOT / "tools").glob("*.py")}
 EXAMPLE = ROOT / "tests" / "example_paper" / "configs"  # of the paper outside of the repository in CONTRIBUTING
@@ -85,9 +85,18 @@ def config(experiment: str) -> Any:
 @cache
 def known_options(tool: str) -> frozenset[str] | None:
     """The options of a tool; None: whatever it takes."""
-    modules = {"test": "core.run_options", "infer": "core.run_options", "ablate": "core.ablation", "demo": "tools.demo"}
-    modules |= {"table": "core.tables", "convert": "core.convert", "profile": "core.profile_experiment"}
-    modules |= {"find_lr": "core.lr_finder"}
+    modules = {
+        "test": "core.engine.run.options",
+        "infer": "core.engine.run.options",
+        "ablate": "core.tables.ablation",
+        "demo": "tools.demo",
+    }
+    modules |= {
+        "table": "core.tables.table",
+        "convert": "core.engine.commands.convert",
+        "profile": "core.profile.experiment",
+    }
+    modules |= {"find_lr": "core.engine.commands.lr_finder"}
     names = {"test": "EvaluationOptions", "infer": "InferOptions"}
     if tool not in modules:
         return None

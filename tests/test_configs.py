@@ -3,8 +3,8 @@
 import pytest
 
 from core.config import CONFIGS, compose, experiments, get, to_dict
-from core.launch import build_trainer
-from core.registry import check
+from core.config.registry import check
+from core.engine.launch import build_trainer
 
 NAMES = sorted(experiments())
 

@@ -19,11 +19,11 @@ import slot_walks.checkpoint
 import stvit.checkpoint
 import tune_a_video.checkpoint
 from core.config import compose
-from core.convert import Options, convert_file
+from core.engine.commands.convert import Options, convert_file
+from core.engine.commands.evaluation import evaluate
+from core.engine.commands.inference import infer
+from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
-from core.evaluation import evaluate
-from core.inference import infer
-from core.launch import build_trainer, run
 
 
 @pytest.fixture(autouse=True)

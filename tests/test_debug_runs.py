@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from core.config import compose
-from core.launch import run
+from core.engine.launch import run
 
 SMALL = {
     "stvit/digits": ("train_dataloader.batch_size=4", "test_dataloader.batch_size=4"),
@@ -22,7 +22,7 @@ SMALL = {
 
 @pytest.mark.parametrize("experiment", list(SMALL))
 def test_a_stand_in_runs_under_debug(experiment, tmp_path, monkeypatch):
-    from core.loop import TrainLoop
+    from core.engine.loops.train import TrainLoop
     from seqgan.standin import judges
 
     # Loss network and judge of seqgan's stand-in, in a few steps.

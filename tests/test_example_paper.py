@@ -64,7 +64,7 @@ def call(line):
     name = Path(path).stem
     assert program == "python" and path == f"$VITRINE/tools/{name}.py", line
     if name == "profile":  # the file stands in for the standard library's module unless it is the program
-        from core.profile_experiment import main
+        from core.profile.experiment import main
 
         return main(words, "")
     spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
@@ -131,7 +131,7 @@ def test_a_run_again_differs_in_what_was_asked(walked):
 
 def test_weights_go_there_and_back(walked):
     from core.checkpoint import load
-    from core.run_folder import find_checkpoint
+    from core.checkpoint.run_folder import find_checkpoint
 
     theirs, ours = load(walked / "theirs.pt"), load(walked / "ours.pt")
     run = load(find_checkpoint(walked / "runs" / "retouch" / "discs" / "latest"))["model"]
@@ -156,7 +156,7 @@ def test_components_table_and_claim(walked):
 def test_every_key_of_paramwise_is_explained():
     import yaml
 
-    from core.param_groups import _PARAMWISE
+    from core.optim.groups import _PARAMWISE
 
     (block,) = [yaml.safe_load(text) for kind, text in BLOCKS if kind == "yaml" and text.startswith("paramwise:")]
     assert set(block["paramwise"]) == set(_PARAMWISE)

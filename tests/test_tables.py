@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from core.claim_file import is_claim, load_claim
 from core.config import compose, composer, to_dict
-from core.figures import Figures
-from core.launch import build_trainer
-from core.registry import check
-from core.render import as_dict
-from core.results import Results
-from core.table_file import load_table
-from core.tables import Evaluation, find_tables, side_by_side
+from core.config.registry import check
+from core.engine.launch import build_trainer
+from core.output.render import as_dict
+from core.profile.figures import Figures
+from core.tables.claim_file import is_claim, load_claim
+from core.tables.runs import Results
+from core.tables.table import Evaluation, find_tables, side_by_side
+from core.tables.table_file import load_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = find_tables([ROOT])

@@ -12,12 +12,12 @@ Everything that is no option below is a Hydra override, for the base and every c
 """
 
 if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
-    from core.signals import end_quietly
+    from core.config.command.signals import end_quietly
 
     end_quietly()
 
-from core.ablation import main
-from core.cli import run
+from core.config.command.cli import run
+from core.tables.ablation import main
 
 if __name__ == "__main__":
     run(lambda argv: main(argv, __doc__))

@@ -18,12 +18,12 @@ a.b=c, an override of the experiment's config.
 """
 
 if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
-    from core.signals import end_quietly
+    from core.config.command.signals import end_quietly
 
     end_quietly()
 
-from core.cli import run
-from core.convert import main
+from core.config.command.cli import run
+from core.engine.commands.convert import main
 
 if __name__ == "__main__":
     run(lambda argv: main(argv, __doc__))

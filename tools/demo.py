@@ -14,7 +14,7 @@ semantic token attends to. The pieces are the public tools': `tools/train.py exp
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
-    from core.signals import end_quietly
+    from core.config.command.signals import end_quietly
 
     end_quietly()
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.cli import parse, run
+from core.config.command.cli import parse, run
 
 
 @dataclass
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> None:
     """Trains both, prints the table, writes the picture."""
     options, _ = parse(argv, Options, doc=__doc__)
     from core.config import compose
-    from core.launch import build_trainer
-    from core.launch import run as train
-    from core.render import emit
+    from core.engine.launch import build_trainer
+    from core.engine.launch import run as train
+    from core.output.render import emit
 
     output = Path(options.output)
     words = [f"runs_dir={output}", f"seed={options.seed}", "runtime=cpu", f"runtime.threads={options.threads}"]
@@ -68,8 +68,8 @@ def main(argv: list[str]) -> None:
 
 def side_by_side(configs: dict[str, Any], results: dict[str, Any], options: Options, build_trainer: Any) -> Any:
     """The table: both models, and ours over the baseline."""
-    from core.figures import Figures, MeasureSettings, measure
-    from core.render import Cell, Column, Row, Table
+    from core.output.render import Cell, Column, Row, Table
+    from core.profile.figures import Figures, MeasureSettings, measure
 
     settings = MeasureSettings(batch=100, repeats=9, threads=options.threads, device="cpu")
     speed = measure(configs, ["throughput"], settings, build_trainer)["throughput"]

@@ -12,8 +12,8 @@ accumulation and clipping are those of the experiment; schedules are left out. l
 runs_dir/lr/EXPERIMENT/TIME; no weights are kept. Everything that is no option below is an override of the experiment.
 """
 
-from core.cli import run
-from core.lr_finder import main
+from core.config.command.cli import run
+from core.engine.commands.lr_finder import main
 
 if __name__ == "__main__":
     run(lambda argv: main(argv, __doc__))

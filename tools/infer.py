@@ -16,18 +16,18 @@ an override of the config.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
-    from core.signals import end_quietly
+    from core.config.command.signals import end_quietly
 
     end_quietly()
 
-from core.cli import parse, run
-from core.run_options import InferOptions as Options
+from core.config.command.cli import parse, run
+from core.engine.run.options import InferOptions as Options
 
 
 def main(argv: list[str]) -> None:
     """Writes pictures and records."""
     options, overrides = parse(argv, Options, doc=__doc__, overrides=True)
-    from core.inference import infer
+    from core.engine.commands.inference import infer
 
     infer(overrides, options)
 

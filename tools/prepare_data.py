@@ -13,12 +13,12 @@ A task that was stopped goes on where it was when it is called again.
 """
 
 if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
-    from core.signals import end_quietly
+    from core.config.command.signals import end_quietly
 
     end_quietly()
 
-from core.cli import run
-from core.prepare import main
+from core.config.command.cli import run
+from core.data.prepare import main
 
 if __name__ == "__main__":
     run(lambda argv: main(argv, __doc__))

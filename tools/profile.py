@@ -22,15 +22,15 @@ and the ratio is that of the rounds: a machine that slows down meanwhile slows b
 """
 
 if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
-    from core.signals import end_quietly
+    from core.config.command.signals import end_quietly
 
     end_quietly()
 
 import sys
 
 if __name__ == "__main__":
-    from core.cli import run
-    from core.profile_experiment import main
+    from core.config.command.cli import run
+    from core.profile.experiment import main
 
     run(lambda argv: main(argv, __doc__))
 else:

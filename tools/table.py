@@ -15,12 +15,12 @@ Everything that is no option below is a Hydra override, added to every row's.
 """
 
 if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
-    from core.signals import end_quietly
+    from core.config.command.signals import end_quietly
 
     end_quietly()
 
-from core.cli import run
-from core.tables import main
+from core.config.command.cli import run
+from core.tables.table import main
 
 if __name__ == "__main__":
     run(lambda argv: main(argv, __doc__))

@@ -22,22 +22,22 @@ output, as JSON, the rest to standard error.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
-    from core.signals import end_quietly
+    from core.config.command.signals import end_quietly
 
     end_quietly()
 
 import json
 
-from core.cli import parse, run
-from core.run_options import EvaluationOptions as Options
+from core.config.command.cli import parse, run
+from core.engine.run.options import EvaluationOptions as Options
 
 
 def main(argv: list[str]) -> None:
     """Prints the metrics as JSON, on the first process."""
     options, overrides = parse(argv, Options, doc=__doc__, overrides=True)
     from core.checkpoint import write_text_atomic
-    from core.evaluation import evaluate
-    from core.messages import first_process, to_stderr
+    from core.config.command.messages import first_process, to_stderr
+    from core.engine.commands.evaluation import evaluate
 
     with to_stderr():
         cfg, file = options.configured(overrides)

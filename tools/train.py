@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends with one line
-    from core.signals import end_quietly
+    from core.config.command.signals import end_quietly
 
     end_quietly()
 
@@ -17,10 +17,10 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from core import rerun, sweep
-from core.cli import run as run_tool
-from core.cli import stop
-from core.config import (
+from core.config.command.cli import run as run_tool
+from core.config.command.cli import stop
+from core.config.command.console import folded, listing
+from core.config.composition import (
     CANNOT_COMPOSE,
     CONFIGS,
     broken_file,
@@ -29,7 +29,7 @@ from core.config import (
     explain_overrides,
     with_overrides,
 )
-from core.console import folded, listing
+from core.engine.run import rerun, sweep
 from core.errors import ConfigError, VitrineError
 
 _WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -38,8 +38,8 @@ _WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
 def train(cfg: DictConfig) -> Any:
     """One job: a single run, or one of a multirun; returns the run's objective."""
-    from core.launch import run
-    from core.signals import Interrupted
+    from core.config.command.signals import Interrupted
+    from core.engine.launch import run
 
     several = sweep.in_multirun()
     try:
@@ -93,7 +93,7 @@ def _complete_experiment(argv: list[str]) -> bool:
 def _rerun(flags: list[str], overrides: list[str], config_dir: str | None) -> None:
     """A run again, from its stored config."""
     cfg = rerun.rerun_config([flag for flag in flags if not _of_config_dir(flag, config_dir)], overrides, config_dir)
-    from core.launch import run
+    from core.engine.launch import run
 
     run(cfg)
 

@@ -15,8 +15,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from core.checkpoint import load, load_official
+from core.config.files import read_json
 from core.errors import VitrineError
-from core.files import read_json
 from tune_a_video.models import weights as weight_files
 
 weight_files.read_file = load  # models import nothing of the engine

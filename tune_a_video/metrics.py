@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from core.config.registry import METRICS, nearest
 from core.errors import ConfigError
 from core.metrics import TorchMetrics
-from core.registry import METRICS, nearest
 from tune_a_video.clip_model import TransformersCLIP, load_clip
 from tune_a_video.means import Means, check_videos
 from tune_a_video.outside import OutsideScores

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from core.checkpoint import load
+from core.checkpoint.weights import load_state
 from core.errors import ConfigError
-from core.weights import load_state
 from tune_a_video.means import Means, check_videos
 
 

@@ -13,7 +13,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from PIL import Image
 
-from core.registry import HOOKS
+from core.config.registry import HOOKS
 from core.trainer import unwrap
 from tune_a_video.editing import Edits, plain_scores
 from tune_a_video.models.lora_layers import merged_copy

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.evaluator import BaseMetric
 
-from core.registry import METRICS
+from core.config.registry import METRICS
 
 
 @METRICS.register_module()

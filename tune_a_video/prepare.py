@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from core.data.prepare import preparer
 from core.errors import ConfigError
-from core.prepare import preparer
 
 __all__ = ["tiny_sd"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
+from core.config.registry import HOOKS
 from core.errors import ConfigError
-from core.registry import HOOKS
 from tune_a_video.data.tgve import Submission, TGVEClip
 
 

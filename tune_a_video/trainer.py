@@ -13,8 +13,8 @@ from mmengine.dist import all_gather_object
 from torch import Tensor
 
 from core.data import hash_state
+from core.engine.state.randomness import own_rows
 from core.errors import ConfigError
-from core.randomness import own_rows
 from core.trainer import Batch, Inference, Trainer
 from tune_a_video.editing import Edits, Sampling, edit, plain_scores, reconstruct, starting_latents
 from tune_a_video.folders import check_folder

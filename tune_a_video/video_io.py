@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.media import write_media
+from core.output.media import write_media
 
 SUFFIXES = (".gif", ".mp4")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from core.checkpoint.builders import OFFICIAL_GLOBALS, Record
 from core.checkpoint.files import (
     CheckpointReadError,
     CheckpointWriteError,
@@ -11,7 +10,8 @@ from core.checkpoint.files import (
     save_atomic,
     write_text_atomic,
 )
-from core.checkpoint.reading import load, load_official
+from core.checkpoint.official.builders import OFFICIAL_GLOBALS, Record
+from core.checkpoint.official.reading import load, load_official
 from core.checkpoint.state import StateDiff, StateMismatch, diff_state, load_state
 from core.checkpoint.store import CheckpointStore, Damaged
 

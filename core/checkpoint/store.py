@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.checkpoint.archive import opened
 from core.checkpoint.files import CheckpointWriteError, FileRecord, is_temporary, save_atomic, write_text_atomic
+from core.checkpoint.official.archive import opened
+from core.checkpoint.selection import Direction, Metric, ranking
 from core.errors import ConfigError
-from core.selection import Direction, Metric, ranking
 
 INDEX = "index.json"
 _NAME = re.compile(r"step_(\d{8,})\.pt")
@@ -37,7 +37,8 @@ class CheckpointStore:
         folder: made at the first save.
         keep_last: how many of the newest whole checkpoints stay; None keeps all.
         keep_best: how many of the best by every `metric` stay as well.
-        metric: the metric that ranks checkpoints, or several: see `core.selection.ranking`. None: no ranking.
+        metric: the metric that ranks checkpoints, or several: see `core.checkpoint.selection.ranking`. None: no
+            ranking.
         direction: whether a higher or a lower metric is better, where `metric` does not say.
 
     Raises:

@@ -16,6 +16,6 @@ and on nothing else. Workers, ranks and interruptions change who does the work, 
 Names are loaded when they are first used, so importing this package costs nothing.
 """
 
-from core.exports import lazy
+from core.config.packages import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data.packed import PackedStrings
+from core.checkpoint.locks import FileLock, Locked
+from core.config.files import read_json, replacing
+from core.data.loading.sampling import rank_and_world
 from core.data.provenance import differences, hash_file, normalised
-from core.data.sampling import rank_and_world
+from core.data.sources.packed import PackedStrings
 from core.errors import VitrineError
-from core.files import read_json, replacing
-from core.locks import FileLock, Locked
 
 _FORMAT = 1
 _MAX_MAPS = 128

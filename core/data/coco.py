@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from mmengine.logging import print_log
 
-import core.mmcv_ops  # noqa: F401  before mmdet
+import core.config.mmcv_ops  # noqa: F401  before mmdet
 
 # isort: split
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation import CocoMetric
 
-from core.data.annotations import read_annotations
+from core.config.registry import DATASETS
 from core.data.errors import data_root as checked_root
-from core.data.images import load_image
+from core.data.sources.annotations import read_annotations
+from core.data.sources.images import load_image
 from core.errors import ConfigError, DataFileError, MissingDataError
-from core.registry import DATASETS
 
 _LAYOUT = "annotations/instances_train2017.json, instances_val2017.json\ntrain2017/*, val2017/*"
 
@@ -179,7 +179,7 @@ class CocoFigures(CocoMetric):
         options: of `mmdet.CocoMetric`.
 
     Raises:
-        MissingDataError, DataFileError: see `core.data.annotations.read_annotations`.
+        MissingDataError, DataFileError: see `core.data.sources.annotations.read_annotations`.
         ConfigError: the file has no annotations to compare with.
     """
 

@@ -7,7 +7,7 @@ from einops import rearrange
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 
-from core.data.seeds import preserved_random_state
+from core.data.loading.seeds import preserved_random_state
 
 
 class _AnySize(Mixup):

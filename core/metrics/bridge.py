@@ -12,8 +12,9 @@ from mmengine.evaluator import BaseMetric
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
+from core.config.registry import METRICS, build, nearest
 from core.errors import ConfigError
-from core.metrics.reading import (
+from core.metrics.predictions import (
     MetricError,
     NanCount,
     batches,
@@ -23,7 +24,6 @@ from core.metrics.reading import (
     gather,
     read,
 )
-from core.registry import METRICS, build, nearest
 
 _ACTIVATIONS = {"softmax": lambda scores: scores.softmax(dim=1), "sigmoid": torch.sigmoid}
 

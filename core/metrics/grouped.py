@@ -11,9 +11,9 @@ import torch
 from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
+from core.config.registry import METRICS
 from core.errors import ConfigError
-from core.metrics.reading import MetricError, NanCount, batches, check_counts, gather, read
-from core.registry import METRICS
+from core.metrics.predictions import MetricError, NanCount, batches, check_counts, gather, read
 
 Groups = tuple[str, ...]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from core.config.registry import nearest
 from core.errors import ConfigError
 from core.metrics.contingency import (
     adjusted_rand,
@@ -30,7 +31,6 @@ from core.metrics.contingency import (
     recovered,
     without,
 )
-from core.registry import nearest
 
 #: Figure -> from tables (B, I, J) to one number per image (B,). Label 0 of the truth is the background.
 FIGURES: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.checkpoint.reading import existing
+from core.checkpoint.official.reading import existing
 from core.errors import VitrineError, one_line
 
 # Extension types of Flax: an array, and a scalar of numpy, which is packed like one.

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from core.config.files import read_lines
 from core.data import MissingDataError, data_root, load_image
-from core.data.files import files_below
-from core.files import read_lines
+from core.data.sources.files import files_below
 from seqgan.data.transforms import TokenizerTransform
 
 SPLITS = ("train", "val", "all")

@@ -12,8 +12,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.config.files import reading
 from core.errors import DataFileError
-from core.files import reading
 
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _HEADER = 16  # bytes of a page's header on 64-bit machines

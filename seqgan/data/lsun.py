@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, PackedStrings, data_root, load_image
-from core.data.files import files_below
+from core.data.sources.files import files_below
 from seqgan.data.lmdb import LMDBError, LMDBReader
 from seqgan.data.transforms import TokenizerTransform
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from core.checkpoint import load, save_atomic
 from core.data import derive_seed, preserved_random_state
-from core.progress import Progress
+from core.output.progress import Progress
 from seqgan.data.shape_glyphs import ShapeGlyphs
 from seqgan.fidelity import Statistics, frechet_distance
 from seqgan.perceptual import SemanticPerceptualLoss, TappedNetwork

@@ -10,8 +10,8 @@ import torch
 from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
-from core.metrics.reading import batches
-from core.registry import DATASETS, METRICS, build
+from core.config.registry import DATASETS, METRICS, build
+from core.metrics.predictions import batches
 from seqgan.data.shape_glyphs import ShapeGlyphs
 from seqgan.diagnostics import code_histogram, codebook_usage
 from seqgan.standin.judges import ROOT, TemplateJudge, frechet, pooled_pixels, trained_network

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.cli import parse, run
+from core.config.command.cli import parse, run
+from core.config.registry import DATASETS, build
 from core.errors import ConfigError
-from core.registry import DATASETS, build
 from seqgan.pictures import to_pixels
 from seqgan.standin.trainer import TwoDecoderTransformer
 
@@ -36,9 +36,9 @@ def loaded(folder: Path) -> tuple[TwoDecoderTransformer, dict[str, Any]]:
     Raises:
         ConfigError: no finished run of the stand-in.
     """
-    from core.launch import build_trainer
-    from core.run_folder import find_checkpoint, read_config
-    from core.weights import load_weights
+    from core.checkpoint.run_folder import find_checkpoint, read_config
+    from core.checkpoint.weights import load_weights
+    from core.engine.launch import build_trainer
 
     checkpoint = find_checkpoint(folder)
     config = read_config(checkpoint.parents[1])

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
+from core.config.files import reading
 from core.data import DataFileError, MissingDataError, data_root
-from core.files import reading
 from slot_walks.data.files import load_foreground, load_pair, read_table
 from slot_walks.data.transforms import Square, bird_window
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from core.data import DataFileError, MissingDataError, data_root, load_image
-from core.data.annotations import decode, read_annotations
+from core.data.sources.annotations import decode, read_annotations
 from slot_walks.data.transforms import CropTrain, OfficialEval, StandardEval
 
 _LAYOUT = """\
@@ -45,7 +45,7 @@ class COCO(Dataset):
     Raises:
         MissingDataError: no such folder or file, or no picture or mask in it.
         ValueError: unknown split or protocol.
-        DataFileError: an annotation file that cannot be read, see `core.data.annotations.read_annotations`.
+        DataFileError: an annotation file that cannot be read, see `core.data.sources.annotations.read_annotations`.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from core.data.digits import mnist_digits, shuffled_rows
+from core.data.sources.digits import mnist_digits, shuffled_rows
 from slot_walks.data.standin import Drawing, Scene, Scenes
 
 # Where each split's digits lie in a class's 500.

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from core.config.files import reading
 from core.data import MissingDataError, data_root
-from core.files import reading
 from slot_walks.data.files import load_foreground, load_pair
 from slot_walks.data.transforms import Square
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from core import files
+from core.config import files
+from core.config.files import reading
 from core.data import DataFileError, MissingDataError, load_image
 from core.data import load_labels as load_labels
-from core.files import reading
 
 Pair = tuple[Image.Image, dict[str, np.ndarray]]
 #: Label of pixels that nobody labelled, in the files of VOC and COCO-Stuff.

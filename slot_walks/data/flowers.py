@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
+from core.config.files import reading
 from core.data import DataFileError, data_root, load_image
-from core.files import reading
 from slot_walks.data.files import load_mat, load_pair
 from slot_walks.data.transforms import Square
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, data_root, load_labels
-from core.data.files import image_files, is_folder, listed
+from core.data.sources.files import image_files, is_folder, listed
 from slot_walks.data.files import load_pair
 from slot_walks.data.transforms import CropTrain, Square
 

@@ -13,8 +13,8 @@ from functools import cache
 
 import numpy as np
 
+from core.config.files import reading
 from core.errors import DataFileError
-from core.files import reading
 
 Feature = list[bytes] | np.ndarray
 

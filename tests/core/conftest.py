@@ -30,6 +30,6 @@ def tiny_config(user, tmp_path, monkeypatch):
 @pytest.fixture
 def tiny(tiny_config):
     """Runs the tiny experiment with overrides, in a folder of the test's own; returns its result."""
-    from core.launch import run
+    from core.engine.launch import run
 
     return lambda *overrides: run(tiny_config(*overrides))

@@ -31,7 +31,7 @@ class Lab:
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def compose(self, overrides: list[str]) -> DictConfig:
-        """As `core.config.compose`, with the user's experiments; the same words are composed once."""
+        """As `core.config.composition.compose`, with the user's experiments; the same words are composed once."""
         key = tuple(overrides)
         if key not in self._composed:
             self._composed[key] = compose(overrides, config_dir=self.user / "configs")

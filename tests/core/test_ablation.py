@@ -6,10 +6,10 @@ import math
 import pytest
 from lab import Lab
 
-from core.ablation import Options, ablate, override
 from core.config import compose, to_dict
 from core.errors import ConfigError
-from core.render import as_dict
+from core.output.render import as_dict
+from core.tables.ablation import Options, ablate, override
 
 COMPONENTS = """
 components:
@@ -77,7 +77,7 @@ def test_table_and_plot_are_kept(lab):
 
 
 def test_finished_runs_are_skipped_and_an_interruption_goes_on(lab):
-    from core.signals import Interrupted
+    from core.config.command.signals import Interrupted
 
     train = lab.run
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from core.benchmarking import conditions, measure, publish
 from core.errors import ConfigError
+from core.profile.benchmarking import conditions, measure, publish
 
 
 @dataclass

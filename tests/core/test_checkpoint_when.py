@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from core.checkpoint import CheckpointStore
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
+from core.config.fingerprint import fingerprint
 from core.errors import ConfigError
-from core.fingerprint import fingerprint
-from core.run_folder import find_checkpoint
-from core.weights import model_state
 
 
 def kept(result):

@@ -6,14 +6,14 @@ import math
 import pytest
 from lab import Lab
 
-from core.claim_file import FAILS, HOLDS, OPEN, Comparison, load_claim, overall
-from core.claim_store import ClaimStore, run_record
-from core.claims import claims_table, show_claim
-from core.comparison import Paired, mean_and_deviation
+from core.engine.launch import build_trainer
 from core.errors import ConfigError
-from core.launch import build_trainer
-from core.render import as_dict, render_all
-from core.tables import Options, find_tables, list_tables
+from core.output.render import as_dict, render_all
+from core.tables.claim_file import FAILS, HOLDS, OPEN, Comparison, load_claim, overall
+from core.tables.claim_store import ClaimStore, run_record
+from core.tables.claims import claims_table, show_claim
+from core.tables.paired import Paired, mean_and_deviation
+from core.tables.table import Options, find_tables, list_tables
 
 CLAIM = """
 statement: Deep is better than shallow.
@@ -198,7 +198,7 @@ def test_what_is_stored_is_not_trained_again(path, lab, tmp_path):
 
 
 def test_only_trains_one_row_and_an_interruption_keeps_what_is_done(path, lab, tmp_path):
-    from core.signals import Interrupted
+    from core.config.command.signals import Interrupted
 
     show(path, lab, run=True, only="shallow")
     assert [cfg["model"]["network"]["depth"] for cfg in lab.trained] == [1, 1, 1]
@@ -232,7 +232,7 @@ def test_a_failed_run_leaves_its_comparisons_undecided(path, lab, tmp_path):
 
 
 def test_fresh_starts_anew_and_replaces_the_record_at_the_end(path, lab, tmp_path):
-    from core.signals import Interrupted
+    from core.config.command.signals import Interrupted
 
     show(path, lab, run=True)
     train = lab.run

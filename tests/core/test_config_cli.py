@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import pytest
 from tiny_experiment import ROOT, environment
 
-from core.cli import parse
-from core.config import command_line, compose, experiments, explain_overrides, merge, to_dict
-from core.config_check import stage_config
+from core.config.command.cli import parse
+from core.config.composition import command_line, compose, experiments, explain_overrides, merge, to_dict
+from core.engine.keys.check import stage_config
 from core.errors import ConfigError
 
 TOOLS = ("train", "test", "infer", "table", "ablate", "profile", "convert", "find_lr", "prepare_data")

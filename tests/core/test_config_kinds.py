@@ -12,13 +12,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from tiny_experiment import command_line, environment
 from torch import nn
 
-from core.cli import stop
 from core.config import compose, to_dict
-from core.config_key import config_key
+from core.config.command.cli import stop
+from core.config.key import config_key
+from core.config.kinds import Built, Range, complaint, hints_of, suits
+from core.config.registry import build, check
+from core.engine.launch import build_trainer, run
 from core.errors import ConfigError, VitrineError
-from core.kinds import Built, Range, complaint, hints_of, suits
-from core.launch import build_trainer, run
-from core.registry import build, check
 
 NETS = '''
 from collections.abc import Sequence

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import command_line, compose, experiments, to_dict
-from core.config_check import checked
+from core.config.composition import command_line, compose, experiments, to_dict
+from core.config.fingerprint import fingerprint
+from core.engine.keys.check import checked
+from core.engine.keys.hooks import hook_configs
+from core.engine.launch import run
 from core.errors import ConfigError
-from core.fingerprint import fingerprint
-from core.hook_configs import hook_configs
-from core.launch import run
 
 PACKAGE = '''
 from mmengine.hooks import Hook

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 from test_logging_hook import BATCH, FakeRunner
 
-from core.hooks.logging import LoggingHook
-from core.progress import _columns
+from core.engine.hooks.logging import LoggingHook
+from core.output.progress import _columns
 
 
 def shown(width, note="loss 2.345  accuracy 0.1234  grad_norm 12.34", name="train", total=312500):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 from tiny_experiment import command_line, environment
 
-from core.messages import first_process_speaks
+from core.config.command.messages import first_process_speaks
 
 NOISY = """
 import logging
@@ -72,6 +72,6 @@ def test_one_process_says_that_a_run_is_finished(tiny, monkeypatch, capsys, rank
     words = ("run_dir=done", "train_cfg.max_epochs=1")
     tiny(*words)
     capsys.readouterr()
-    monkeypatch.setattr("core.launch.rank", lambda: rank)
+    monkeypatch.setattr("core.engine.launch.rank", lambda: rank)
     tiny(*words, "resume=auto")
     assert capsys.readouterr().out.count("already finished") == times

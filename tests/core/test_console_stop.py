@@ -8,9 +8,9 @@ import sys
 import pytest
 from tiny_experiment import ROOT, environment
 
-from core import cli
+from core.config.command import cli
+from core.config.command.signals import Interrupted, end_quietly
 from core.errors import ConfigError
-from core.signals import Interrupted, end_quietly
 
 # A library that is stopped while it is imported.
 STOPPED = "import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(60)\n"

@@ -10,14 +10,14 @@ import sys
 import pytest
 from tiny_experiment import ROOT, environment
 
-import core.tables
-from core.ablation import Options as AblateOptions
-from core.cli import parse
+import core.tables.table
 from core.config import experiments
-from core.console import WIDTH, listing, prose, wrapped
-from core.prepare import main as prepare
-from core.render import Cell, Column, Row, Table, emit, render, render_all
-from core.tables import Options as TableOptions
+from core.config.command.cli import parse
+from core.config.command.console import WIDTH, listing, prose, wrapped
+from core.data.prepare import main as prepare
+from core.output.render import Cell, Column, Row, Table, emit, render, render_all
+from core.tables.ablation import Options as AblateOptions
+from core.tables.table import Options as TableOptions
 
 WIDTHS = (60, 80, 100, 200)
 CLAIM = (
@@ -134,8 +134,8 @@ def test_files_for_machines_know_no_width(format):
 def test_what_the_table_tool_prints_fits_every_terminal(what, monkeypatch):
     printed = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(core.tables, "emit", lambda tables, *_: printed.append(tables))
-    core.tables.main([what], "doc")
+    monkeypatch.setattr(core.tables.table, "emit", lambda tables, *_: printed.append(tables))
+    core.tables.table.main([what], "doc")
     [found] = printed
     for width in WIDTHS:
         text = render_all(found if isinstance(found, list) else [found], "text", width=width)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from core.checkpoint import StateMismatch, UnsafeCheckpointError, load
-from core.convert import ConversionError, Options, convert_file, convert_state, main, read_state
+from core.engine.commands.convert import ConversionError, Options, convert_file, convert_state, main, read_state
+from core.engine.commands.tracing import trace
 from core.errors import ConfigError
-from core.tracing import trace
 
 PACKAGE = '''
 import torch

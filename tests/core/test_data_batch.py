@@ -10,7 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from core.data import Batch, Collate, DevicePrefetcher, collate, to_device
-from core.data.tree import map_tensors, tensors
+from core.data.loading.tree import map_tensors, tensors
 
 
 def test_every_kind_of_value_finds_its_form():

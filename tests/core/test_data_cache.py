@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from core import files as files_module
+from core.config import files as files_module
 from core.data import (
     CorruptCacheError,
     DerivedCache,

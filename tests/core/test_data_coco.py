@@ -9,10 +9,10 @@ from PIL import Image
 from pycocotools import mask as coding
 
 from core.data import DataFileError, MissingDataError
-from core.data.annotations import decode
 from core.data.coco import CocoFigures, CocoInstances
+from core.data.sources.annotations import decode
 from core.errors import ConfigError
-from core.evaluators import build_evaluator
+from core.metrics.evaluators import build_evaluator
 
 SQUARE = [[2, 2, 6, 2, 6, 6, 2, 6]]
 STEPS = [

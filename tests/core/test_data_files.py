@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.config.files import check_records, read_json, read_lines, read_text
 from core.data import (
     DataFileError,
     ImageFolder,
@@ -21,9 +22,8 @@ from core.data import (
     load_image,
 )
 from core.data.errors import data_root
-from core.data.files import files_below, read_arrays, read_labels
+from core.data.sources.files import files_below, read_arrays, read_labels
 from core.errors import VitrineError
-from core.files import check_records, read_json, read_lines, read_text
 
 TEXT = "grün\nzwei\n"
 

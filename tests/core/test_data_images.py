@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from core.data import DataFileError, MissingDataError, load_animation, load_image, load_labels, to_pil
-from core.data.files import IMAGE_EXTENSIONS
+from core.data.sources.files import IMAGE_EXTENSIONS
 
 RAMP = np.stack(np.broadcast_arrays(*np.mgrid[0:240:40, 0:240:30], 90), axis=-1).astype(np.uint8)  # (6, 8, 3)
 DEEP = np.array([[0, 20000], [300, 65535]], dtype=np.uint16)

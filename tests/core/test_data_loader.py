@@ -307,7 +307,7 @@ class Boxes(BaseDataset):
 @pytest.mark.parametrize("sampler", [None, {"type": "DefaultSampler", "shuffle": True}])
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.child)])
 def test_openmmlab_datasets_and_batch_samplers_work(workers, sampler):
-    import core.mmcv_ops  # noqa: F401  (mmdet needs it)
+    import core.config.mmcv_ops  # noqa: F401  (mmdet needs it)
 
     def run(workers, start=0):
         made = loader(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.ema import EMA, AveragedNetwork, half_life_decay, ratio_decay
+from core.engine.hooks.ema import EMAHook, batch_size
 from core.errors import ConfigError
-from core.hooks.ema import EMAHook, batch_size
-from core.optim import OptimWrapper, OptimWrapperDict
+from core.optim.ema import EMA, AveragedNetwork, half_life_decay, ratio_decay
+from core.optim.wrapper import OptimWrapper, OptimWrapperDict
 
 
 class Net(nn.Module):

@@ -7,11 +7,11 @@ import torch
 from tiny_experiment import train
 from torch import nn
 
-from core.buffers import place_batch_norms
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
 from core.config import compose
-from core.evaluation import evaluate
-from core.run_folder import find_checkpoint
-from core.weights import model_state
+from core.engine.commands.evaluation import evaluate
+from core.optim.buffers import place_batch_norms
 
 PACKAGE = """
 import torch

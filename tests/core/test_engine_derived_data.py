@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from core.config import compose
+from core.engine.launch import run
 from core.errors import ConfigError
-from core.launch import run
 from core.trainer import Trainer
 from tests.killing import assert_same_run, killed_in_phase
 

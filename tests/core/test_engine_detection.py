@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 from pycocotools import mask as coding
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import load_weights, model_state
 from core.config import compose, to_dict
-from core.detection import Detector, keep_boxes_exact, networks
+from core.config.registry import build, check
+from core.engine.commands.evaluation import evaluate
+from core.engine.commands.inference import infer
+from core.engine.detection import Detector, keep_boxes_exact, networks
+from core.engine.hooks.ema import batch_size
+from core.engine.hooks.finite import NonFiniteLoss
+from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
-from core.evaluation import evaluate
-from core.hooks.ema import batch_size
-from core.hooks.finite import NonFiniteLoss
-from core.inference import infer
-from core.launch import build_trainer, run
-from core.profile_experiment import Options, profile_experiment
-from core.registry import build, check
-from core.run_folder import find_checkpoint
-from core.weights import load_weights, model_state
+from core.profile.experiment import Options, profile_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["low", "tall"]

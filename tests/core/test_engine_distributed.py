@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_experiment import losses, train
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
 from core.config import compose
-from core.evaluation import evaluate
-from core.run_folder import find_checkpoint
-from core.weights import model_state
+from core.engine.commands.evaluation import evaluate
 
 QUIET = ["train_dataloader.dataset.augment=true", "train_cfg.max_epochs=2", "train_dataloader.num_workers=0"]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.checkpoint.run_folder import find_checkpoint
 from core.config import compose
+from core.engine.commands.evaluation import evaluate
 from core.errors import ConfigError
-from core.evaluation import evaluate
-from core.run_folder import find_checkpoint
 
 TEST = "test_dataloader={batch_size: 4, dataset: {type: mypoints.Points, count: 9, seed: 5, augment: false}}"
 BEST = (TEST, "evaluate=best", "checkpoint={metric: mean, direction: higher}", "optim_wrapper.optimizer.lr=0.1")

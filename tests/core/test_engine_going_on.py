@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
 from core.config import compose
+from core.config.command.signals import Interrupted
+from core.config.fingerprint import fingerprint
+from core.engine.launch import run
 from core.errors import ConfigError, VitrineError
-from core.fingerprint import fingerprint
-from core.launch import run
-from core.results import Results
-from core.run_folder import find_checkpoint
-from core.signals import Interrupted
-from core.weights import model_state
+from core.tables.runs import Results
 from tests.killing import assert_same_run, killed_in_phase, weights
 
 CHECKPOINTS = "checkpoint.every_steps=5"
@@ -222,7 +222,7 @@ def test_another_batch_size_goes_on_at_the_same_sample_or_with_the_next_epoch(ti
 
 
 def test_more_processes_with_the_same_joint_batch_need_no_leave(tiny, monkeypatch):
-    from core import run_start
+    from core.engine.run import start as run_start
 
     with killed_in_phase(7):
         tiny("run_dir=first", CHECKPOINTS)
@@ -380,7 +380,7 @@ def test_a_start_on_a_disk_that_cannot_be_written_is_one_clear_error(tiny, monke
 
 # ---------------------------------------------------------------------- the last leg
 def test_figures_and_seconds_of_all_legs_are_in_the_result(tiny, monkeypatch):
-    from core import launch
+    from core.engine import launch
 
     whole = tiny("run_dir=whole", "train_cfg.max_epochs=2")
     with monkeypatch.context() as patch:

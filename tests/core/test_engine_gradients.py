@@ -9,10 +9,10 @@ from tiny_experiment import ROOT, train
 from torch import nn
 
 from core.checkpoint import CheckpointStore
-from core.hooks.finite import NonFiniteGradient, NonFiniteLoss, not_finite
-from core.optim import OptimWrapper
-from core.run_folder import find_checkpoint
-from core.weights import model_state
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
+from core.engine.hooks.finite import NonFiniteGradient, NonFiniteLoss, not_finite
+from core.optim.wrapper import OptimWrapper
 
 AT = 7  # the step (from 0 on) with the bad gradient
 HEAD = "network.head.weight"

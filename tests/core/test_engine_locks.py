@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tiny_experiment import command_line, environment, losses
 
+from core.checkpoint.locks import FileLock, Locked
 from core.config import compose
+from core.engine.launch import run
 from core.errors import ConfigError
-from core.launch import run
-from core.locks import FileLock, Locked
 from core.trainer import Trainer
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_experiment import command_line, environment, losses, train
 
-from core.run_folder import find_checkpoint
+from core.checkpoint.run_folder import find_checkpoint
 
 SETTINGS = [
     "train_dataloader.num_workers=2",

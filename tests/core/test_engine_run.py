@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny_experiment import losses
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
 from core.config import compose
+from core.engine.commands.evaluation import evaluate
+from core.engine.hooks.finite import NonFiniteLoss
+from core.engine.launch import build_trainer
 from core.errors import ConfigError
-from core.evaluation import evaluate
-from core.hooks.finite import NonFiniteLoss
-from core.launch import build_trainer
-from core.run_folder import find_checkpoint
-from core.weights import model_state
 
 
 def cfg(user, *overrides):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
 from core.errors import ConfigError
-from core.run_folder import find_checkpoint
-from core.weights import model_state
 
 TEST = "test_dataloader={batch_size: 4, dataset: {type: mypoints.Points, count: 9, seed: 5, augment: false}}"
 RUN = (TEST, "train_cfg.max_epochs=2", "model.network.dropout=0.2", "run_dir=here")
@@ -75,9 +75,9 @@ def test_the_run_does_not_notice(tiny):
 
 
 def test_generators_and_batch_norms_are_as_they_were(tiny, monkeypatch):
-    import core.loop
+    import core.engine.loops.train
 
-    check, seen = core.loop.check_evaluations, []
+    check, seen = core.engine.loops.train.check_evaluations, []
 
     def states(runner):
         return [
@@ -96,7 +96,7 @@ def test_generators_and_batch_norms_are_as_they_were(tiny, monkeypatch):
         assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) and before[2] == after[2]
         assert all(torch.equal(before[3][k], after[3][k]) for k in before[3]) and before[4] == after[4]
 
-    monkeypatch.setattr(core.loop, "check_evaluations", watched)
+    monkeypatch.setattr(core.engine.loops.train, "check_evaluations", watched)
     tiny(*RUN)
     assert seen == [2]
 

@@ -13,8 +13,8 @@ from mmengine.hooks import Hook
 from tiny_experiment import ROOT, command_line, environment, train
 
 from core.checkpoint import CheckpointStore
-from core.run_folder import find_checkpoint
-from core.signals import Interrupted, StopRequest
+from core.checkpoint.run_folder import find_checkpoint
+from core.config.command.signals import Interrupted, StopRequest
 
 TEST = "test_dataloader={batch_size: 4, dataset: {type: mypoints.Points, count: 9, seed: 5, augment: false}}"
 RUN = (TEST, "runtime.sanity_batches=0", "model.network.dropout=0.2", "ema={decay: 0.9}", "train_cfg.max_epochs=3")
@@ -237,7 +237,7 @@ class Accuracy(mypoints.Accuracy):
 
 TWICE = """
 import os, signal, time
-from core.signals import StopRequest
+from core.config.command.signals import StopRequest
 with StopRequest() as stop:
     stop.defer()
     os.kill(os.getpid(), signal.SIGINT)

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from tiny_experiment import train
 
-from core.data.files import image_files
+from core.checkpoint.run_folder import find_checkpoint
+from core.config.command.signals import Interrupted
+from core.data.sources.files import image_files
+from core.engine.commands.inference import infer, input_files
 from core.errors import ConfigError
-from core.inference import infer, input_files
-from core.run_folder import find_checkpoint
-from core.signals import Interrupted
 from tools.infer import main as infer_tool
 
 INFER = """

@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny_experiment import losses, train
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
 from core.config import to_dict
-from core.config_check import checked
+from core.config.fingerprint import fingerprint
+from core.engine.commands.evaluation import evaluate
+from core.engine.keys.check import checked
+from core.engine.keys.eval_sets import loaders
+from core.engine.launch import run
 from core.errors import ConfigError
-from core.eval_sets import loaders
-from core.evaluation import evaluate
-from core.fingerprint import fingerprint
-from core.launch import run
-from core.run_folder import find_checkpoint
-from core.weights import model_state
 
 SETS = "{clean: {}, noisy: {dataset: {seed: 7, count: 13}}, few: {batch_size: 2, dataset: {count: 5}}}"
 VAL = f"+val_dataloader.sets={SETS}"

@@ -7,8 +7,8 @@ from mmengine.evaluator import Evaluator
 from torchmetrics.classification import MulticlassAccuracy
 
 from core.errors import ConfigError
-from core.evaluators import build_evaluator
 from core.metrics import TorchMetrics
+from core.metrics.evaluators import build_evaluator
 
 MEASURE = "{type: torchmetrics.classification.MulticlassAccuracy, num_classes: 2}"
 METRIC = f"{{type: core.metrics.TorchMetrics, metrics: {{top1: {MEASURE}}}}}"

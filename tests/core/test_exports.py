@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_experiment import ROOT
 
-from core.exports import exports
+from core.config.packages import exports
 
 LAZY = sorted(
     ".".join(file.parent.relative_to(ROOT).parts)

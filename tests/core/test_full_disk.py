@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from mmengine.hooks import Hook
 
+from core.checkpoint.run_folder import find_checkpoint
 from core.errors import VitrineError
-from core.run_folder import find_checkpoint
 from tests.killing import losses
 
 

@@ -17,10 +17,10 @@ from test_early_stopping import follow
 from tiny_experiment import ROOT, environment
 
 from core.checkpoint import load, save_atomic
+from core.checkpoint.plain import Unsaveable, pack, same, unpack
+from core.checkpoint.run_folder import find_checkpoint
+from core.engine.commands.evaluation import evaluate
 from core.errors import ConfigError
-from core.evaluation import evaluate
-from core.plain_state import Unsaveable, pack, same, unpack
-from core.run_folder import find_checkpoint
 from core.trainer import Trainer
 from tests.killing import assert_same_run, killed_in_phase, losses
 
@@ -254,7 +254,7 @@ def test_what_a_hook_adds_to_a_checkpoint_is_given_back(tiny, strange):
 
 
 class Says(Hook):
-    """Has a state_dict, which holds what only `core.plain_state` can store, or what nothing can."""
+    """Has a state_dict, which holds what only `core.checkpoint.plain` can store, or what nothing can."""
 
     ends: ClassVar[list[Any]] = []
 
@@ -425,7 +425,7 @@ import os, sys, torch
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {user!r}]
 from core.config import compose
-from core.launch import run
+from core.engine.launch import run
 from tests.killing import killed_in_phase
 from test_hook_state import Own, SHORT
 

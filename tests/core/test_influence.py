@@ -6,12 +6,12 @@ import pytest
 from lab import Lab
 from mmengine.hooks import Hook
 
-from core.claim_file import load_claim
-from core.claims import stale
 from core.config import compose, to_dict
-from core.fingerprint import _formerly_relevant, digest, fingerprint, fingerprints
-from core.launch import run
-from core.results import Results
+from core.config.fingerprint import _formerly_relevant, digest, fingerprint, fingerprints
+from core.engine.launch import run
+from core.tables.claim_file import load_claim
+from core.tables.claims import stale
+from core.tables.runs import Results
 
 HERE = __name__
 CACHED = "+model.cache={type: seqgan.CodeCache, folder: a, views: 1}"
@@ -96,7 +96,7 @@ def test_stages_are_reduced_like_the_config(composed):
 
 
 def test_a_new_root_key_at_its_default_makes_no_run_another_one(composed, monkeypatch):
-    from core import influence
+    from core.config import influence
 
     before = fingerprint(composed())
     monkeypatch.setattr(influence, "_defaults", lambda: {"newly": {"on": False}, "other": None})
@@ -135,8 +135,8 @@ comparisons:
 
 
 def test_results_stored_under_the_former_fingerprint_still_count(user, tmp_path, monkeypatch):
-    from core.claim_store import ClaimStore
-    from core.claims import Evidence
+    from core.tables.claim_store import ClaimStore
+    from core.tables.claims import Evidence
 
     monkeypatch.syspath_prepend(str(user))
     path = tmp_path / "mine" / "tables" / "claim.yaml"

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny_experiment import ROOT, environment
 
-from core.installed import TwoMMEngines, check_mmengine
+from core.config.installed import TwoMMEngines, check_mmengine
 
 
 def install(folder, name, version):
@@ -35,7 +35,7 @@ def test_both_are_noticed_with_the_remedy(tmp_path, monkeypatch):
 
 
 def test_the_unmaintained_one_alone_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("core.installed._version", {"mmengine": "0.10.7"}.get)
+    monkeypatch.setattr("core.config.installed._version", {"mmengine": "0.10.7"}.get)
     with pytest.raises(ImportError, match=r"not maintained.*onedl-mmengine: pip uninstall"):
         check_mmengine()
 
@@ -49,7 +49,7 @@ def test_ours_alone_is_silent():
 def test_it_is_noticed_once_and_when_the_engine_is_imported(tmp_path):
     install(tmp_path, "mmengine", "0.10.7")
     environ = {**environment(), "PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONWARNINGS": "default"}
-    code = "import core.registry, core.runner"
+    code = "import core.config.registry, core.engine.runner"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("TwoMMEngines") == 1 and "pip uninstall" in done.stderr

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from core.locks import FileLock, Holder, Locked
+from core.checkpoint.locks import FileLock, Holder, Locked
 
 ROOT = Path(__file__).parents[2]
 # Holds the lock until the file `go` is there, with a child that outlives it; says when it has it.
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from core.locks import FileLock
+from core.checkpoint.locks import FileLock
 
 lock = FileLock(sys.argv[1], "it")
 lock.acquire()

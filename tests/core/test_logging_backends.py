@@ -15,8 +15,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from core.media import as_pixels, write_media
-from core.visualization import JsonLines, TensorBoard, plain_config
+from core.output.backends import JsonLines, TensorBoard, plain_config
+from core.output.media import as_pixels, write_media
 
 
 def _lines(path: Path) -> list[dict]:
@@ -147,14 +147,14 @@ WANDB = textwrap.dedent(
     import sys, numpy as np
     from mmengine.visualization import Visualizer
     from mmengine.config import Config
-    from core.media import write_media
-    from core.visualization import each_backend
+    from core.output.media import write_media
+    from core.output.backends import each_backend
     folder = sys.argv[1]
     backend = {"type": "vitrine.Wandb", "init_kwargs": {"project": "vitrine", "name": "tests/wandb"}}
-    import core.registry
+    import core.config.registry
     from mmengine.registry import VISBACKENDS
     for part in range(2):
-        from core.visualization import Wandb
+        from core.output.backends import Wandb
         visualizer = Visualizer(vis_backends=[Wandb(folder + "/vis_data", backend["init_kwargs"])], name=f"v{part}")
         visualizer.add_config(Config({"experiment": {"name": "a/b", "model": {"type": "x.Y", "depths": [2, 3]}}}))
         for step in range(3 * part + 1, 3 * part + 4):

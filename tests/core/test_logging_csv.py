@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.visualization import CSV, JsonLines
+from core.output.backends import CSV, JsonLines
 
 
 def table(folder):

@@ -19,9 +19,9 @@ import torch
 from mmengine.visualization import Visualizer
 
 from core.checkpoint import load, save_atomic
-from core.hooks.logging import LoggingHook
-from core.hooks.media import MediaHook, first_items
-from core.visualization import JsonLines
+from core.engine.hooks.logging import LoggingHook
+from core.engine.hooks.media import MediaHook, first_items
+from core.output.backends import JsonLines
 
 
 class FakeRunner:
@@ -189,7 +189,7 @@ def test_learning_rates_per_group_and_changing_momentum(tmp_path):
 
 
 def test_time_of_evaluations_and_checkpoints_is_no_step_time(tmp_path, monkeypatch):
-    import core.hooks.logging as module
+    import core.engine.hooks.logging as module
 
     clock = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
@@ -229,7 +229,7 @@ WORKER = textwrap.dedent(
     import torch, torch.distributed as dist
     from pathlib import Path
     from test_logging_hook import BATCH, FakeRunner, _outputs
-    from core.hooks.logging import LoggingHook
+    from core.engine.hooks.logging import LoggingHook
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, folder = dist.get_rank(), Path(sys.argv[1])
@@ -285,7 +285,7 @@ SHOW = textwrap.dedent(
     sys.path.insert(0, os.path.join("tests", "core"))
     from pathlib import Path
     from test_logging_hook import FakeRunner, _evaluate, _outputs, BATCH
-    from core.hooks.logging import LoggingHook
+    from core.engine.hooks.logging import LoggingHook
     runner = FakeRunner(Path(tempfile.mkdtemp()), steps=12)
     runner.logger.addHandler(logging.StreamHandler(sys.stdout))
     runner.logger.addHandler(logging.FileHandler(sys.argv[1]))

@@ -13,11 +13,11 @@ import torch
 from test_schedules_named import DUEL
 from tiny_experiment import ROOT
 
+from core.engine.commands.lr_curve import judge
+from core.engine.commands.lr_finder import Options, find_lr
+from core.engine.hooks.lr_sweep import LRSweep
 from core.errors import ConfigError
-from core.hooks.lr_sweep import LRSweep
-from core.lr_curve import judge
-from core.lr_finder import Options, find_lr
-from core.optim import OptimWrapper, OptimWrapperDict
+from core.optim.wrapper import OptimWrapper, OptimWrapperDict
 
 
 def rates(low, high, count):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
 from core.config import compose
+from core.config.fingerprint import fingerprint
+from core.engine.launch import run
 from core.errors import ConfigError
-from core.fingerprint import fingerprint
-from core.launch import run
-from core.run_folder import find_checkpoint
-from core.weights import model_state
 
 PACKAGE = """
 import torch

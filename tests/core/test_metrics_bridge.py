@@ -12,10 +12,10 @@ import textwrap
 import pytest
 import torch
 
+from core.config.registry import METRICS, build
 from core.errors import ConfigError
 from core.metrics import GroupedAccuracy, TorchMetrics
-from core.metrics.reading import MetricError
-from core.registry import METRICS, build
+from core.metrics.predictions import MetricError
 
 CLASSES = 4
 
@@ -271,7 +271,7 @@ WORKER = textwrap.dedent(
     import torch, torch.distributed as dist
     from test_metrics_bridge import SHARES, _config, _data, _slice
     from core.metrics import GroupedAccuracy
-    from core.registry import METRICS, build
+    from core.config.registry import METRICS, build
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from core.mmcv_ops import MissingOperator, register
+from core.config.mmcv_ops import MissingOperator, register
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,7 +173,7 @@ def test_a_real_extension_is_left_alone_and_the_stand_in_has_no_dunder_names(mon
 @pytest.mark.child
 def test_mmdet_imports_as_a_whole_in_a_fresh_process():
     code = (
-        "import core.mmcv_ops\n"
+        "import core.config.mmcv_ops\n"
         "from mmdet.utils import register_all_modules\n"
         "register_all_modules(init_default_scope=False)\n"
         "from mmdet.registry import MODELS\n"

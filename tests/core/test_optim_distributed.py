@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from core.ema import EMA, AveragedNetwork
-from core.optim import OptimWrapper
-from core.param_groups import OptimConstructor
+from core.optim.ema import EMA, AveragedNetwork
+from core.optim.groups import OptimConstructor
+from core.optim.wrapper import OptimWrapper
 
 CONFIG = {
     "optimizer": {"type": "torch.optim.AdamW", "lr": 0.01},

@@ -11,8 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from core.optim import OptimWrapper, OptimWrapperDict
-from core.param_groups import (
+from core.optim.groups import (
     OptimConstructor,
     layer_decay_groups,
     matches,
@@ -22,6 +21,7 @@ from core.param_groups import (
     split_decay,
     vit_layer_ids,
 )
+from core.optim.wrapper import OptimWrapper, OptimWrapperDict
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from core.optim import OptimWrapper, OptimWrapperDict, only
+from core.optim.wrapper import OptimWrapper, OptimWrapperDict, only
 
 
 def linear(width: int = 4) -> nn.Linear:

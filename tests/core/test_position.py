@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from core.data import build_loader
-from core.position import joint_batch, place
+from core.data.loading.position import joint_batch, place
 
 COUNT = 48
 

@@ -15,15 +15,15 @@ import pytest
 from PIL import Image
 
 from core.data import ImageFolder, ImageNet
+from core.data.prepare import argument_texts, describe, main, preparer, run_task, tasks_of
+from core.data.prepare_images import PreparationError, image_shards, image_zip, imagenet
 from core.errors import ConfigError
-from core.prepare import argument_texts, describe, main, preparer, run_task, tasks_of
-from core.prepare_images import PreparationError, image_shards, image_zip, imagenet
 
 PACKAGE = '''
 from pathlib import Path
 from typing import Literal
 
-from core.prepare import preparer
+from core.data.prepare import preparer
 
 
 @preparer("lists")
@@ -184,7 +184,7 @@ def test_zip_and_shards_hold_what_the_folder_holds(tmp_path):
 
 def test_stopped_tasks_go_on_and_leave_no_half_files(tmp_path, monkeypatch):
     root = _folder(tmp_path / "folder", {"a": 5, "b": 5})
-    import core.prepare_images as module
+    import core.data.prepare_images as module
 
     original, calls = module.tarfile.TarFile.addfile, []
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmengine.utils import ManagerMixin, manager
 
+from core.checkpoint.locks import Locked
+from core.config.command.processes import all_or_none, first_decides, managers_unlocked
 from core.errors import VitrineError
-from core.locks import Locked
-from core.processes import all_or_none, first_decides, managers_unlocked
 
 
 def _shares(rank: int, folder: str) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import core.profile
-from core.profile import (
+import core.profile.measure
+from core.profile.measure import (
     Benchmark,
     Spread,
     benchmark,
@@ -161,7 +161,7 @@ def test_ratio_is_taken_round_by_round():
 def clock(monkeypatch):
     """A clock that only the timed calls move."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(core.profile, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(core.profile.measure, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 

@@ -12,8 +12,8 @@ import torch
 from tiny_experiment import ROOT, environment
 
 from core.errors import ConfigError
-from core.profile_experiment import Options, profile_experiment
-from core.render import as_dict
+from core.output.render import as_dict
+from core.profile.experiment import Options, profile_experiment
 
 TOOLS = ROOT / "tools"
 
@@ -68,8 +68,8 @@ def test_against_another_the_ratio_is_paired(measure):
 
 def test_training_step_moves_the_weights_and_forward_does_not(user, monkeypatch):
     from core.config import compose
-    from core.launch import build_trainer
-    from core.profile_experiment import Subject
+    from core.engine.launch import build_trainer
+    from core.profile.experiment import Subject
 
     monkeypatch.syspath_prepend(str(user))
     cfg = compose(["experiment=mine/tiny", "runtime.precision=bf16"], config_dir=user / "configs")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from core.errors import ConfigError
-from core.render import Cell, Column, Row, Table, emit, number, plot_differences, render, render_all
+from core.output.render import Cell, Column, Row, Table, emit, number, plot_differences, render, render_all
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import torch
 import yaml
 from tiny_experiment import ROOT
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
+from core.config.fingerprint import fingerprint
 from core.errors import ConfigError
-from core.fingerprint import fingerprint
-from core.run_folder import find_checkpoint
-from core.weights import model_state
 
 SHORT = ("+vars.width=12", "model.network.width=${vars.width}", "train_cfg.max_epochs=1", "model.network.dropout=0.2")
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 import yaml
 
-from core.ablation import Options as AblationOptions
-from core.ablation import ablate
 from core.checkpoint import StateMismatch
+from core.checkpoint.run_folder import find_checkpoint
 from core.config import compose
+from core.engine.commands.evaluation import evaluate
+from core.engine.launch import run
+from core.engine.run.config import configured, laid_over
 from core.errors import ConfigError
-from core.evaluation import evaluate
-from core.launch import run
-from core.run_config import configured, laid_over
-from core.run_folder import find_checkpoint
+from core.tables.ablation import Options as AblationOptions
+from core.tables.ablation import ablate
 from tools.test import main as evaluate_tool
 
 STORED = {

@@ -11,9 +11,8 @@ from mmengine.registry import PARAM_SCHEDULERS
 from torch import nn
 
 from core.errors import ConfigError
-from core.optim import OptimWrapper
-from core.param_groups import OptimConstructor
-from core.schedules import (
+from core.optim.groups import OptimConstructor
+from core.optim.schedules import (
     Schedule,
     constant,
     cosine_ramp,
@@ -24,6 +23,7 @@ from core.schedules import (
     value,
     warmup_cosine,
 )
+from core.optim.wrapper import OptimWrapper
 
 
 def sgd(lr: float = 1.0, **options: Any) -> torch.optim.Optimizer:

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
 from core.config import to_dict
-from core.data.batching import ResumableBatchSampler
-from core.data.loader import build_loader
+from core.config.fingerprint import fingerprint
+from core.data.loading.batching import ResumableBatchSampler
+from core.data.loading.loader import build_loader
 from core.errors import ConfigError, VitrineError
-from core.fingerprint import fingerprint
-from core.results import Results, launcher
-from core.run_folder import find_checkpoint
-from core.weights import model_state
+from core.tables.runs import Results, launcher
 
 TEST = "test_dataloader={batch_size: 4, dataset: {type: mypoints.Points, count: 9, seed: 5, augment: false}}"
 
@@ -111,7 +111,7 @@ def count(monkeypatch):
 def test_a_fast_dev_run_takes_so_many_steps_and_batches(tiny, monkeypatch, length):
     seen = count(monkeypatch)
     rates = []
-    import core.hooks.logging as logging_hook
+    import core.engine.hooks.logging as logging_hook
 
     after = logging_hook.LoggingHook.after_train_iter
     monkeypatch.setattr(
@@ -205,7 +205,7 @@ def test_overfitting_sees_the_same_batches_every_epoch(tiny, monkeypatch):
 
 
 def test_the_figures_of_a_limited_evaluation_have_their_own_denominator(tiny_config, recwarn):
-    from core.evaluation import evaluate
+    from core.engine.commands.evaluation import evaluate
 
     judge = (
         "~val_evaluator",
@@ -245,7 +245,7 @@ def test_a_figure_that_a_few_samples_do_not_give_is_left_out_of_a_trial_only(tin
 
 # ---------------------------------------------------------------------- evidence
 def test_nothing_takes_a_trial_for_evidence(tiny, tiny_config):
-    from core.launch import run
+    from core.engine.launch import run
 
     short = ("runtime.fast_dev_run=1", "train_cfg.max_epochs=1")
     trial = tiny(*short)

@@ -32,9 +32,9 @@ def _work(rank: int, user: str, folder: str) -> None:
     import mypoints
 
     from core.config import compose
-    from core.launch import run
-    from core.lr_finder import Options, find_lr
-    from core.processes import alone
+    from core.config.command.processes import alone
+    from core.engine.commands.lr_finder import Options, find_lr
+    from core.engine.launch import run
 
     def config(*overrides):
         words = ["experiment=mine/tiny", "runtime=cpu", "train_dataloader.batch_size=2", *overrides]

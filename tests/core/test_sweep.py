@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from tiny_experiment import ROOT
 
 from core.config import compose
+from core.engine.launch import run
+from core.engine.run.sweep import RunFailed, Sweep
 from core.errors import ConfigError, VitrineError
-from core.launch import run
-from core.results import launcher
-from core.sweep import RunFailed, Sweep
+from core.tables.runs import launcher
 
 FAULTS = """
 from mmengine.hooks import Hook
@@ -31,7 +31,7 @@ class Fails(Hook):
         if self.how == "bug":
             raise KeyError("a bug of the user")
         if self.how == "stop":
-            from core.signals import Interrupted
+            from core.config.command.signals import Interrupted
             raise Interrupted("asked to stop")
         if self.how == "ctrl-c":
             raise KeyboardInterrupt
@@ -151,7 +151,7 @@ def test_a_single_run_leaves_no_record_of_a_multirun(program):
 
 
 def test_sweepers_with_rules_of_their_own_and_other_launchers_get_the_exception(monkeypatch):
-    monkeypatch.setattr("core.sweep.in_multirun", lambda: True)
+    monkeypatch.setattr("core.engine.run.sweep.in_multirun", lambda: True)
     basic = "hydra._internal.core_plugins.basic_"
     for sweeper, launch, raises in (
         (f"{basic}sweeper.BasicSweeper", f"{basic}launcher.BasicLauncher", False),

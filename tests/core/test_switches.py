@@ -73,9 +73,9 @@ def test_a_run_that_fails_leaves_nothing_either(tiny, seen, monkeypatch):
 def test_tools_leave_nothing(tiny, tiny_config, user, seen, monkeypatch, tmp_path):
     import mypoints
 
-    from core.evaluation import evaluate
-    from core.inference import infer
-    from core.lr_finder import Options, find_lr
+    from core.engine.commands.evaluation import evaluate
+    from core.engine.commands.inference import infer
+    from core.engine.commands.lr_finder import Options, find_lr
     from core.trainer import Inference
 
     before = switches()

@@ -7,15 +7,15 @@ import pytest
 import yaml
 from lab import Lab
 
-from core import figures as figures_module
+from core.config.fingerprint import fingerprint, first_difference
+from core.engine.launch import build_trainer
 from core.errors import ConfigError
-from core.figures import Figures
-from core.fingerprint import fingerprint, first_difference
-from core.launch import build_trainer
-from core.render import as_dict, render
-from core.results import Results
-from core.table_file import load_table
-from core.tables import Evaluation, Options, find_tables, list_tables, show_table, side_by_side
+from core.output.render import as_dict, render
+from core.profile import figures as figures_module
+from core.profile.figures import Figures
+from core.tables.runs import Results
+from core.tables.table import Evaluation, Options, find_tables, list_tables, show_table, side_by_side
+from core.tables.table_file import load_table
 
 TABLE = """
 title: Points

@@ -5,13 +5,13 @@ import json
 import pytest
 from tiny_experiment import train
 
-from core.ablation import Options as AblationOptions
-from core.ablation import ablate
 from core.config import compose
-from core.launch import build_trainer, run
-from core.render import as_dict
-from core.results import launcher
-from core.tables import Options, show_table
+from core.engine.launch import build_trainer, run
+from core.output.render import as_dict
+from core.tables.ablation import Options as AblationOptions
+from core.tables.ablation import ablate
+from core.tables.runs import launcher
+from core.tables.table import Options, show_table
 
 TABLE = """
 title: Points

@@ -119,7 +119,7 @@ def test_images_are_opened_in_one_place():
     for path in (path for place in places for path in sorted((ROOT / place).rglob("*.py"))):
         if names := openers(path.read_text()):
             found[path.relative_to(ROOT).as_posix()] = names
-    assert found == {"core/data/images.py": ["PIL.Image.open"]}
+    assert found == {"core/data/sources/images.py": ["PIL.Image.open"]}
 
 
 @pytest.mark.parametrize(

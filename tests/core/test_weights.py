@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from core.checkpoint import StateMismatch, UnsafeCheckpointError
+from core.checkpoint.weights import load_sources, load_weights, model_state
 from core.errors import ConfigError
 from core.trainer import Trainer
-from core.weights import load_sources, load_weights, model_state
 
 
 class Net(nn.Module):

@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core.cli import parse, run
+from core.config.command.cli import parse, run
 
 CHECKS = (
     "agreement",
@@ -79,8 +79,8 @@ class Outcome:
 def main(argv: list[str]) -> None:
     """The command line."""
     options, _ = parse(argv, Options, doc=__doc__)
+    from core.config.registry import nearest
     from core.errors import ConfigError
-    from core.registry import nearest
 
     for name in options.checks:
         if name not in CHECKS:
@@ -163,8 +163,8 @@ def report(options: Options, outcomes: list[Outcome], left_out: list[str]) -> No
     """The table, the last line, and the file."""
     import torch
 
-    from core.profile import device_name
-    from core.render import Column, Row, Table, emit
+    from core.output.render import Column, Row, Table, emit
+    from core.profile.measure import device_name
 
     rows = [
         Row(

@@ -14,12 +14,12 @@ import torch
 from mmengine.hooks import Hook
 
 from core.checkpoint import load
+from core.checkpoint.run_folder import find_checkpoint
 from core.config import compose
-from core.data.batch import Batch
-from core.data.prefetch import DevicePrefetcher
-from core.data.tree import pin
-from core.launch import run
-from core.run_folder import find_checkpoint
+from core.data.loading.batch import Batch
+from core.data.loading.prefetch import DevicePrefetcher
+from core.data.loading.tree import pin
+from core.engine.launch import run
 
 from .steps import Failed, Figures, finish
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core.data.tree import tensors
-from core.runner import Runner
+from core.data.loading.tree import tensors
+from core.engine.runner import Runner
 
 from .subjects import Subject, exact
 

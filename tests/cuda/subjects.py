@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from core.config import compose, experiments, merge, to_dict
-from core.config_check import stage_config
-from core.data.seeds import seed_sample
-from core.data.tree import map_tensors, to_device
+from core.config.registry import nearest
+from core.data.loading.seeds import seed_sample
+from core.data.loading.tree import map_tensors, to_device
+from core.engine.keys.check import stage_config
+from core.engine.launch import build_trainer
 from core.errors import ConfigError
-from core.launch import build_trainer
-from core.profile_experiment import Subject as Profiled
-from core.registry import nearest
+from core.profile.experiment import Subject as Profiled
 
 BATCH = 2
 

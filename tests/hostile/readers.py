@@ -51,12 +51,12 @@ class Readers:
         load_official(path)
 
     def _load_weights(self, path: Path) -> None:
-        from core.weights import load_weights
+        from core.checkpoint.weights import load_weights
 
         load_weights(nn.Linear(4, 2), path)
 
     def _convert(self, path: Path) -> None:
-        from core.convert import main
+        from core.engine.commands.convert import main
 
         main(["paper=stvit", f"src={path}", f"dst={self.folder / 'converted.pt'}"], "")
 
@@ -69,7 +69,7 @@ class Readers:
 
     def _train(self, path: Path) -> None:
         from core.config import compose
-        from core.launch import run
+        from core.engine.launch import run
 
         cfg = compose([self._words[0], self._words[2]], self.configs)
         cfg.load_from = str(path)
@@ -135,7 +135,7 @@ def attempt(read: Callable[[Path], Any], path: Path, patience: int = 60) -> Outc
 
 def _read_and_leave(read: Callable[[Path], Any], path: Path, log: Path, patience: int) -> None:
     """The child's part; never returns."""
-    from core.cli import run
+    from core.config.command.cli import run
 
     status = 1
     try:

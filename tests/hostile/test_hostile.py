@@ -24,7 +24,7 @@ from core.checkpoint import (
     reading,
     save_atomic,
 )
-from core.checkpoint.limits import Budget
+from core.checkpoint.official.limits import Budget
 from core.errors import ConfigError
 from tests.hostile.builders import (
     MEGABYTE,
@@ -147,7 +147,7 @@ def _usual_files():
 
 @pytest.mark.parametrize("kind", _usual_files())
 def test_usual_files_need_none_of_the_spare_memory(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("core.checkpoint.limits.SPARE", 0)
+    monkeypatch.setattr("core.checkpoint.official.limits.SPARE", 0)
     (tmp_path / "a.pt").write_bytes(_usual_files()[kind])
     assert load_official(tmp_path / "a.pt")["layers.0.weight"][:2].tolist() == [0, 1]
 
@@ -163,8 +163,8 @@ def test_usual_files_need_none_of_the_spare_memory(tmp_path, monkeypatch, kind):
     ids=["a wide letter", "storages that are not there", "zeros", "a tensor of four times its storage"],
 )
 def test_what_takes_more_than_the_file_states_is_refused(tmp_path, monkeypatch, content):
-    monkeypatch.setattr("core.checkpoint.limits.SPARE", 0)
-    monkeypatch.setattr("core.checkpoint.archive.SPARE", 0)
+    monkeypatch.setattr("core.checkpoint.official.limits.SPARE", 0)
+    monkeypatch.setattr("core.checkpoint.official.archive.SPARE", 0)
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CheckpointReadError, match="more memory than its"):
         load_official(tmp_path / "a.pt")
@@ -242,11 +242,13 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_a_conversion_copies_what_many_names_share_once(tmp_path, monkeypatch):
-    from core.convert import ConversionError, Options, convert_file
+    from core.engine.commands.convert import ConversionError, Options, convert_file
 
     shared = torch.arange(1 << 20, dtype=torch.float32)
     (tmp_path / "a.pt").write_bytes(saved({f"layers.{i}.weight": shared for i in range(40)}))
-    monkeypatch.setattr("core.convert.find_converter", lambda paper, reverse: (lambda state: dict(state), {}))
+    monkeypatch.setattr(
+        "core.engine.commands.convert.find_converter", lambda paper, reverse: (lambda state: dict(state), {})
+    )
     convert_file(Options("stvit", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")))
     loaded = load(tmp_path / "b.pt")
     assert torch.equal(loaded["layers.39.weight"], shared) and (tmp_path / "b.pt").stat().st_size < 5 << 20
@@ -264,7 +266,7 @@ def test_a_conversion_copies_what_many_names_share_once(tmp_path, monkeypatch):
     ],
 )
 def test_a_run_of_wrong_parts_holds_no_weights(tmp_path, content):
-    from core.weights import load_weights
+    from core.checkpoint.weights import load_weights
 
     (tmp_path / "a.pt").write_bytes(saved(content))
     with pytest.raises(ConfigError, match=r"a\.pt' is not a whole checkpoint of a run"):
@@ -303,7 +305,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     "state", [{}, {"model": {}, "position": {}, "hooks": {}, "random": [], "step": 1}, {"model": 3}]
 )
 def test_a_run_does_not_go_on_from_a_checkpoint_of_wrong_parts(tmp_path, state):
-    from core.runner import FORMAT, Runner
+    from core.engine.runner import FORMAT, Runner
 
     (tmp_path / "a.pt").write_bytes(saved({"format": FORMAT, **state}))
     with pytest.raises(ConfigError, match=r"a\.pt is damaged: .*random.* is not in it"):

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from core.ablation import declared
 from core.config import compose, experiments, get, to_dict
-from core.config_check import checked, stage_config
-from core.fingerprint import fingerprint
-from core.launch import build_trainer
-from core.table_file import load_table
+from core.config.fingerprint import fingerprint
+from core.engine.keys.check import checked, stage_config
+from core.engine.launch import build_trainer
+from core.tables.ablation import declared
+from core.tables.table_file import load_table
 
 NAMES = sorted(name for name in experiments() if name.startswith("seqgan/"))
 # One experiment for every recipe; the others declare the same components.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.convert import ConversionError, Options, convert_file
+from core.engine.commands.convert import ConversionError, Options, convert_file
 from core.errors import ConfigError
 from seqgan.checkpoint import CheckpointMismatch, convert, revert
 from seqgan.checkpoint.msgpack import FlaxFileError, read_flax

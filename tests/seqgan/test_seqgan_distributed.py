@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from core.errors import VitrineError
 from core.metrics import TorchMetrics
-from core.param_groups import OptimConstructor
+from core.optim.groups import OptimConstructor
 from core.trainer import DataParallelTrainer
 from seqgan.codes import CodeCache
 from seqgan.metrics import CodeBits, CodebookUse, ImageScores, LinearProbe

@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 from core.checkpoint import save_atomic
+from core.engine.commands.inference import infer
 from core.errors import ConfigError
-from core.inference import infer
 from seqgan.codes import CodeCache
 from seqgan.generation import Generator, code_mask, spread_labels
 from seqgan.inference import SampleRequest, hidden_pixels, read_request, square, tokenizer_of

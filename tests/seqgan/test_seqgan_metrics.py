@@ -15,7 +15,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as library
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from core.errors import ConfigError, VitrineError
-from core.metrics.reading import MetricError
+from core.metrics.predictions import MetricError
 from seqgan import evaluate as tool
 from seqgan.fidelity import Inception, Statistics, frechet_distance, inception_score, precision_recall
 from seqgan.metrics import (

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from core.config import compose, experiments, to_dict
-from core.launch import build_trainer, run
-from core.prepare import run_task
+from core.data.prepare import run_task
+from core.engine.launch import build_trainer, run
 from seqgan.data import LSUN
 from seqgan.models import conv_tokenizer
 

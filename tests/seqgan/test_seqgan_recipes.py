@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from core.config import compose, experiments, to_dict
-from core.config_check import checked
+from core.engine.keys.check import checked
+from core.engine.launch import run
 from core.errors import ConfigError
-from core.launch import run
 from tools.infer import main as infer
 from tools.test import main as evaluate
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from core.config import compose
-from core.launch import run
+from core.engine.launch import run
 from seqgan.standin import judges
 from tests.killing import assert_same_run, killed_in_phase, weights
 
@@ -117,7 +117,7 @@ def test_a_tokenizer_that_has_changed_since_does_not_reach_what_was_begun(undist
 SCRIPT = """
 import os, signal, sys
 from core.config import compose
-from core.launch import run
+from core.engine.launch import run
 from core.trainer import Trainer
 
 phase, seen = Trainer.phase, 0

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 from core.config import compose
+from core.engine.commands.evaluation import evaluate
+from core.engine.launch import run
+from core.engine.run.config import configured
 from core.errors import ConfigError
-from core.evaluation import evaluate
-from core.launch import run
-from core.run_config import configured
 from seqgan.data.shape_digits import ShapeDigits, placed, scanned
 from seqgan.data.shape_glyphs import CLASSES, ShapeGlyphs, shape_masks
 from seqgan.models import UsageEntropy, VectorQuantizer

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.ablation import declared
 from core.config import CONFIGS, compose
-from core.figures import Figures
-from core.fingerprint import fingerprint
-from core.launch import build_trainer
+from core.config.fingerprint import fingerprint
+from core.engine.launch import build_trainer
+from core.profile.figures import Figures
+from core.tables.ablation import declared
 from seqgan.models import UsageEntropy, ar_base, ar_large, conv_tokenizer, nar_base, nar_large
 from seqgan.sampling import ParallelSampler
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from core import randomness
 from core.data import ImageNet, StaleCacheError
-from core.param_groups import OptimConstructor
-from core.prepare import run_task
+from core.data.prepare import run_task
+from core.engine.state import randomness
+from core.optim.groups import OptimConstructor
 from seqgan.codes import CodeCache
 from seqgan.data import TokenizerTransform
 from seqgan.losses import gradient_penalty

@@ -19,8 +19,8 @@ from scipy.io import savemat
 
 from core.config import compose
 from core.data import build_loader
+from core.engine.launch import run
 from core.errors import ConfigError, VitrineError
-from core.launch import run
 from slot_walks import DinoViT, FeatureCache, SlotEncoder, SlotTrainer, SlotWalker
 from slot_walks.data import CropTrain, Flowers, Square
 from tests.killing import assert_same_run, killed_in_phase

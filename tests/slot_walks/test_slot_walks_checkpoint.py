@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor
 
-from core.convert import Options, convert_file
+from core.engine.commands.convert import Options, convert_file
 from slot_walks.checkpoint import CheckpointMismatch, convert, fit, infer, revert
 from slot_walks.models import DinoViT, MLPDecoder, SlotAttention, SlotEncoder, SlotWalker
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from core.ablation import Component, declared
 from core.config import compose
-from core.launch import build_trainer
+from core.engine.launch import build_trainer
+from core.tables.ablation import Component, declared
 from slot_walks import Blobworld
 
 WALKS = {

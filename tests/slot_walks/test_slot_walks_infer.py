@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from core.config import compose
-from core.inference import infer
-from core.launch import build_trainer, run
+from core.engine.commands.inference import infer
+from core.engine.launch import build_trainer, run
 from slot_walks import Blobworld, DinoViT, FilterBank, SlotEncoder, SlotTrainer, SlotWalker, WholePicture, segments
 from slot_walks import trainer as trainer_module
 from slot_walks.models.weights import untrained

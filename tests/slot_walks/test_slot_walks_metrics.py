@@ -8,10 +8,10 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
+from core.config.registry import METRICS, build
 from core.errors import ConfigError
 from core.metrics import contingency
 from core.metrics.contingency import adjusted_rand, covering, foreground_overlap, without
-from core.registry import METRICS, build
 from slot_walks.metrics import ForegroundExtraction, ObjectDiscovery
 from tests.parity.adapters.slot_walks_data import PIECES
 from tests.parity.cases import Mismatch, load_case

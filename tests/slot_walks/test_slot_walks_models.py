@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from core.profile import count_macs
+from core.profile.measure import count_macs
 from slot_walks import SlotTrainer, WalkLoss
 from slot_walks.models import (
     BroadcastDecoder,

@@ -12,8 +12,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from core.data import MissingDataError
+from core.data.prepare import run_task
 from core.errors import ConfigError
-from core.prepare import run_task
 from slot_walks.data import VOC, Birds, CropTrain, MOVi, Square
 from slot_walks.data.files import load_labels
 from slot_walks.data.standin import draw_scene, scene_seed

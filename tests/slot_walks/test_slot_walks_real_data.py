@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.config import CONFIGS, compose
-from core.launch import run
+from core.engine.launch import run
 from tests.slot_walks import test_slot_walks_data as files
 
 # A tiny backbone; sizes of pictures and crops that the files of 60 x 40 pixels (MOVi: 32 x 32) hold.

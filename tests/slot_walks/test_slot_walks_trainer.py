@@ -12,8 +12,8 @@ from torch.utils.data import default_collate
 
 from core.errors import ConfigError
 from core.metrics.grouping import GroupingScores
-from core.param_groups import OptimConstructor
-from core.schedules import Schedule
+from core.optim.groups import OptimConstructor
+from core.optim.schedules import Schedule
 from slot_walks import (
     Blobworld,
     FeatureCache,
@@ -132,7 +132,7 @@ def test_processes_draw_the_noise_that_one_with_all_rows_draws(kept: bool, monke
         batch = {"features": maps, "sample_id": batch["sample_id"]}
 
     def starts(rank: int, processes: int) -> tuple[Tensor, Tensor]:
-        monkeypatch.setattr("core.randomness.get_dist_info", lambda: (rank, processes))
+        monkeypatch.setattr("core.engine.state.randomness.get_dist_info", lambda: (rank, processes))
         found: list[Tensor] = []
         hook = model.network.encoder.register_forward_hook(lambda module, inputs, output: found.append(output.init))
         torch.manual_seed(1)

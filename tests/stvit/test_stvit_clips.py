@@ -10,10 +10,10 @@ from torchvision import tv_tensors
 
 from core.config import compose, to_dict
 from core.data import MissingDataError, VideoError
+from core.data.prepare import run_task
+from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
-from core.launch import build_trainer, run
 from core.metrics import TorchMetrics
-from core.prepare import run_task
 from stvit.clips import ClipEvalTransform, ClipTrainTransform, ClipViews, MultiViewVideos, spatial_crops
 from stvit.models.stvit_video import STViTVideoSwin
 from stvit.moving_glyphs import DIRECTIONS, MovingGlyphs, class_names, sample_clip

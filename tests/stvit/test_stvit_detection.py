@@ -15,16 +15,16 @@ from PIL import Image
 from pycocotools import mask as coding
 from pycocotools.coco import COCO
 
+from core.checkpoint.run_folder import find_checkpoint
+from core.checkpoint.weights import model_state
 from core.config import compose, to_dict
+from core.data.prepare import run_task
+from core.engine.commands.inference import infer
+from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
-from core.inference import infer
-from core.launch import build_trainer, run
-from core.param_groups import OptimConstructor
-from core.prepare import run_task
-from core.profile import count_macs
-from core.run_folder import find_checkpoint
-from core.schedules import Schedule
-from core.weights import model_state
+from core.optim.groups import OptimConstructor
+from core.optim.schedules import Schedule
+from core.profile.measure import count_macs
 from stvit.checkpoint import CheckpointMismatch, convert, revert
 from stvit.data import GLYPHS
 from stvit.models import STViTRSwin

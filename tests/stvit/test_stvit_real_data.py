@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from core.config import compose
-from core.launch import run
-from core.prepare import run_task
+from core.data.prepare import run_task
+from core.engine.launch import run
 
 DEIT = [f"model.network.{word}" for word in ("embed_dim=16", "num_heads=2", "depth=7", "patch_size=8")]
 SWIN = ["+model.network.embed_dim=8", "+model.network.depths=[1,1,6,1]", "+model.network.num_heads=[1,1,1,1]"]

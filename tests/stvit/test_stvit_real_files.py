@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 from core.config import CONFIGS, compose
-from core.launch import run
+from core.engine.launch import run
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment" / "stvit").glob("*.yaml"))
 # Numbers between 1 and 90 that COCO's file leaves out.

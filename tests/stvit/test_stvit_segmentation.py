@@ -12,13 +12,13 @@ from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from core.config import compose, to_dict
+from core.config.registry import build
 from core.data import DataFileError, MissingDataError
+from core.data.prepare import run_task
+from core.engine.commands.inference import infer
+from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
-from core.inference import infer
-from core.launch import build_trainer, run
-from core.prepare import run_task
-from core.profile import count_macs
-from core.registry import build
+from core.profile.measure import count_macs
 from stvit.ade20k import ADE20K, SegmentationEval, SegmentationTrain, fitted_size
 from stvit.data import BRIGHTEST, DARKEST, GLYPHS, GlyphField
 from stvit.losses import IGNORE, segmentation_loss

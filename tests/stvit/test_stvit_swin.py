@@ -10,7 +10,7 @@ import torch
 from timm.models import group_modules, group_parameters
 from torch import Tensor, nn
 
-from core.profile import count_macs, count_parameters
+from core.profile.measure import count_macs, count_parameters
 from stvit.models import SemanticTokenViT, STViTRSwin, STViTSwin, SwinTransformer
 from stvit.models.dumbbell import unit_layout
 from stvit.models.hierarchy import HierarchicalTransformer

@@ -15,7 +15,7 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from core.weights import load_weights
+from core.checkpoint.weights import load_weights
 from stvit.checkpoint import CheckpointMismatch, convert, from_deit
 from stvit.models import SemanticTokenViT, SwinTransformer
 

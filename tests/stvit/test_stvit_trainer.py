@@ -10,9 +10,9 @@ from PIL import Image
 
 from core.config import compose
 from core.data import EvalTransform, Mix
-from core.inference import write_picture
-from core.launch import build_trainer, run
-from core.param_groups import OptimConstructor
+from core.engine.commands.inference import write_picture
+from core.engine.launch import build_trainer, run
+from core.optim.groups import OptimConstructor
 from stvit import ClassificationTrainer, Digits, SmallSemanticTokenViT, label_smoothing_cross_entropy
 from stvit.losses import soft_target_cross_entropy
 from stvit.models.reducers import count_macs
@@ -220,7 +220,7 @@ TABLE_1 = {
 
 @pytest.mark.parametrize("name", TABLE_1)
 def test_imagenet_models_have_the_tables_size_and_cost(name: str) -> None:
-    from core.figures import Figures
+    from core.profile.figures import Figures
 
     figures, cfg = Figures(build_trainer), compose([f"experiment=stvit/{name}"])
     assert figures.of(cfg, "parameters") / 1e6 == pytest.approx(TABLE_1[name][0], abs=5.5e-4)

@@ -11,7 +11,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torchvision.models.video import swin3d_s, swin3d_t
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from core.profile import count_macs
+from core.profile.measure import count_macs
 from stvit.checkpoint.state import CheckpointMismatch
 from stvit.checkpoint.video import VIDEO_TARGETS, video_weights
 from stvit.models.clip_block import ClipBlock

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.models.video import swin3d_t
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from core.convert import ConversionError, main
+from core.engine.commands.convert import ConversionError, main
 from stvit.checkpoint import CheckpointMismatch, convert
 from stvit.models.stvit_video import stvit_video_swin_tiny
 from stvit.models.video_swin import VideoSwin, video_swin_tiny

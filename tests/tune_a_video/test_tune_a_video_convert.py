@@ -8,7 +8,7 @@ import torch
 from random_sd import UNET
 from safetensors.torch import load_file, save_file
 
-from core.convert import Options, convert_file
+from core.engine.commands.convert import Options, convert_file
 from tune_a_video.checkpoint import CheckpointMismatch, convert, network_like, revert
 from tune_a_video.models import TRAINABLE_MODULES, TuneAVideoUNet
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from core.data import MissingDataError
 from core.errors import ConfigError
-from core.media import write_media
+from core.output.media import write_media
 from tune_a_video.data import (
     DAVIS,
     ClipFolder,

@@ -18,7 +18,7 @@ from diffusers.utils import export_to_gif, export_to_video
 from PIL import Image
 from random_sd import make_pipeline, quiet
 
-from core.media import write_media
+from core.output.media import write_media
 from tune_a_video.data import OneShotVideoDataset
 from tune_a_video.editing import Sampling
 from tune_a_video.folders import NotAPipeline, SchedulerMismatch

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from core.data import MissingDataError
 from core.errors import ConfigError
-from core.metrics.reading import MetricError
+from core.metrics.predictions import MetricError
 from tune_a_video.clip_model import TransformersCLIP, load_clip
 from tune_a_video.metrics import (
     ClipScores,

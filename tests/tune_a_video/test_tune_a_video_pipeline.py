@@ -16,7 +16,7 @@ from diffusers import (
 from random_sd import make_pipeline, make_tokenizer, quiet
 from safetensors.torch import save_file
 
-from core.media import as_pixels
+from core.output.media import as_pixels
 from tune_a_video.folders import NotAPipeline
 from tune_a_video.inversion import ddim_invert
 from tune_a_video.lora import merge_lora

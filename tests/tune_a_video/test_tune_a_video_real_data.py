@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from core.config import compose
-from core.launch import run
-from core.media import write_media
+from core.engine.launch import run
+from core.output.media import write_media
 from tune_a_video.data.tgve import GROUPS
 
 HEAD = ("Video name", "Our GT caption", "Style Change Caption", "Object Change Caption")
@@ -110,7 +110,7 @@ def test_a_process_draws_every_second_row_of_the_joint_batch(sd_folder, monkeypa
 
     monkeypatch.setattr(made.network, "forward", record)
     for batch, world in ((joint, (0, 1)), (own, (rank, 2))):
-        monkeypatch.setattr("core.randomness.get_dist_info", lambda world=world: world)
+        monkeypatch.setattr("core.engine.state.randomness.get_dist_info", lambda world=world: world)
         torch.manual_seed(3)
         made.losses(batch)
     for whole, part in zip(*seen, strict=True):

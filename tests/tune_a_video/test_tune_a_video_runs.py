@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from core.config import compose
 from core.data import MissingDataError
+from core.engine.launch import run
+from core.engine.state.randomness import own_rows
 from core.errors import ConfigError
-from core.launch import run
-from core.randomness import own_rows
 from tune_a_video.data import LoveuTGVE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def test_rows_of_processes_are_those_of_one_with_the_joint_batch(monkeypatch):
     whole = draw(6)
     torch.testing.assert_close(own_rows(draw, 6), whole, atol=0, rtol=0)
     for rank in range(3):
-        monkeypatch.setattr("core.randomness.get_dist_info", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("core.engine.state.randomness.get_dist_info", lambda rank=rank: (rank, 3))
         torch.testing.assert_close(own_rows(draw, 2), whole[rank::3], atol=0, rtol=0)
 
 

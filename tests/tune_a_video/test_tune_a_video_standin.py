@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from core.data import MissingDataError
+from core.data.prepare import run_task
 from core.errors import ConfigError
-from core.prepare import run_task
 from tune_a_video.standin import (
     Words,
     agreement,

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.config import compose
+from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
-from core.launch import build_trainer, run
 from tune_a_video.editing import Sampling, edit, plain_scores, starting_latents
 from tune_a_video.losses import (
     add_noise,
@@ -430,7 +430,7 @@ def overrides(sd_folder, tmp_path):
 
 
 def test_one_command_tunes_edits_and_leaves_a_page_and_another_one_edits_again(sd_folder, tmp_path):
-    from core.inference import infer
+    from core.engine.commands.inference import infer
     from tune_a_video.video_io import save_video
 
     save_video(torch.rand(3, 6, 16, 16), tmp_path / "clip.mp4")

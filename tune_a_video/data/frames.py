@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from core.data import DataFileError, MissingDataError, VideoError, VideoReader, load_animation, load_image
-from core.data.files import IMAGE_EXTENSIONS, image_files
-from core.data.images import to_uint8
+from core.data.sources.files import IMAGE_EXTENSIONS, image_files
+from core.data.sources.images import to_uint8
 from core.errors import ConfigError
 
 Resize = Literal["stretch", "center_crop", "pad"]

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from core.checkpoint import load, save_atomic, write_text_atomic
+from core.config.files import read_json
 from core.data import MissingDataError
 from core.errors import ConfigError
-from core.files import read_json
 from tune_a_video.standin.networks import Judge, TinyCLIP, make_tokenizer, token_ids
 from tune_a_video.standin.training import make_scheduler, train_clip, train_judge, train_unet
 from tune_a_video.standin.vae import identity_vae

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from core.checkpoint import load, save_atomic
-from core.ema import ratio_decay
-from core.progress import Progress
-from core.randomness import fixed_randomness
-from core.schedules import warmup_cosine
+from core.engine.state.randomness import fixed_randomness
+from core.optim.ema import ratio_decay
+from core.optim.schedules import warmup_cosine
+from core.output.progress import Progress
 from tune_a_video.standin.networks import WIDTH, Judge, TinyCLIP, text_config
 from tune_a_video.standin.world import SIZE, caption_numbers, captions, draw_pictures
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from core.prepare import preparer
+from core.data.prepare import preparer
 
 
 @preparer("retouch_pictures")

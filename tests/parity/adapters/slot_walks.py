@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from core.param_groups import OptimConstructor
-from core.schedules import Schedule, cosine_ramp, exponential, linear_ramp
+from core.optim.groups import OptimConstructor
+from core.optim.schedules import Schedule, cosine_ramp, exponential, linear_ramp
 from slot_walks.checkpoint import convert, revert
 from slot_walks.losses import WalkLoss, reconstruction_loss
 from slot_walks.models import DinoViT, MLPDecoder, SlotAttention, SlotEncoder, SlotWalker

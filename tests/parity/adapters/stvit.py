@@ -12,8 +12,8 @@ from timm.data.mixup import mixup_target
 from torch import nn
 
 from core.data.transforms import EvalTransform
-from core.param_groups import split_decay
-from core.schedules import warmup_cosine
+from core.optim.groups import split_decay
+from core.optim.schedules import warmup_cosine
 from stvit.checkpoint import convert, resize_relative_bias, revert
 from stvit.checkpoint.state import inside
 from stvit.losses import label_smoothing_cross_entropy, soft_target_cross_entropy

@@ -1,0 +1,1 @@
+"""Command lines: options, the console, messages, signals, processes."""

@@ -1,0 +1,105 @@
+"""Batches travel to the device while the step before them runs."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from core.data.loading.batch import Batch
+from core.data.loading.tree import tensors, to_device
+
+
+class Transfer(Protocol):
+    """Moves a batch in two halves."""
+
+    def start(self, data: Any) -> Any:
+        """Begin to copy ``data``, without waiting."""
+
+    def finish(self, data: Any) -> Any:
+        """Make what ``start`` returned safe to use."""
+
+
+class CudaTransfer:
+    """Copies on a stream of its own; the consumer's stream waits for the copy, the host does not.
+
+    Copies overlap with kernels when the batch lies in page-locked memory (the loader's ``pin_memory``).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def start(self, data: Any) -> Any:
+        """Queue the copies on the side stream."""
+        with torch.cuda.stream(self.stream):
+            return to_device(data, self.device, non_blocking=True)
+
+    def finish(self, data: Any) -> Any:
+        """Let the current stream wait, and tell the allocator that it uses the memory."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for tensor in tensors(data):
+            if tensor.is_cuda:
+                tensor.record_stream(current)
+        return data
+
+
+class DevicePrefetcher:
+    """Iterate ``loader`` with every batch on ``device``: the same batches in the same order on any device.
+
+    On CUDA the copy of batch i + 1 is queued before batch i is handed out, so it runs during step i. Elsewhere, and
+    with ``enabled=False``, each batch is moved when it is asked for. An error while batch i + 1 is loaded is raised
+    when it is its turn, after batch i.
+
+    Args:
+        loader: yields :class:`core.data.Batch`.
+        device: where to.
+        enabled: False moves each batch when it is asked for, on CUDA too.
+        transfer: in place of CUDA's (another accelerator's).
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Batch],
+        device: torch.device | str,
+        enabled: bool = True,
+        transfer: Transfer | None = None,
+    ) -> None:
+        self.loader = loader
+        self.device = torch.device(device)
+        self.enabled = enabled
+        self._transfer = transfer
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        if self.enabled and (self._transfer is not None or self.device.type == "cuda"):
+            return self._ahead(batches)
+        return self._plain(batches)
+
+    def _plain(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield Batch(to_device(batch.data, self.device), batch.errors)
+
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        if self._transfer is None:
+            self._transfer = CudaTransfer(self.device)
+        upcoming, failure = self._load(batches)
+        while upcoming is not None:
+            batch = Batch(self._transfer.finish(upcoming.data), upcoming.errors)
+            # The finished batch waits for its own copy only, since the next one is queued behind that.
+            upcoming, failure = self._load(batches)
+            yield batch
+        if failure is not None:
+            raise failure
+
+    def _load(self, batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
+        try:
+            batch = next(batches)
+            return Batch(self._transfer.start(batch.data), batch.errors), None
+        except StopIteration:
+            return None, None
+        except Exception as error:
+            return None, error

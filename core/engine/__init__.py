@@ -1,0 +1,1 @@
+"""Running an experiment: launch, runner, loops, hooks, and the commands that build on them."""

@@ -1,0 +1,1 @@
+"""What tools do with a trained model: evaluate, infer, convert, trace; and the finder of learning rates."""

@@ -1,0 +1,1 @@
+"""Training, evaluation, and the first batches of an evaluation tried out beforehand."""

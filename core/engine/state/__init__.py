@@ -1,0 +1,1 @@
+"""What a checkpoint holds beside weights: the runner's state, the hooks', random generators, first weights."""

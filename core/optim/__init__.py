@@ -1,0 +1,5 @@
+"""Optimization: wrappers of optimizers, groups of parameters, schedules, averages, sharding."""
+
+from core.config.packages import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)
