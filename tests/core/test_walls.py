@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,22 +56,79 @@ def test_every_paper_is_inside_every_contract():
     assert {"core", *(f"{p}.trainer" for p in papers)} <= set(models["forbidden_modules"])
 
 
-@pytest.mark.child
-def test_a_paper_imported_by_the_engine_is_noticed(tmp_path):
-    for package in ("core", *(folder for paper in present() for folder in (paper, f"{paper}/models"))):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text("")
+@pytest.fixture
+def house(tmp_path):
+    """A house with every package and module that the contracts name, all empty."""
+    settings = read_settings()
     keys = ("source_modules", "forbidden_modules")
-    named = {name for contract in read_settings()["contracts"] for key in keys for name in contract.get(key, ())}
-    for paper, module in (name.split(".") for name in named if "." in name and not name.endswith(".models")):
-        (tmp_path / paper / f"{module}.py").write_text("")
+    named = {name for contract in settings["contracts"] for key in keys for name in contract.get(key, ())}
+    for package in sorted({*settings["root_packages"], *named, *(f"core.{room}" for room in rooms())}):
+        folder = tmp_path / package.replace(".", "/")
+        folder.mkdir(exist_ok=True)
+        (folder / "__init__.py").write_text("")
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     assert lint(tmp_path).returncode == 0
-    (tmp_path / "core" / "bad.py").write_text("def f():\n    import stvit.models\n")
-    assert "core knows no paper BROKEN" in lint(tmp_path).stdout
-    (tmp_path / "core" / "bad.py").write_text("")
-    (tmp_path / "stvit" / "models" / "bad.py").write_text("from core import Trainer\n")
-    assert "models import neither the engine nor trainers BROKEN" in lint(tmp_path).stdout
+    return tmp_path
+
+
+def rooms():
+    """The rooms of core, each of which imports later ones only."""
+    (contract,) = (c for c in read_settings()["contracts"] if c["type"] == "layers")
+    return [room.strip("()") for room in contract["layers"]]
+
+
+@pytest.mark.child
+def test_a_paper_imported_by_the_engine_is_noticed(house):
+    bad = house / "core" / "engine" / "bad.py"
+    bad.write_text("def f():\n    import stvit.models\n")
+    assert "core knows no paper BROKEN" in lint(house).stdout
+    bad.write_text("")
+    (house / "stvit" / "models" / "bad.py").write_text("from core import Trainer\n")
+    assert "models import neither the engine nor trainers BROKEN" in lint(house).stdout
+
+
+@pytest.mark.child
+def test_a_room_that_imports_an_upper_one_is_noticed(house):
+    assert rooms()[-1] == "errors" and len(rooms()) == 12
+    bad = house / "core" / "config" / "bad.py"
+    bad.write_text("def f():\n    from core.data import bad\n")
+    (house / "core" / "data" / "bad.py").write_text("")
+    assert "rooms of core import lower ones BROKEN" in lint(house).stdout
+    bad.write_text("")
+    (house / "core" / "more.py").write_text("")  # a thirteenth room
+    assert lint(house).returncode != 0
+
+
+def test_a_folder_of_core_is_seen_at_a_glance():
+    entries = {path for path in (ROOT / "core").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert len(entries - {ROOT / "core" / "__init__.py"}) <= 12
+    for folder in [path.parent for path in (ROOT / "core").rglob("__init__.py")]:
+        modules = sorted(path.name for path in folder.glob("*.py") if path.name != "__init__.py")
+        assert len(modules) <= 12, f"{folder}: {modules}"
+
+
+def imports_of(path, modules):
+    """Modules of core that a file imports, at its top or later; what only type checkers read does not count."""
+    found, queue = set(), list(ast.parse(path.read_text()).body)
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            queue += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{one.name}" for one in node.names}
+            found |= inner & modules or {node.module}
+        queue += ast.iter_child_nodes(node)
+    return found & modules
+
+
+def test_no_module_of_core_imports_itself_by_way_of_others():
+    files = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p for p in (ROOT / "core").rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    order = TopologicalSorter({name: imports_of(path, files.keys() - {name}) for name, path in files.items()})
+    order.prepare()  # raises CycleError, which names the modules
 
 
 def test_tools_reach_papers_through_the_registries_only():
