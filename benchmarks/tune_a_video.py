@@ -36,10 +36,10 @@ from core.config.command.cli import parse, run
 from core.profile.benchmarking import conditions, measure, publish
 from core.profile.measure import benchmark, peak_memory
 from tune_a_video import TuneAVideoTrainer
-from tune_a_video.folders import ddim
+from tune_a_video.interop.folders import ddim
 from tune_a_video.models import FrameCount, FrameGroupNorm
 from tune_a_video.models.frame_attention import attend, key_frames
-from tune_a_video.trainer import ARCHITECTURES
+from tune_a_video.trainer.tuning import ARCHITECTURES
 
 HEADS = 8
 

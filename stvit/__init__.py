@@ -7,7 +7,7 @@ timm (`timm.create_model("stvit_deit_small_patch16_224")`) and OpenMMLab (`type=
 """
 
 from core.config.packages import lazy
-from stvit.registration import register_models
+from stvit.interop.registration import register_models
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)
 

@@ -1,12 +1,12 @@
 """Public names, one import each: the package loads them from here when they are first used."""
 
-from .clips import ClipEvalTransform as ClipEvalTransform
-from .clips import ClipTrainTransform as ClipTrainTransform
-from .clips import ClipViews as ClipViews
-from .clips import MultiViewVideos as MultiViewVideos
-from .data import Digits as Digits
-from .data import GlyphField as GlyphField
-from .distillation import DistillationTrainer as DistillationTrainer
+from .data.clips import ClipEvalTransform as ClipEvalTransform
+from .data.clips import ClipTrainTransform as ClipTrainTransform
+from .data.clips import ClipViews as ClipViews
+from .data.clips import MultiViewVideos as MultiViewVideos
+from .data.digits import Digits as Digits
+from .inference.visualize import token_picture as token_picture
+from .interop.token_reduction import sparsify as sparsify
 from .losses import classification_loss as classification_loss
 from .losses import label_smoothing_cross_entropy as label_smoothing_cross_entropy
 from .losses import soft_target_cross_entropy as soft_target_cross_entropy
@@ -31,8 +31,8 @@ from .models.clip_tokens import ClipTokenGenerator as ClipTokenGenerator
 from .models.small import SmallSemanticTokenViT as SmallSemanticTokenViT
 from .models.stvit_video import STViTVideoSwin as STViTVideoSwin
 from .models.video_swin import VideoSwin as VideoSwin
-from .moving_glyphs import MovingGlyphs as MovingGlyphs
-from .token_reduction import sparsify as sparsify
-from .trainer import ClassificationTrainer as ClassificationTrainer
-from .video import VideoClassificationTrainer as VideoClassificationTrainer
-from .visualize import token_picture as token_picture
+from .standin.glyphs import GlyphField as GlyphField
+from .standin.moving_glyphs import MovingGlyphs as MovingGlyphs
+from .trainer.classification import ClassificationTrainer as ClassificationTrainer
+from .trainer.distillation import DistillationTrainer as DistillationTrainer
+from .trainer.video import VideoClassificationTrainer as VideoClassificationTrainer

@@ -22,7 +22,7 @@ def _picture(path):
 
 
 def _stvit_ade20k(root):
-    from stvit.ade20k import ADE20K
+    from stvit.data.ade20k import ADE20K
 
     _picture(root / "images/training/a.png")
     with open(bytes(root / "images/training") + b"/gr\xfcn.png", "wb"):
@@ -179,21 +179,21 @@ def _tgve(root):
 
 
 def _pipeline(root):
-    from tune_a_video.folders import _index
+    from tune_a_video.interop.folders import _index
 
     (root / "model_index.json").write_text("[]")
     return lambda: _index(root), DataFileError, r"model_index\.json' holds a list"
 
 
 def _pipeline_pickle(root):
-    from tune_a_video.folders import check_pickles
+    from tune_a_video.interop.folders import check_pickles
 
     (root / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     return lambda: check_pickles(root), VitrineError, r"pytorch_model\.bin' is a Git LFS pointer"
 
 
 def _network(root):
-    import tune_a_video.folders  # noqa: F401  hands over the engine's reader
+    import tune_a_video.interop.folders  # noqa: F401  hands over the engine's reader
     from tune_a_video.models.weights import read_network
 
     (root / "config.json").write_text("{}")

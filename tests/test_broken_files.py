@@ -180,14 +180,14 @@ def _tgve(root):
 
 
 def _pipeline(root):
-    from tune_a_video.folders import _index
+    from tune_a_video.interop.folders import _index
 
     path = _text(root / "model_index.json", {"_class_name": "A", "unet": ["diffusers", "UNet2DConditionModel"]})
     return path, lambda: _index(root)
 
 
 def _adapter(root):
-    from tune_a_video.lora_files import _settings
+    from tune_a_video.interop.lora_files import _settings
 
     save_file({"a": np.zeros(1, np.float32)}, root / "adapter_model.safetensors")
     path = _text(root / "adapter_config.json", {"r": 4, "lora_alpha": 4, "rank_pattern": {"a": 2}})

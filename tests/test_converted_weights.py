@@ -140,7 +140,7 @@ def test_slot_walks(picture: str) -> None:
 
 def test_tune_a_video() -> None:
     from tests.tune_a_video.random_sd import make_pipeline
-    from tune_a_video.video_io import save_video
+    from tune_a_video.data.video_io import save_video
 
     Path("configs").mkdir()
     make_pipeline().save_pretrained("sd")

@@ -68,8 +68,8 @@ def exports(stub: Path) -> dict[str, str]:
     return found
 
 
-def import_part(paper: str, part: str) -> Any:
-    """The module ``<paper>.<part>``, imported on demand.
+def import_part(paper: str, *parts: str) -> Any:
+    """The module ``<paper>.<part>``, imported on demand; of several parts the first one that is there.
 
     Raises:
         ConfigError: no such package or no such module in it; those that have one are named.
@@ -78,12 +78,13 @@ def import_part(paper: str, part: str) -> Any:
     if os.getcwd() not in sys.path:  # a user's own package beside the command
         sys.path.insert(0, os.getcwd())
     if paper.isidentifier() and importlib.util.find_spec(paper) is not None:
-        if importlib.util.find_spec(f"{paper}.{part}") is not None:
-            return importlib.import_module(f"{paper}.{part}")
-        problem = f"the package '{paper}' has no {part}.py"
+        for part in parts:
+            if _is_there(f"{paper}.{part}"):
+                return importlib.import_module(f"{paper}.{part}")
+        problem = f"the package '{paper}' has no {parts[0].replace('.', '/')}.py"
     else:
         problem = f"there is no package '{paper}'"
-    having = packages_with(part)
+    having = packages_with(*parts)
     near = difflib.get_close_matches(paper, having, n=2, cutoff=0.5)
     hint = (
         f"; did you mean {' or '.join(near)}?" if near else f" (packages that have one: {', '.join(having) or 'none'})"
@@ -91,13 +92,21 @@ def import_part(paper: str, part: str) -> Any:
     raise ConfigError(problem + hint)
 
 
-def packages_with(part: str) -> list[str]:
-    """Packages beside this one and in the working directory that have a module of that name, sorted."""
+def _is_there(module: str) -> bool:
+    folder = module.rpartition(".")[0]
+    if folder.count(".") and not (_is_there(folder) and importlib.util.find_spec(folder).submodule_search_locations):
+        return False  # a file where others have a folder
+    return importlib.util.find_spec(module) is not None
+
+
+def packages_with(*parts: str) -> list[str]:
+    """Packages beside this one and in the working directory that have a module of one of these names, sorted."""
     found = set()
     for folder in {str(Path(__file__).resolve().parents[2]), os.getcwd()}:
         for module in pkgutil.iter_modules([folder]):
-            place = Path(folder, module.name)
-            if module.name != "core" and ((place / f"{part}.py").exists() or (place / part / "__init__.py").exists()):
+            places = [Path(folder, module.name, *part.split(".")) for part in parts]
+            there = any(place.with_suffix(".py").exists() or (place / "__init__.py").exists() for place in places)
+            if module.name != "core" and there:
                 found.add(module.name)
     return sorted(found)
 

@@ -1,7 +1,7 @@
 """Preparation of data sets: small commands that bring files into the layout which a reader expects.
 
-A paper offers a module ``<paper>.prepare`` with functions decorated by `preparer`; their signatures are the command
-line. Tasks that any paper can use are in `core.data.prepare_images`.
+A paper offers a module ``<paper>.data.prepare`` (or ``<paper>.prepare``) with functions decorated by `preparer`; their
+signatures are the command line. Tasks that any paper can use are in `core.data.prepare_images`.
 
 .. code-block:: python
 
@@ -40,6 +40,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__preparation_task__"
 _SHARED = "core.data.prepare_images"
 
+# Where a paper says what can be prepared: the second where its `data` is one file.
+PLACES = ("data.prepare", "prepare")
+
 
 def preparer(name: str) -> Callable[[F], F]:
     """Makes a function a preparation task of that name.
@@ -75,7 +78,7 @@ def tasks(paper: str | None) -> dict[str, Callable[..., Any]]:
     import importlib
 
     shared = tasks_of(importlib.import_module(_SHARED))
-    return shared if paper is None else {**shared, **tasks_of(import_part(paper, "prepare"))}
+    return shared if paper is None else {**shared, **tasks_of(import_part(paper, *PLACES))}
 
 
 def run_task(paper: str | None, name: str, words: list[str]) -> Any:
@@ -148,7 +151,7 @@ class Options:
     """What to prepare; everything else is an argument of the task."""
 
     task: str = dataclasses.field(default="list", metadata={"help": "what to make; 'list' shows all tasks"})
-    paper: str | None = dataclasses.field(default=None, metadata={"help": "package whose prepare.py has the task"})
+    paper: str | None = dataclasses.field(default=None, metadata={"help": "package whose data/prepare.py has the task"})
 
 
 def main(argv: list[str], doc: str) -> None:
@@ -158,7 +161,7 @@ def main(argv: list[str], doc: str) -> None:
         parse(words, Options, doc=doc)
     options, _ = parse(own, Options, doc=doc, positional="task")
     if options.task == "list":
-        papers = packages_with("prepare") if options.paper is None else []
+        papers = packages_with(*PLACES) if options.paper is None else []
         print(describe(options.paper))
         for paper in papers:
             print(f"\npaper={paper}\n{describe_own(paper)}")
@@ -180,7 +183,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def describe_own(paper: str) -> str:
     """Names and first lines of a paper's own tasks."""
-    own = tasks_of(import_part(paper, "prepare"))
+    own = tasks_of(import_part(paper, *PLACES))
     return "\n".join(_headline(name, function) for name, function in sorted(own.items()))
 
 

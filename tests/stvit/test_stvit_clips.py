@@ -14,10 +14,10 @@ from core.data.prepare import run_task
 from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
 from core.metrics import TorchMetrics
-from stvit.clips import ClipEvalTransform, ClipTrainTransform, ClipViews, MultiViewVideos, spatial_crops
+from stvit.data.clips import ClipEvalTransform, ClipTrainTransform, ClipViews, MultiViewVideos, spatial_crops
 from stvit.models.stvit_video import STViTVideoSwin
-from stvit.moving_glyphs import DIRECTIONS, MovingGlyphs, class_names, sample_clip
-from stvit.video import VideoClassificationTrainer
+from stvit.standin.moving_glyphs import DIRECTIONS, MovingGlyphs, class_names, sample_clip
+from stvit.trainer.video import VideoClassificationTrainer
 
 PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
@@ -169,7 +169,7 @@ def test_films_show_the_first_frame_of_every_slice_of_the_middle_view(monkeypatc
         shown.append((float(frame.mean()), tuple(maps.shape)))
         return np.zeros((2, 2, 3), np.uint8)
 
-    monkeypatch.setattr("stvit.visualize.token_picture", picture)
+    monkeypatch.setattr("stvit.inference.visualize.token_picture", picture)
     sizes = dict(patch_size=(2, 2, 2), window=(4, 7, 7), embed_dim=8, depths=(4, 1), num_heads=(2, 2), base_depth=1)
     network = STViTVideoSwin((8, 28, 28), num_classes=3, **sizes)
     views = torch.arange(3.0)[:, None, None, None, None] * 10 + torch.arange(8.0)[:, None, None]

@@ -9,7 +9,8 @@ import torch
 
 from core.data import Draw, SeededDataset, derive_seed
 from stvit import Digits, GlyphField
-from stvit.data import DIGITS_MEAN, DIGITS_STD, GLYPHS
+from stvit.data.digits import DIGITS_MEAN, DIGITS_STD
+from stvit.standin.glyphs import GLYPHS
 
 
 def test_digits_splits_are_disjoint_and_stratified() -> None:

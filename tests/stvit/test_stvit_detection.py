@@ -26,10 +26,10 @@ from core.optim.groups import OptimConstructor
 from core.optim.schedules import Schedule
 from core.profile.measure import count_macs
 from stvit.checkpoint import CheckpointMismatch, convert, revert
-from stvit.data import GLYPHS
+from stvit.interop.openmmlab import STViTRSwinBackbone
 from stvit.models import STViTRSwin
-from stvit.openmmlab import STViTRSwinBackbone
-from stvit.scenes import render_scene
+from stvit.standin.glyphs import GLYPHS
+from stvit.standin.scenes import render_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(embed_dim=8, depths=(1, 1, 6, 1), num_heads=(1, 1, 2, 2), window_size=4, per_window=2)

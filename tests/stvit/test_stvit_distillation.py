@@ -13,10 +13,10 @@ import stvit
 from core.checkpoint import StateMismatch
 from core.trainer import unwrap
 from stvit.checkpoint import CheckpointMismatch, from_deit
-from stvit.distillation import DistillationTrainer, load_teacher, logit_divergence
 from stvit.models import SemanticTokenViT
 from stvit.models.reducers import count_macs
 from stvit.models.small import SmallSemanticTokenViT
+from stvit.trainer.distillation import DistillationTrainer, load_teacher, logit_divergence
 
 TINY = dict(img_size=32, patch_size=4, num_classes=5, embed_dim=32, depth=4, num_heads=2, base_depth=1)
 
@@ -117,6 +117,6 @@ def test_reducers_on_the_small_model() -> None:
 
 
 def test_names_at_the_package_root() -> None:
-    from stvit.token_reduction import sparsify
+    from stvit.interop.token_reduction import sparsify
 
     assert stvit.sparsify is sparsify and stvit.DistillationTrainer is DistillationTrainer

@@ -19,13 +19,13 @@ from core.engine.commands.inference import infer
 from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
 from core.profile.measure import count_macs
-from stvit.ade20k import ADE20K, SegmentationEval, SegmentationTrain, fitted_size
-from stvit.data import BRIGHTEST, DARKEST, GLYPHS, GlyphField
+from stvit.data.ade20k import ADE20K, SegmentationEval, SegmentationTrain, fitted_size
 from stvit.losses import IGNORE, segmentation_loss
 from stvit.models import STViTRSwin
 from stvit.models.recovery_vit import RecoveryViT, UpsampleRecovery
 from stvit.models.segmentation import FCNHead, PatchHead, PyramidPooling, SegmentationNetwork, UperHead
-from stvit.segmentation import SegmentationTrainer, colours
+from stvit.standin.glyphs import BRIGHTEST, DARKEST, GLYPHS, GlyphField
+from stvit.trainer.segmentation import SegmentationTrainer, colours
 
 SMALL = dict(img_size=28, patch_size=4, embed_dim=16, num_heads=2, units=1, token_grid=3, stem="conv")
 

@@ -14,10 +14,10 @@ from tiny_reducers import build, lively, tiny
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from stvit.interop.token_reduction import sparsify
 from stvit.models import SemanticTokenViT
 from stvit.models.reducers import REDUCERS, DynamicViT, count_macs
 from stvit.models.reducers.tome import bipartite_places
-from stvit.token_reduction import sparsify
 
 
 def timm_vit(**options: object) -> VisionTransformer:

@@ -7,8 +7,8 @@ import torch
 from tiny_reducers import lively, tiny, with_and_without_class_token
 from torch import Tensor, nn
 
+from stvit.interop.token_reduction import sparsify
 from stvit.models.reducers.tome import bipartite_places, merge_schedule, merge_tokens
-from stvit.token_reduction import sparsify
 
 
 def loop_merge(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:

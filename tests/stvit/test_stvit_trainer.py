@@ -14,9 +14,9 @@ from core.engine.commands.inference import write_picture
 from core.engine.launch import build_trainer, run
 from core.optim.groups import OptimConstructor
 from stvit import ClassificationTrainer, Digits, SmallSemanticTokenViT, label_smoothing_cross_entropy
+from stvit.inference.visualize import assignment, token_colours, token_picture
 from stvit.losses import soft_target_cross_entropy
 from stvit.models.reducers import count_macs
-from stvit.visualize import assignment, token_colours, token_picture
 
 TINY = dict(embed_dim=16, depth=4, num_heads=2)
 

@@ -69,7 +69,7 @@ def quiet(pipe):
 
 def make_video_pipeline(folder):
     """A pipeline of clips over the base in a folder; what it adds to the base is the same at every call."""
-    from tune_a_video.pipeline import TuneAVideoPipeline
+    from tune_a_video.interop.pipeline import TuneAVideoPipeline
 
     torch.manual_seed(5)
     return quiet(TuneAVideoPipeline.from_base(folder))

@@ -9,7 +9,7 @@ from diffusers import ControlNetModel
 from PIL import Image
 from random_sd import UNET
 
-from tune_a_video.pipeline import TuneAVideoPipeline
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 
 LATENT = {"num_inference_steps": 4, "output_type": "latent"}
 

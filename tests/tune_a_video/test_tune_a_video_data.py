@@ -24,7 +24,7 @@ from tune_a_video.data import (
     fit,
     open_frames,
 )
-from tune_a_video.video_io import save_video
+from tune_a_video.data.video_io import save_video
 
 
 def numbered(frames, height=16, width=24):

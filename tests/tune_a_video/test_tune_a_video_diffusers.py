@@ -20,12 +20,12 @@ from random_sd import make_pipeline, quiet
 
 from core.output.media import write_media
 from tune_a_video.data import OneShotVideoDataset
-from tune_a_video.editing import Sampling
-from tune_a_video.folders import NotAPipeline, SchedulerMismatch
-from tune_a_video.inversion import ddim_invert
+from tune_a_video.data.video_io import save_video, to_pixels
+from tune_a_video.inference.editing import Sampling
+from tune_a_video.inference.inversion import ddim_invert
+from tune_a_video.interop.folders import NotAPipeline, SchedulerMismatch
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 from tune_a_video.models import TuneAVideoUNet
-from tune_a_video.pipeline import TuneAVideoPipeline
-from tune_a_video.video_io import save_video, to_pixels
 
 
 def noise(videos=1, count=4):
@@ -305,7 +305,7 @@ def adapted(sd_folder, monkeypatch):
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, peft.__name__, peft)
-    monkeypatch.setattr("tune_a_video.text.USE_PEFT_BACKEND", True)
+    monkeypatch.setattr("tune_a_video.inference.text.USE_PEFT_BACKEND", True)
     torch.manual_seed(5)
     plain, made = (quiet(TuneAVideoPipeline.from_base(sd_folder)) for _ in range(2))
     made.unet.load_state_dict(plain.unet.state_dict())

@@ -10,9 +10,9 @@ from random_sd import make_pipeline, make_video_pipeline, quiet
 from safetensors.torch import save_file
 
 from core.errors import ConfigError
-from tune_a_video.folders import NotAPipeline
-from tune_a_video.pipeline import TuneAVideoPipeline
-from tune_a_video.trainer import TuneAVideoTrainer
+from tune_a_video.interop.folders import NotAPipeline
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
+from tune_a_video.trainer.tuning import TuneAVideoTrainer
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 from random_sd import make_pipeline
 from safetensors.torch import save_file
 
-from tune_a_video.lora import merge_lora
-from tune_a_video.lora_files import LoRAFileError
-from tune_a_video.pipeline import TuneAVideoPipeline
+from tune_a_video.interop.lora import merge_lora
+from tune_a_video.interop.lora_files import LoRAFileError
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 QUERY, OUTPUT = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_out.0"

@@ -13,8 +13,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from core.data import MissingDataError
 from core.errors import ConfigError
 from core.metrics.predictions import MetricError
-from tune_a_video.clip_model import TransformersCLIP, load_clip
-from tune_a_video.metrics import (
+from tune_a_video.metrics.clip_model import TransformersCLIP, load_clip
+from tune_a_video.metrics.outside import OutsideScores, lpips_network
+from tune_a_video.metrics.scores import (
     ClipScores,
     DrawnScores,
     EditQuality,
@@ -29,11 +30,10 @@ from tune_a_video.metrics import (
     frame_consistency,
     text_alignment,
 )
-from tune_a_video.outside import OutsideScores, lpips_network
+from tune_a_video.metrics.warp import visible, warp, warp_error
 from tune_a_video.standin import captions, draw_clip, make_tokenizer, measure, path_distances
 from tune_a_video.standin.folder import save_tiny_clip
 from tune_a_video.standin.networks import Judge, TinyCLIP, text_config
-from tune_a_video.warp import visible, warp, warp_error
 
 
 # ---------------------------------------------------------------------- functions

@@ -17,14 +17,14 @@ from random_sd import make_pipeline, make_tokenizer, quiet
 from safetensors.torch import save_file
 
 from core.output.media import as_pixels
-from tune_a_video.folders import NotAPipeline
-from tune_a_video.inversion import ddim_invert
-from tune_a_video.lora import merge_lora
+from tune_a_video.data.video_io import save_video, to_pixels, video_grid
+from tune_a_video.inference.inversion import ddim_invert
+from tune_a_video.inference.text import PartsMismatch
+from tune_a_video.inference.windows import predict_in_windows, window_spans
+from tune_a_video.interop.folders import NotAPipeline
+from tune_a_video.interop.lora import merge_lora
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 from tune_a_video.models import TuneAVideoUNet
-from tune_a_video.pipeline import TuneAVideoPipeline
-from tune_a_video.text import PartsMismatch
-from tune_a_video.video_io import save_video, to_pixels, video_grid
-from tune_a_video.windows import predict_in_windows, window_spans
 
 
 def frames(count=3, size=16, seed=0):

@@ -95,7 +95,7 @@ def test_two_steps_of_every_experiment(name, prepare, sd_folder, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_draws_every_second_row_of_the_joint_batch(sd_folder, monkeypatch, rank):
     """Noise, timesteps, dropped captions and draws of the posterior: what the network sees of a process's clips."""
-    from tune_a_video.trainer import TuneAVideoTrainer
+    from tune_a_video.trainer.tuning import TuneAVideoTrainer
 
     video = torch.rand(6, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     joint = {"video": video, "caption": [f"clip {i}" for i in range(6)], "sample_id": [str(i) for i in range(6)]}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tune_a_video.strips import strips
+from tune_a_video.inference.strips import strips
 
 
 def flat(values: list[float], height: int, width: int) -> torch.Tensor:

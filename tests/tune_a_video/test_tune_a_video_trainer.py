@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from core.config import compose
 from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
-from tune_a_video.editing import Sampling, edit, plain_scores, starting_latents
+from tune_a_video.data.video_io import save_video
+from tune_a_video.inference.editing import Sampling, edit, plain_scores, starting_latents
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 from tune_a_video.losses import (
     add_noise,
     denoising_loss,
@@ -19,9 +21,7 @@ from tune_a_video.losses import (
     prediction_target,
 )
 from tune_a_video.models import TuneAVideoUNet
-from tune_a_video.pipeline import TuneAVideoPipeline
-from tune_a_video.trainer import TuneAVideoTrainer
-from tune_a_video.video_io import save_video
+from tune_a_video.trainer.tuning import TuneAVideoTrainer
 
 QUICK = {"steps": 2, "guidance_scale": 2.0}
 DRAWS = {
@@ -206,7 +206,7 @@ def test_low_rank_updates_alone_are_trained_and_read_back(sd_folder, tmp_path):
 
 
 def test_a_pipeline_tuned_by_low_rank_updates_is_saved_whole(sd_folder, tmp_path):
-    from tune_a_video.page import ResultsPage
+    from tune_a_video.inference.page import ResultsPage
 
     made = trainer(sd_folder, lora={"rank": 2}, trainable_modules=["attn1", "attn_temp"])
     losses_of_steps(made)
@@ -431,7 +431,7 @@ def overrides(sd_folder, tmp_path):
 
 def test_one_command_tunes_edits_and_leaves_a_page_and_another_one_edits_again(sd_folder, tmp_path):
     from core.engine.commands.inference import infer
-    from tune_a_video.video_io import save_video
+    from tune_a_video.data.video_io import save_video
 
     save_video(torch.rand(3, 6, 16, 16), tmp_path / "clip.mp4")
     given = overrides(sd_folder, tmp_path)
@@ -473,7 +473,7 @@ def test_one_command_tunes_edits_and_leaves_a_page_and_another_one_edits_again(s
 
 
 def test_resumed_tuning_ends_with_the_same_weights(sd_folder, tmp_path):
-    from tune_a_video.video_io import save_video
+    from tune_a_video.data.video_io import save_video
 
     save_video(torch.rand(3, 4, 16, 16), tmp_path / "clip.mp4")
     given = [*overrides(sd_folder, tmp_path), "test_dataloader=null", "test_evaluator=null", "checkpoint.every_steps=2"]
@@ -491,7 +491,7 @@ def test_resumed_tuning_ends_with_the_same_weights(sd_folder, tmp_path):
 
 
 def test_empty_prompts_stop_a_run_with_what_to_set(sd_folder, tmp_path):
-    from tune_a_video.video_io import save_video
+    from tune_a_video.data.video_io import save_video
 
     save_video(torch.rand(3, 4, 16, 16), tmp_path / "clip.mp4")
     with pytest.raises(ConfigError, match=r"model\.prompts"):
@@ -500,7 +500,7 @@ def test_empty_prompts_stop_a_run_with_what_to_set(sd_folder, tmp_path):
 
 
 def test_clips_that_are_too_short_stop_before_training(sd_folder, tmp_path):
-    from tune_a_video.video_io import save_video
+    from tune_a_video.data.video_io import save_video
 
     save_video(torch.rand(3, 4, 16, 16), tmp_path / "clip.mp4")
     with pytest.raises(ConfigError, match="4"):

@@ -6,9 +6,9 @@ from random_sd import make_pipeline, make_video_pipeline
 
 from core.config import compose
 from core.errors import ConfigError
-from tune_a_video.editing import Sampling, edit
+from tune_a_video.inference.editing import Sampling, edit
+from tune_a_video.inference.null_text import null_text_inversion
 from tune_a_video.losses import add_noise
-from tune_a_video.null_text import null_text_inversion
 from tune_a_video.trainer import TuneAVideoTrainer
 
 PRIOR = {"samples": 2, "steps": 2, "guidance_scale": 2.0}

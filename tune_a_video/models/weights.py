@@ -23,7 +23,8 @@ def _plain_read(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-#: Reads a file of weights. The engine puts a reader here whose time and memory are bounded, see `tune_a_video.folders`.
+#: Reads a file of weights. The engine puts a reader here whose time and memory are bounded, see
+#: `tune_a_video.interop.folders`.
 read_file: Callable[[Path], Any] = _plain_read
 _STEM = "diffusion_pytorch_model"
 

@@ -33,7 +33,7 @@ _PREPARE = "python tools/prepare_data.py paper=tune_a_video task=tiny_sd output=
 
 
 def build(output: Path, settings: dict[str, Any], check_steps: int) -> dict[str, Any]:
-    """Makes what is missing in a folder; see `tune_a_video.prepare.tiny_sd`.
+    """Makes what is missing in a folder; see `tune_a_video.data.prepare.tiny_sd`.
 
     Args:
         output: the folder.

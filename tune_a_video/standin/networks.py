@@ -80,7 +80,7 @@ def text_config(tokenizer: CLIPTokenizer, layers: int = 2) -> CLIPTextConfig:
 
 
 class TinyCLIP(nn.Module):
-    """Pictures and captions in one space, as CLIP has them; `tune_a_video.metrics` takes it for one.
+    """Pictures and captions in one space, as CLIP has them; `tune_a_video.metrics.scores` takes it for one.
 
     Args:
         text: the text tower with its projection.

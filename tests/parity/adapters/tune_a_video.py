@@ -19,7 +19,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from tune_a_video.checkpoint import convert, revert
-from tune_a_video.inversion import ddim_invert
+from tune_a_video.inference.inversion import ddim_invert
 from tune_a_video.models import (
     FrameCount,
     SpatioTemporalAttnProcessor,

@@ -11,10 +11,10 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from tune_a_video.data.video_io import video_grid
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 from tune_a_video.losses import add_noise, denoising_loss, prediction_target
-from tune_a_video.metrics import consecutive_consistency, frame_accuracy, frame_consistency, text_alignment
-from tune_a_video.pipeline import TuneAVideoPipeline
-from tune_a_video.video_io import video_grid
+from tune_a_video.metrics.scores import consecutive_consistency, frame_accuracy, frame_consistency, text_alignment
 
 from ..cases import Case
 from . import Outputs

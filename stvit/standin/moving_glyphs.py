@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stvit.data import GLYPHS, _colour, _gratings, _inside, _unit_coordinates, to_pixels
+from stvit.standin.glyphs import GLYPHS, _colour, _gratings, _inside, _unit_coordinates, to_pixels
 
 #: Directions of motion, (x, y) with y down; class = direction * shapes + shape.
 DIRECTIONS = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}
@@ -36,7 +36,7 @@ class MovingGlyphs(Dataset):
         size: side of the frames in pixels; lengths below are at 28 pixels and grow with it.
         frames: frames of a clip.
         count: number of clips; None for 2048 (train) or 512.
-        shapes: number of shapes, the first ones of `stvit.data.GLYPHS`.
+        shapes: number of shapes, the first ones of `stvit.standin.glyphs.GLYPHS`.
         radius: smallest and largest radius of a glyph.
         speed: smallest and largest speed, in pixels per frame.
         noise: deviation of the noise that every frame has by itself, in units of the colours.

@@ -1,6 +1,6 @@
 """LoRA weights of image models merged into a video network, without further libraries.
 
-Which files are read is said in `tune_a_video.lora_files`.
+Which files are read is said in `tune_a_video.interop.lora_files`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tune_a_video.lora_files import LoRAFileError, LowRank, plain, read_lora
+from tune_a_video.interop.lora_files import LoRAFileError, LowRank, plain, read_lora
 
 
 def merge_lora(
@@ -30,8 +30,8 @@ def merge_lora(
 
     Raises:
         FileNotFoundError: there is no such file.
-        tune_a_video.lora_files.LoRAFileError: it holds no LoRA weights, weights of another kind, or some that have no
-            place here; all are named. Nothing has been changed then.
+        tune_a_video.interop.lora_files.LoRAFileError: it holds no LoRA weights, weights of another kind, or some that
+            have no place here; all are named. Nothing has been changed then.
     """
     tables = {"unet": _layers(unet), "text_encoder": None if text_encoder is None else _layers(text_encoder)}
     homeless, changed = [], []

@@ -94,7 +94,7 @@ class ClassificationTrainer(Trainer):
         Raises:
             ValueError: the network has no semantic tokens.
         """
-        from stvit.visualize import token_picture
+        from stvit.inference.visualize import token_picture
 
         with torch.no_grad(), self.autocast():
             maps = self.network.token_maps(images)

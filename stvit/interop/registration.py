@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 # Module that has to be complete -> module of ours that registers the models with it.
-_REGISTRATIONS = {"timm.models": "stvit.timm", "core.config.registry": "stvit.openmmlab"}
+_REGISTRATIONS = {"timm.models": "stvit.interop.timm", "core.config.registry": "stvit.interop.openmmlab"}
 # Our registries are children of mmengine's: who uses mmengine needs them. mmdet reads mmcv's compiled operators, which
 # mmcv-lite has not, when it is imported: ours have to be in their place by then.
 _IMPLIES = {"mmengine.registry": "core.config.registry", "mmcv": "core.config.mmcv_ops"}

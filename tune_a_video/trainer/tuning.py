@@ -16,8 +16,11 @@ from core.data import hash_state
 from core.engine.state.randomness import own_rows
 from core.errors import ConfigError
 from core.trainer import Batch, Inference, Trainer
-from tune_a_video.editing import Edits, Sampling, edit, plain_scores, reconstruct, starting_latents
-from tune_a_video.folders import check_folder
+from tune_a_video.data.video_io import to_pixels
+from tune_a_video.inference.editing import Edits, Sampling, edit, plain_scores, reconstruct, starting_latents
+from tune_a_video.inference.prompts import Prompts, prompts_of
+from tune_a_video.interop.folders import check_folder
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 from tune_a_video.losses import NOISES, add_noise, denoising_loss, frame_noise, min_snr_weight, prediction_target
 from tune_a_video.models import TRAINABLE_MODULES, TuneAVideoUNet
 from tune_a_video.models.frame_attention import FrameSpec
@@ -25,10 +28,7 @@ from tune_a_video.models.inflated_weights import settled_options
 from tune_a_video.models.inflation import TEMPORAL_NAMES
 from tune_a_video.models.lora_layers import add_lora
 from tune_a_video.models.weights import read_config
-from tune_a_video.pipeline import TuneAVideoPipeline
-from tune_a_video.prior import Prior, untuned
-from tune_a_video.prompts import Prompts, prompts_of
-from tune_a_video.video_io import to_pixels
+from tune_a_video.trainer.prior import Prior, untuned
 
 #: Networks of Stable Diffusion, for profiles and counts without weights, at 512 x 512 pixels as they are tuned.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ class TuneAVideoTrainer(Trainer):
         base_lora: file of LoRA weights that is merged into the base first.
         base_lora_scale: its strength.
         base_config: local folder of a pipeline that says what a single file holds, see
-            `tune_a_video.single_file.read_single_file`.
+            `tune_a_video.interop.single_file.read_single_file`.
         variant: of the base's files, such as `fp16`.
         attention, group_norm, temporal: see `TuneAVideoUNet`.
         trainable_modules: names of modules, see `TuneAVideoUNet.trainable_parameters`; `[all]` for everything.
@@ -74,11 +74,11 @@ class TuneAVideoTrainer(Trainer):
         min_snr_gamma: caps the weight of easy timesteps; None: none, as in the paper.
         caption_dropout: share of steps without caption.
         prior_weight: of prior preservation, the denoising loss of images that the untuned model has drawn.
-        prior: of those images, see `tune_a_video.prior.Prior`.
+        prior: of those images, see `tune_a_video.trainer.prior.Prior`.
         cache_latents: False encodes clip and caption in every step, as the released code does.
         gradient_checkpointing: less memory, more time, same gradients.
         prompts: of the edits; None: those that the data set gives (`edits`).
-        sample: see `tune_a_video.editing.Sampling`.
+        sample: see `tune_a_video.inference.editing.Sampling`.
         clip: how `tools/infer.py` reads a file: arguments of `tune_a_video.data.OneShotVideoDataset` without path.
         n_frames: of profiles.
         frozen: see `core.Trainer`.
@@ -313,7 +313,7 @@ class TuneAVideoTrainer(Trainer):
         Returns:
             `video` and `source` `(R, 3, f, H, W)` in [0, 1]; `from_noise` `(R, f)`, frames that did not start from the
             source; R texts `prompt` and `source_prompt`; `sample_id` `CLIP/NUMBER`; whatever else the batch holds for
-            each clip; and per clip `scores`, see `tune_a_video.editing.plain_scores`.
+            each clip; and per clip `scores`, see `tune_a_video.inference.editing.plain_scores`.
         """
         made = [self._edits_of(batch, i) for i in range(len(batch["video"]))]
         self._shown = {_key_of(batch, i): one for i, one in enumerate(made)}
@@ -366,7 +366,7 @@ class TuneAVideoTrainer(Trainer):
             ConfigError: no caption or prompts; the clip is too short.
         """
         from tune_a_video.data import OneShotVideoDataset
-        from tune_a_video.page import write_page
+        from tune_a_video.inference.page import write_page
 
         if not self.clip.get("prompt"):
             raise ConfigError("set model.clip.prompt to the caption of the clip")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stvit.trainer import ClassificationTrainer
+from stvit.trainer.classification import ClassificationTrainer
 
 
 class DistillationTrainer(ClassificationTrainer):

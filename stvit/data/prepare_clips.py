@@ -11,7 +11,7 @@ from core.data.prepare import preparer
 from core.errors import ConfigError
 from core.output.media import write_media
 from core.output.progress import Progress
-from stvit.moving_glyphs import class_names, sample_clip, sample_label
+from stvit.standin.moving_glyphs import class_names, sample_clip, sample_label
 
 
 @preparer("moving_glyphs")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stvit.data import GLYPHS, _colour, _gratings, _inside, _stroke, _unit_coordinates, to_pixels
+from stvit.standin.glyphs import GLYPHS, _colour, _gratings, _inside, _stroke, _unit_coordinates, to_pixels
 
 
 @dataclass(frozen=True)
 class Glyph:
     """One visible object of a scene.
 
-    shape: index into `stvit.data.GLYPHS`.
+    shape: index into `stvit.standin.glyphs.GLYPHS`.
     mask: (S, S) bool, the visible part.
     hidden: share of its pixels that later glyphs cover.
     """

@@ -28,8 +28,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from tune_a_video.control import Share, as_module, prepare
-from tune_a_video.folders import (
+from tune_a_video.inference.inversion import check_steps, ddim_invert
+from tune_a_video.inference.inversion_cache import cached_inversion
+from tune_a_video.inference.text import adapters_scaled, as_prompts, check_parts, text_states
+from tune_a_video.inference.windows import predict_in_windows
+from tune_a_video.interop.control import Share, as_module, prepare
+from tune_a_video.interop.folders import (
     check_folder,
     check_pickles,
     check_scheduler,
@@ -39,14 +43,10 @@ from tune_a_video.folders import (
     pickled_shards,
     read_parts,
 )
-from tune_a_video.inversion import check_steps, ddim_invert
-from tune_a_video.inversion_cache import cached_inversion
-from tune_a_video.lora import merge_lora
+from tune_a_video.interop.lora import merge_lora
+from tune_a_video.interop.single_file import read_single_file
 from tune_a_video.models import TemporalConfig, TuneAVideoUNet
 from tune_a_video.models.frame_attention import FrameSpec
-from tune_a_video.single_file import read_single_file
-from tune_a_video.text import adapters_scaled, as_prompts, check_parts, text_states
-from tune_a_video.windows import predict_in_windows
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 
@@ -113,8 +113,8 @@ class TuneAVideoPipeline(
         """A tuned pipeline that `save_pretrained` wrote; arguments are those of `DiffusionPipeline.from_pretrained`.
 
         Raises:
-            tune_a_video.folders.NotAPipeline: the folder is an image pipeline's, which `from_base` reads, or one of
-                the released code, which `from_official` reads.
+            tune_a_video.interop.folders.NotAPipeline: the folder is an image pipeline's, which `from_base` reads, or
+                one of the released code, which `from_official` reads.
         """
         folder = Path(path).expanduser()
         if "unet" not in kwargs:
@@ -150,15 +150,15 @@ class TuneAVideoPipeline(
             attention, group_norm, temporal: see `TuneAVideoUNet`; None: what a tuned base was tuned with, or the
                 defaults there.
             lora: a file of LoRA weights, or PEFT's folder of an adapter, that is merged into the image model first, see
-                `tune_a_video.lora`.
+                `tune_a_video.interop.lora`.
             lora_scale: its strength.
             variant: `fp16` for files of that name; parts that lack it are read without.
             config: of a single file, which holds weights alone: local folder of a pipeline of the same kind, see
-                `tune_a_video.single_file.read_single_file`.
+                `tune_a_video.interop.single_file.read_single_file`.
             torch_dtype: of all parameters; None: float32.
 
         Raises:
-            tune_a_video.folders.NotAPipeline: the folder is none.
+            tune_a_video.interop.folders.NotAPipeline: the folder is none.
             ValueError: weights do not fit, or a tuned base is asked for other attention than it was tuned with.
         """
         options = {"attention": attention, "group_norm": group_norm, "temporal": temporal}
@@ -198,7 +198,7 @@ class TuneAVideoPipeline(
             variant, torch_dtype: see `from_base`.
 
         Raises:
-            tune_a_video.folders.NotAPipeline: the folder is none.
+            tune_a_video.interop.folders.NotAPipeline: the folder is none.
             ValueError: weights do not fit, or the network is an image model's.
         """
         folder = check_folder(path)
@@ -335,7 +335,7 @@ class TuneAVideoPipeline(
             steps: as many as sampling will take.
             iterations: fixed-point iterations per step, for inversions that lead back more exactly.
             trajectory: all levels, `(steps + 1, b, c, f, h, w)`, the clean ones first.
-            window, overlap: frames at a time, see `tune_a_video.windows`; None: all.
+            window, overlap: frames at a time, see `tune_a_video.inference.windows`; None: all.
             cache: folder in which results are kept by weights, latents and settings.
 
         Returns:
@@ -421,8 +421,8 @@ class TuneAVideoPipeline(
             strength: the latents are clean, and noised so far (SDEdit, Meng et al. 2022): 1 nearly hides them, 0.1
                 leaves little to do; of the steps that share is taken.
             prompt_embeds, negative_prompt_embeds: text states `(b, L, d)` in place of texts; the second also
-                `(steps, b, L, d)`, as `tune_a_video.null_text` finds them.
-            window, overlap: frames at a time for long videos, see `tune_a_video.windows`; None: all.
+                `(steps, b, L, d)`, as `tune_a_video.inference.null_text` finds them.
+            window, overlap: frames at a time for long videos, see `tune_a_video.inference.windows`; None: all.
             output_type: `pt`, `np`, `pil` or `latent`.
             return_dict: False: a tuple of `frames`.
             callback_on_step_end: called with pipeline, step, timestep and tensors; what it returns replaces them.
@@ -430,7 +430,7 @@ class TuneAVideoPipeline(
             cross_attention_kwargs: for the attention processors, such as the scale of a LoRA.
             controlnet: in place of the pipeline's own for this call.
             control_video: its frames (depth, pose, edges, ...), as many and as large as the video's, see
-                `tune_a_video.control.prepare`; a list of such for several ControlNets.
+                `tune_a_video.interop.control.prepare`; a list of such for several ControlNets.
             controlnet_conditioning_scale: strength, or one for each ControlNet.
             control_guidance_start, control_guidance_end: shares of the steps between which it takes part.
 

@@ -12,14 +12,14 @@ from core.config.files import read_json, replacing
 from core.data.prepare import preparer
 from core.errors import ConfigError
 from core.output.progress import Progress
-from stvit.data import GLYPHS
-from stvit.prepare_clips import moving_glyphs
-from stvit.prepare_glyphs import glyph_pictures
-from stvit.scenes import Glyph, render_scene
+from stvit.data.prepare_clips import moving_glyphs
+from stvit.data.prepare_glyphs import glyph_pictures
+from stvit.standin.glyphs import GLYPHS
+from stvit.standin.scenes import Glyph, render_scene
 
 __all__ = ["glyph_coco", "glyph_pictures", "moving_glyphs"]
 
-# Streams of random numbers, apart from those of stvit.data.GlyphField.
+# Streams of random numbers, apart from those of stvit.standin.glyphs.GlyphField.
 _STREAMS = {"train": 1000, "val": 1001}
 
 

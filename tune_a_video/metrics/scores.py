@@ -18,10 +18,10 @@ from torchmetrics import Metric
 from core.config.registry import METRICS, nearest
 from core.errors import ConfigError
 from core.metrics import TorchMetrics
-from tune_a_video.clip_model import TransformersCLIP, load_clip
-from tune_a_video.means import Means, check_videos
-from tune_a_video.outside import OutsideScores
-from tune_a_video.warp import WarpError
+from tune_a_video.metrics.clip_model import TransformersCLIP, load_clip
+from tune_a_video.metrics.means import Means, check_videos
+from tune_a_video.metrics.outside import OutsideScores
+from tune_a_video.metrics.warp import WarpError
 
 __all__ = [
     "ClipScores",
@@ -144,7 +144,7 @@ class ClipScores(Means):
     `directional_similarity` (a cosine).
 
     Args:
-        clip: folder of a model (see `tune_a_video.clip_model.load_clip`), or an embedder.
+        clip: folder of a model (see `tune_a_video.metrics.clip_model.load_clip`), or an embedder.
         figures: which of them.
 
     Raises:

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from core.checkpoint import load_official
-from tune_a_video.folders import NotAPipeline, check_folder
+from tune_a_video.interop.folders import NotAPipeline, check_folder
 
 _FILES = ("*.json", "*.txt", "**/*.json", "**/*.txt")
 
@@ -40,7 +40,7 @@ def read_single_file(
         torch_dtype: of the parameters; None: float32.
 
     Raises:
-        tune_a_video.folders.NotAPipeline: there is no such folder, or none in the cache.
+        tune_a_video.interop.folders.NotAPipeline: there is no such folder, or none in the cache.
         ValueError: the file holds no such model, or another one than the folder says.
     """
     path = Path(path)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tune_a_video.video_io import to_pixels
+from tune_a_video.data.video_io import to_pixels
 
 _LINE, _GAP = 22, 4
 

@@ -10,7 +10,7 @@ from core.config.files import replacing
 from core.data.prepare import preparer
 from core.errors import ConfigError
 from core.output.progress import Progress
-from stvit.data import GlyphField, to_pixels
+from stvit.standin.glyphs import GlyphField, to_pixels
 
 
 @preparer("glyph_pictures")

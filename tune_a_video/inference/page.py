@@ -15,11 +15,11 @@ from PIL import Image
 
 from core.config.registry import HOOKS
 from core.trainer import unwrap
-from tune_a_video.editing import Edits, plain_scores
+from tune_a_video.data.video_io import save_video, to_pixels
+from tune_a_video.inference.editing import Edits, plain_scores
+from tune_a_video.inference.strips import strips
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 from tune_a_video.models.lora_layers import merged_copy
-from tune_a_video.pipeline import TuneAVideoPipeline
-from tune_a_video.strips import strips
-from tune_a_video.video_io import save_video, to_pixels
 
 _STYLE = (
     "body{font-family:sans-serif;margin:2em}figure{display:inline-block;margin:.5em;vertical-align:top;width:272px}"

@@ -102,7 +102,7 @@ class VideoClassificationTrainer(Trainer):
         """Token pictures of the slices of a clip `(1, C, T, H, W)` in order: uint8 `(T', height, width, 3)`."""
         import numpy as np
 
-        from stvit.visualize import token_picture
+        from stvit.inference.visualize import token_picture
 
         with torch.no_grad(), self.autocast():
             maps = self.network.token_maps(clip)[0]

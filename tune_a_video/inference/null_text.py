@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_a_video.inversion import check_steps
-from tune_a_video.pipeline import TuneAVideoPipeline
+from tune_a_video.inference.inversion import check_steps
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 
 
 def null_text_inversion(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tune_a_video.pipeline import TuneAVideoPipeline
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 
 
 @dataclass(frozen=True)

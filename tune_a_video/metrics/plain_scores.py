@@ -12,7 +12,8 @@ from core.config.registry import METRICS
 
 @METRICS.register_module()
 class PlainScores(BaseMetric):
-    """`change`, `flicker` and, for inverted starts, `inversion_psnr`; see `tune_a_video.editing.plain_scores`.
+    """`change`, `flicker` and, for inverted starts, `inversion_psnr`; see
+    `tune_a_video.inference.editing.plain_scores`.
 
     They say whether an evaluation has worked at all, not whether an edit is good: `change` near 0 is a copy of the
     source, an `inversion_psnr` below some 20 dB an inversion that does not lead back, and `flicker` is to be held

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_a_video.folders import check_scheduler
+from tune_a_video.data.video_io import video_grid
+from tune_a_video.inference.null_text import null_text_inversion
+from tune_a_video.interop.folders import check_scheduler
+from tune_a_video.interop.pipeline import TuneAVideoPipeline
 from tune_a_video.losses import frame_noise
-from tune_a_video.null_text import null_text_inversion
-from tune_a_video.pipeline import TuneAVideoPipeline
-from tune_a_video.video_io import video_grid
 
 INITS = ("ddim_inversion", "noise", "shared_noise", "ddim_inversion:EVERY", "sdedit:STRENGTH")
 

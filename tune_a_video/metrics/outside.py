@@ -12,7 +12,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from core.checkpoint import load
 from core.checkpoint.weights import load_state
 from core.errors import ConfigError
-from tune_a_video.means import Means, check_videos
+from tune_a_video.metrics.means import Means, check_videos
 
 
 def outside_psnr(video: Tensor, source: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Images of what semantic tokens attend to."""

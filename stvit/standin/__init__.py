@@ -1,0 +1,1 @@
+"""Small worlds that need no download: glyphs, scenes of glyphs, moving glyphs."""

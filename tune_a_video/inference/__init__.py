@@ -1,0 +1,1 @@
+"""From a tuned network to edited clips: inversion, windows, edits, the page of results, submissions."""

@@ -1,0 +1,1 @@
+"""diffusers' own doors: the pipeline, folders, single files, LoRA, ControlNets."""
