@@ -36,7 +36,7 @@ from core.profile.benchmarking import conditions, measure, publish
 from core.profile.measure import benchmark, peak_memory
 from slot_walks import FeatureCache, SlotEncoder, SlotTrainer, SlotWalker, WalkLoss, dino_vits8
 from slot_walks.data import Flowers, Square
-from slot_walks.data.standin import draw_scene
+from slot_walks.standin.blobworld import draw_scene
 
 CHANNELS = 384
 

@@ -15,10 +15,8 @@ from torch.utils.data import Dataset
 from core.engine.state.randomness import own_rows
 from core.errors import ConfigError
 from core.trainer import Batch, Inference, Trainer
-from seqgan.codes import CodeCache
-from seqgan.diagnostics import codebook_usage, predicted_images
-from seqgan.generation import Generator, check_codes, spread_labels
-from seqgan.inference import (
+from seqgan.data.codes import CodeCache
+from seqgan.inference.files import (
     REQUESTS,
     SampleRequest,
     complete_picture,
@@ -29,7 +27,11 @@ from seqgan.inference import (
     samples,
     tokenizer_of,
 )
-from seqgan.losses import (
+from seqgan.inference.generation import Generator, check_codes, spread_labels
+from seqgan.inference.pictures import grid, strips, to_pixels
+from seqgan.inference.sampling import ARSampler, ParallelSampler
+from seqgan.losses.perceptual import SemanticPerceptualLoss
+from seqgan.losses.terms import (
     adaptive_weight,
     autoregressive_loss,
     discriminator_loss,
@@ -38,10 +40,8 @@ from seqgan.losses import (
     masked_loss,
     started,
 )
+from seqgan.metrics.diagnostics import codebook_usage, predicted_images
 from seqgan.models import ARTransformer, MaskedTransformer, Tokenizer, training_mask
-from seqgan.perceptual import SemanticPerceptualLoss
-from seqgan.pictures import grid, strips, to_pixels
-from seqgan.sampling import ARSampler, ParallelSampler
 
 # In the second phase; `TokenizerTrainer(frozen=...)` takes them.
 CODES = ("network.encoder", "network.quant_conv", "network.quantizer")
@@ -205,7 +205,7 @@ class TokenizerTrainer(Trainer):
         return {"reconstructions": reconstructions(self.network, batch["image"], made, indices)}
 
     def infer(self, file: Path) -> Inference:
-        """A picture, its reconstruction and its codes; see `seqgan.inference.reconstruct_picture`.
+        """A picture, its reconstruction and its codes; see `seqgan.inference.files.reconstruct_picture`.
 
         Raises:
             ConfigError: a request for samples, which a transformer makes.
@@ -386,7 +386,7 @@ class TransformerTrainer(Trainer):
         return Generator(self._decoders[other].to(self.device), self.network, self.sampler)
 
     def generate(self) -> Inference:
-        """Samples as `request` asks for; see `seqgan.inference.samples`."""
+        """Samples as `request` asks for; see `seqgan.inference.files.samples`."""
         return samples(self.generator(), self.request)
 
     def infer(self, file: Path) -> Inference:

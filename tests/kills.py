@@ -133,8 +133,8 @@ EXPERIMENTS = (
 
 def prepared(home: Path) -> None:
     """What runs find in the folder that they start in: the tiny experiment, and networks of a dozen steps."""
-    from seqgan.data.shape_glyphs import ShapeGlyphs
     from seqgan.standin import judges
+    from seqgan.standin.shape_glyphs import ShapeGlyphs
 
     (home / "mypoints.py").write_text(PACKAGE + HOOK)
     (home / "configs/experiment/mine").mkdir(parents=True)

@@ -132,14 +132,14 @@ def _lmdb(root):
 
 
 def _statistics(root):
-    from seqgan.fidelity import read_statistics
+    from seqgan.metrics.fidelity import read_statistics
 
     (root / "a.npz").write_bytes(b"PK\x03\x04")
     return lambda: read_statistics(root / "a.npz"), DataFileError, r"a\.npz' cannot be read.*mu and sigma"
 
 
 def _request(root):
-    from seqgan.inference import SampleRequest, read_request
+    from seqgan.inference.files import SampleRequest, read_request
 
     (root / "a.json").write_bytes(LATIN)
     return lambda: read_request(root / "a.json", SampleRequest()), DataFileError, r"a\.json' is not UTF-8"
@@ -209,7 +209,7 @@ def _network_config(root):
 
 
 def _backbone(root):
-    import slot_walks.trainer  # noqa: F401  hands over the engine's reader
+    import slot_walks.trainer.slots  # noqa: F401  hands over the engine's reader
     from slot_walks.models.weights import read_backbone
 
     (root / "dino.pth").write_bytes(b"<!DOCTYPE html>")

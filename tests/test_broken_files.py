@@ -105,7 +105,7 @@ def _tfrecord(root):
 
 
 def _curves(root):
-    from slot_walks.curves import read_log
+    from slot_walks.inference.curves import read_log
 
     path = _text(root / "log.jsonl", '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     return path, lambda: read_log(path)
@@ -128,7 +128,7 @@ def _lmdb(root):
 
 
 def _statistics(root):
-    from seqgan.fidelity import read_statistics
+    from seqgan.metrics.fidelity import read_statistics
 
     np.savez(root / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32))
     return root / "a.npz", lambda: read_statistics(root / "a.npz")
@@ -136,7 +136,7 @@ def _statistics(root):
 
 def _request(name, content):
     def case(root):
-        from seqgan.inference import SampleRequest, read_request
+        from seqgan.inference.files import SampleRequest, read_request
 
         path = _text(root / name, content)
         return path, lambda: read_request(path, SampleRequest()).classes(10)
@@ -145,7 +145,7 @@ def _request(name, content):
 
 
 def _tokenizer(root):
-    from seqgan.inference import tokenizer_of
+    from seqgan.inference.files import tokenizer_of
 
     _text(root / "checkpoints/step_00000001.pt", "")
     path = root / "config.yaml"

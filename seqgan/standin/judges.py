@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from core.checkpoint import load, save_atomic
 from core.data import derive_seed, preserved_random_state
 from core.output.progress import Progress
-from seqgan.data.shape_glyphs import ShapeGlyphs
-from seqgan.fidelity import Statistics, frechet_distance
-from seqgan.perceptual import SemanticPerceptualLoss, TappedNetwork
+from seqgan.losses.perceptual import SemanticPerceptualLoss, TappedNetwork
+from seqgan.metrics.fidelity import Statistics, frechet_distance
 from seqgan.standin.networks import LOSS_TAPS, LOW, SEMANTIC, JudgeNetwork, LossNetwork
+from seqgan.standin.shape_glyphs import ShapeGlyphs
 
 ROOT = "data/shape_glyphs"
 # What is trained how long, and its stream of random numbers.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from core.config.registry import DATASETS, METRICS, build
 from core.metrics.predictions import batches
-from seqgan.data.shape_glyphs import ShapeGlyphs
-from seqgan.diagnostics import code_histogram, codebook_usage
+from seqgan.metrics.diagnostics import code_histogram, codebook_usage
 from seqgan.standin.judges import ROOT, TemplateJudge, frechet, pooled_pixels, trained_network
+from seqgan.standin.shape_glyphs import ShapeGlyphs
 
 _KEPT = (
     "image", "label", "asked", "nll", "right", "mask", "codes", "codes2",

@@ -17,7 +17,7 @@ import torch
 from core.config.command.cli import parse, run
 from core.config.registry import DATASETS, build
 from core.errors import ConfigError
-from seqgan.pictures import to_pixels
+from seqgan.inference.pictures import to_pixels
 from seqgan.standin.trainer import TwoDecoderTransformer
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from core.data import derive_seed
 from core.errors import ConfigError
 from core.trainer import Batch
-from seqgan.codes import CodeCache
-from seqgan.inference import SampleRequest
+from seqgan.data.codes import CodeCache
+from seqgan.inference.files import SampleRequest
+from seqgan.inference.sampling import ARSampler, ParallelSampler
 from seqgan.models import ARTransformer, MaskedTransformer, Tokenizer
-from seqgan.sampling import ARSampler, ParallelSampler
 from seqgan.trainer import TransformerTrainer
 
 

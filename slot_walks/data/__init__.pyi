@@ -4,12 +4,10 @@ from .birds import Birds as Birds
 from .coco import COCO as COCO
 from .cocostuff import COCOSTUFF27 as COCOSTUFF27
 from .cocostuff import COCOStuff as COCOStuff
-from .digit_scenes import DigitScenes as DigitScenes
 from .dogs_cars import Cars as Cars
 from .dogs_cars import Dogs as Dogs
 from .flowers import Flowers as Flowers
 from .movi import MOVi as MOVi
-from .standin import Blobworld as Blobworld
 from .transforms import CropTrain as CropTrain
 from .transforms import OfficialEval as OfficialEval
 from .transforms import Square as Square

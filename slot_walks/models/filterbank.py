@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from slot_walks.models.precision import no_autocast
 from slot_walks.models.recorded import fixed
-from slot_walks.precision import no_autocast
 
 # Channels before the map: hexagonal chroma at two scales, luma, structure tensor, constant.
 _CHANNELS = 9

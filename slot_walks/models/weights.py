@@ -85,5 +85,6 @@ def _plain_read(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-#: Reads a file of weights. The engine puts a reader here whose time and memory are bounded, see `slot_walks.trainer`.
+#: Reads a file of weights. The engine puts a reader here whose time and memory are bounded, see
+#: `slot_walks.trainer.slots`.
 read_file: Callable[[Path], Any] = _plain_read

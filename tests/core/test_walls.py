@@ -107,6 +107,18 @@ def test_a_folder_of_core_is_seen_at_a_glance():
         assert len(modules) <= 12, f"{folder}: {modules}"
 
 
+SHAPE = {
+    "models", "losses", "trainer", "data", "standin", "metrics", "checkpoint", "inference", "interop", "tables",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("paper", present())
+def test_a_paper_has_the_shape_of_all(paper):
+    entries = {path.name.removesuffix(".py") for path in (ROOT / paper).iterdir() if path.suffix in ("", ".py")}
+    assert entries - {"__init__", "__pycache__"} <= SHAPE
+    assert {"models", "trainer", "data", "tables"} <= entries
+
+
 def imports_of(path, modules):
     """Modules of core that a file imports, at its top or later; what only type checkers read does not count."""
     found, queue = set(), list(ast.parse(path.read_text()).body)

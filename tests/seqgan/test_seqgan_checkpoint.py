@@ -16,6 +16,7 @@ from core.errors import ConfigError
 from seqgan.checkpoint import CheckpointMismatch, convert, revert
 from seqgan.checkpoint.msgpack import FlaxFileError, read_flax
 from seqgan.checkpoint.shapes import check_whole
+from seqgan.data.prepare import flax_weights
 from seqgan.models import (
     ARTransformer,
     MaskedTransformer,
@@ -24,7 +25,6 @@ from seqgan.models import (
     conv_tokenizer,
     vqgan_tokenizer,
 )
-from seqgan.prepare import flax_weights
 
 HEADS = 2
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from seqgan.inference.sampling import ARSampler, ParallelSampler, keep_likely
 from seqgan.models import ARTransformer, MaskedTransformer, UsageEntropy, conv_tokenizer, vqgan_tokenizer
-from seqgan.sampling import ARSampler, ParallelSampler, keep_likely
 from seqgan.standin.networks import SmallEncoder
 
 KINDS = ("vq", "ema", "l2norm_factorized", "kmeans_restart")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from seqgan.diagnostics import code_histogram, codebook_usage, predicted_images, teacher_forced
+from seqgan.metrics.diagnostics import code_histogram, codebook_usage, predicted_images, teacher_forced
 from seqgan.models import ARTransformer, conv_tokenizer
 
 

@@ -15,8 +15,9 @@ from core.errors import VitrineError
 from core.metrics import TorchMetrics
 from core.optim.groups import OptimConstructor
 from core.trainer import DataParallelTrainer
-from seqgan.codes import CodeCache
-from seqgan.metrics import CodeBits, CodebookUse, ImageScores, LinearProbe
+from seqgan.data.codes import CodeCache
+from seqgan.losses.perceptual import SemanticPerceptualLoss, TappedNetwork
+from seqgan.metrics.evaluators import CodeBits, CodebookUse, ImageScores, LinearProbe
 from seqgan.models import (
     ARTransformer,
     EMAQuantizer,
@@ -27,7 +28,6 @@ from seqgan.models import (
     UsageEntropy,
     conv_tokenizer,
 )
-from seqgan.perceptual import SemanticPerceptualLoss, TappedNetwork
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
 
 COUNT = 12

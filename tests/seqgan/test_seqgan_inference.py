@@ -15,12 +15,12 @@ from PIL import Image
 from core.checkpoint import save_atomic
 from core.engine.commands.inference import infer
 from core.errors import ConfigError
-from seqgan.codes import CodeCache
-from seqgan.generation import Generator, code_mask, spread_labels
-from seqgan.inference import SampleRequest, hidden_pixels, read_request, square, tokenizer_of
+from seqgan.data.codes import CodeCache
+from seqgan.inference.files import SampleRequest, hidden_pixels, read_request, square, tokenizer_of
+from seqgan.inference.generation import Generator, code_mask, spread_labels
+from seqgan.inference.pictures import code_colours, from_pixels, grid, to_pixels
+from seqgan.inference.sampling import ARSampler, ParallelSampler
 from seqgan.models import ARTransformer, MaskedTransformer, conv_tokenizer, second_phase
-from seqgan.pictures import code_colours, from_pixels, grid, to_pixels
-from seqgan.sampling import ARSampler, ParallelSampler
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
 from tools.infer import Options
 

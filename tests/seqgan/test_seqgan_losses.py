@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchvision.models import vgg16 as torchvision_vgg16
 
 from core.errors import ConfigError
-from seqgan.losses import (
+from seqgan.losses.perceptual import LPIPS, SemanticPerceptualLoss, TappedNetwork, classifier, vgg16
+from seqgan.losses.terms import (
     adaptive_weight,
     autoregressive_loss,
     discriminator_loss,
@@ -20,7 +21,6 @@ from seqgan.losses import (
     masked_loss,
     started,
 )
-from seqgan.perceptual import LPIPS, SemanticPerceptualLoss, TappedNetwork, classifier, vgg16
 
 
 def images(seed: int, size: int = 16) -> Tensor:

@@ -16,9 +16,9 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from core.errors import ConfigError, VitrineError
 from core.metrics.predictions import MetricError
-from seqgan import evaluate as tool
-from seqgan.fidelity import Inception, Statistics, frechet_distance, inception_score, precision_recall
-from seqgan.metrics import (
+from seqgan.inference.pictures import grid
+from seqgan.metrics import evaluate as tool
+from seqgan.metrics.evaluators import (
     CodebookUse,
     CodePredictability,
     ImageScores,
@@ -27,8 +27,8 @@ from seqgan.metrics import (
     TokenizerQuality,
     as_bytes,
 )
+from seqgan.metrics.fidelity import Inception, Statistics, frechet_distance, inception_score, precision_recall
 from seqgan.models import ARTransformer, conv_tokenizer
-from seqgan.pictures import grid
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
 
 

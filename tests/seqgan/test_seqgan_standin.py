@@ -18,16 +18,16 @@ from core.engine.commands.evaluation import evaluate
 from core.engine.launch import run
 from core.engine.run.config import configured
 from core.errors import ConfigError
-from seqgan.data.shape_digits import ShapeDigits, placed, scanned
-from seqgan.data.shape_glyphs import CLASSES, ShapeGlyphs, shape_masks
+from seqgan.inference.tradeoff import PANELS, curve
+from seqgan.inference.tradeoff import main as draw_main
 from seqgan.models import UsageEntropy, VectorQuantizer
 from seqgan.standin import judges
 from seqgan.standin.judges import TemplateJudge, augmented, frechet, shape_perceptual
 from seqgan.standin.networks import LossNetwork, SmallDecoder, small_tokenizer, small_transformer
+from seqgan.standin.shape_digits import ShapeDigits, placed, scanned
+from seqgan.standin.shape_glyphs import CLASSES, ShapeGlyphs, shape_masks
 from seqgan.standin.sheet import main as draw_sheet
 from seqgan.standin.trainer import TwoDecoderTransformer
-from seqgan.tradeoff import PANELS, curve
-from seqgan.tradeoff import main as draw_main
 from tools.infer import main as infer
 
 

@@ -10,8 +10,8 @@ from core.config.fingerprint import fingerprint
 from core.engine.launch import build_trainer
 from core.profile.figures import Figures
 from core.tables.ablation import declared
+from seqgan.inference.sampling import ParallelSampler
 from seqgan.models import UsageEntropy, ar_base, ar_large, conv_tokenizer, nar_base, nar_large
-from seqgan.sampling import ParallelSampler
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
 
 # The decoder's four doublings with their convolutions take 24.2 GMACs as they stand and 10.8 as they are computed.

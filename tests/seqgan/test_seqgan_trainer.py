@@ -15,9 +15,10 @@ from core.data import ImageNet, StaleCacheError
 from core.data.prepare import run_task
 from core.engine.state import randomness
 from core.optim.groups import OptimConstructor
-from seqgan.codes import CodeCache
 from seqgan.data import TokenizerTransform
-from seqgan.losses import gradient_penalty
+from seqgan.data.codes import CodeCache
+from seqgan.losses.perceptual import SemanticPerceptualLoss, TappedNetwork
+from seqgan.losses.terms import gradient_penalty
 from seqgan.models import (
     ARTransformer,
     MaskedTransformer,
@@ -27,7 +28,6 @@ from seqgan.models import (
     conv_tokenizer,
     training_mask,
 )
-from seqgan.perceptual import SemanticPerceptualLoss, TappedNetwork
 from seqgan.trainer import CODES, TokenizerTrainer, TransformerTrainer
 
 ADAM = {"optimizer": {"type": "torch.optim.Adam", "lr": 2e-3}}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqgan import sampling
+from seqgan.inference import sampling
+from seqgan.inference.sampling import ARSampler, ParallelSampler, decoding_steps, guide, gumbel, keep_likely
 from seqgan.models import ARTransformer, MaskedTransformer, ar_base, ar_large, mask_ratio, nar_base, nar_large
 from seqgan.models import training_mask as draw_mask
 from seqgan.models.masking import mask_count
-from seqgan.sampling import ARSampler, ParallelSampler, decoding_steps, guide, gumbel, keep_likely
 
 COUNTS = [
     (ar_base, 1000, 173_415_936),

@@ -15,7 +15,6 @@ from slot_walks.data import (
     COCO,
     VOC,
     Birds,
-    Blobworld,
     Cars,
     COCOStuff,
     CropTrain,
@@ -31,8 +30,8 @@ from slot_walks.data import (
 from slot_walks.data.cocostuff import COCOSTUFF27, coarse_labels
 from slot_walks.data.files import load_foreground, load_labels
 from slot_walks.data.movi import chosen_frames
-from slot_walks.data.standin import draw_scene
 from slot_walks.data.transforms import Window, bird_window
+from slot_walks.standin.blobworld import Blobworld, draw_scene
 
 
 def picture(height=40, width=60, seed=0):

@@ -18,8 +18,8 @@ from core.config import compose
 from core.engine.commands.inference import infer
 from core.engine.launch import build_trainer, run
 from slot_walks import Blobworld, DinoViT, FilterBank, SlotEncoder, SlotTrainer, SlotWalker, WholePicture, segments
-from slot_walks import trainer as trainer_module
 from slot_walks.models.weights import untrained
+from slot_walks.trainer import slots as trainer_module
 
 SHAPES = {"wide.png": (97, 33), "tall.jpg": (31, 90), "tiny.png": (9, 7), "ribbon.png": (300, 20)}
 

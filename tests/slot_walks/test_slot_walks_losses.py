@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slot_walks import WalkLoss, affinity_target, masks, region_vectors, segments, transitions
-from slot_walks.losses import reconstruction_loss
+from slot_walks.losses.streaming import streamed_cross_entropy
+from slot_walks.losses.targets import KINDS, POSITIONS, target_rows, unit_places
+from slot_walks.losses.walk_loss import reconstruction_loss
+from slot_walks.losses.walks import unit
 from slot_walks.models import position_affinity, position_table
-from slot_walks.streaming import streamed_cross_entropy
-from slot_walks.targets import KINDS, POSITIONS, target_rows, unit_places
-from slot_walks.walks import unit
 
 GRID = (5, 7)
 

@@ -12,7 +12,7 @@ from core.config.registry import METRICS, build
 from core.errors import ConfigError
 from core.metrics import contingency
 from core.metrics.contingency import adjusted_rand, covering, foreground_overlap, without
-from slot_walks.metrics import ForegroundExtraction, ObjectDiscovery
+from slot_walks.metrics.grouping import ForegroundExtraction, ObjectDiscovery
 from tests.parity.adapters.slot_walks_data import PIECES
 from tests.parity.cases import Mismatch, load_case
 
@@ -161,6 +161,8 @@ def test_counting_twice_or_nothing_is_an_error():
 
 
 def test_evaluators_are_built_from_configs():
-    built = build({"type": "slot_walks.metrics.ObjectDiscovery", "protocol": "official", "draws": 2}, METRICS)
+    built = build({"type": "slot_walks.metrics.grouping.ObjectDiscovery", "protocol": "official", "draws": 2}, METRICS)
     assert isinstance(built, ObjectDiscovery) and built.metrics == [built]
-    assert isinstance(build({"type": "slot_walks.metrics.ForegroundExtraction"}, METRICS), ForegroundExtraction)
+    assert isinstance(
+        build({"type": "slot_walks.metrics.grouping.ForegroundExtraction"}, METRICS), ForegroundExtraction
+    )

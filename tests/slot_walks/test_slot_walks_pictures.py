@@ -15,9 +15,8 @@ from PIL import Image
 
 from core.errors import ConfigError
 from slot_walks import SlotEncoder, SlotWalker, WalkLoss, affinity_target, segments, transitions
-from slot_walks.curves import CURVES, draw, main, read_log, series
-from slot_walks.inference import Walks, choose_patch, scenes_picture, winners
-from slot_walks.pictures import (
+from slot_walks.inference.curves import CURVES, draw, main, read_log, series
+from slot_walks.inference.drawing import (
     Panel,
     at_size,
     borders,
@@ -33,6 +32,7 @@ from slot_walks.pictures import (
     soft_masks,
     walk_picture,
 )
+from slot_walks.inference.files import Walks, choose_patch, scenes_picture, winners
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -272,10 +272,10 @@ def test_logs_without_figures_say_so(tmp_path: Path) -> None:
 
 @pytest.mark.child
 def test_help_is_quick_to_load() -> None:
-    words = [sys.executable, "-X", "importtime", "-m", "slot_walks.curves", "--help"]
+    words = [sys.executable, "-X", "importtime", "-m", "slot_walks.inference.curves", "--help"]
     wide = {**os.environ, "COLUMNS": "200"}  # a narrow terminal folds the command
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, env=wide)
-    assert done.returncode == 0 and "python -m slot_walks.curves run=" in done.stdout
+    assert done.returncode == 0 and "python -m slot_walks.inference.curves run=" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert not imported & {"torch", "matplotlib", "numpy"}
     assert "loss_wpw" in CURVES

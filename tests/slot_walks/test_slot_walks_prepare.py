@@ -16,8 +16,8 @@ from core.data.prepare import run_task
 from core.errors import ConfigError
 from slot_walks.data import VOC, Birds, CropTrain, MOVi, Square
 from slot_walks.data.files import load_labels
-from slot_walks.data.standin import draw_scene, scene_seed
 from slot_walks.data.tfrecord import _masked_crc, parse_example, read_records
+from slot_walks.standin.blobworld import draw_scene, scene_seed
 
 
 # ---------------------------------------------------------------------- writing the format, independently

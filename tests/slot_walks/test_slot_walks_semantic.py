@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from core.errors import ConfigError
 from core.metrics import ClusterMIoU
-from slot_walks.semantic import SemanticSegmentation, cluster_table, spherical_kmeans
+from slot_walks.metrics.semantic import SemanticSegmentation, cluster_table, spherical_kmeans
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,7 +186,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
             sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/slot_walks"]
             import torch.distributed as dist
             from test_slot_walks_semantic import evaluated, scenes
-            from slot_walks.semantic import SemanticSegmentation
+            from slot_walks.metrics.semantic import SemanticSegmentation
             dist.init_process_group("gloo")
             everything, rank = scenes(noise=2.0), dist.get_rank()
             evaluator = SemanticSegmentation(5, 5, restarts=3, seeds=2)

@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqgan.checkpoint import convert, revert
-from seqgan.diagnostics import code_histogram, codebook_usage, teacher_forced
+from seqgan.inference.sampling import decoding_steps, guide, keep_likely
+from seqgan.metrics.diagnostics import code_histogram, codebook_usage, teacher_forced
 from seqgan.models import (
     ARTransformer,
     MaskedTransformer,
@@ -34,7 +35,6 @@ from seqgan.models import (
 )
 from seqgan.models.attention import partition
 from seqgan.models.resample import Downsample, DownsampleConv, Upsample
-from seqgan.sampling import decoding_steps, guide, keep_likely
 
 from ..cases import Case, UnknownPiece
 from . import Outputs, run_from

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG
 
-from seqgan.losses import adaptive_weight, discriminator_loss, generator_loss, masked_loss, started
+from seqgan.losses.perceptual import LPIPS, SemanticPerceptualLoss, TappedNetwork
+from seqgan.losses.terms import adaptive_weight, discriminator_loss, generator_loss, masked_loss, started
 from seqgan.models import MaskGITEntropy
-from seqgan.perceptual import LPIPS, SemanticPerceptualLoss, TappedNetwork
 
 from ..cases import Case
 from . import Outputs

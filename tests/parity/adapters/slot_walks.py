@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from core.optim.groups import OptimConstructor
 from core.optim.schedules import Schedule, cosine_ramp, exponential, linear_ramp
 from slot_walks.checkpoint import convert, revert
-from slot_walks.losses import WalkLoss, reconstruction_loss
+from slot_walks.losses.walk_loss import WalkLoss, reconstruction_loss
+from slot_walks.losses.walks import masks, region_vectors, transitions
 from slot_walks.models import DinoViT, MLPDecoder, SlotAttention, SlotEncoder, SlotWalker
 from slot_walks.models.positions import position_affinity, position_table
-from slot_walks.trainer import SlotTrainer
-from slot_walks.walks import masks, region_vectors, transitions
+from slot_walks.trainer.slots import SlotTrainer
 
 from ..cases import Case, UnknownPiece
 from . import Outputs, run_from

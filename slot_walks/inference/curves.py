@@ -1,7 +1,7 @@
 """Draws the training curves of runs: losses of the walks, how many slots are in use, and scores of evaluations.
 
-  python -m slot_walks.curves run=runs/slot_walks/blobworld/2026-01-31_12-00-00 output=curves.png
-  python -m slot_walks.curves run=runs/slot_walks/blobworld,runs/slot_walks/blobworld_fe output=curves.png
+  python -m slot_walks.inference.curves run=runs/slot_walks/blobworld/2026-01-31_12-00-00 output=curves.png
+  python -m slot_walks.inference.curves run=runs/slot_walks/blobworld,runs/slot_walks/blobworld_fe output=curves.png
 
 `run` is the folder of a run (or its log.jsonl), or several with commas, which are drawn together. Of a folder of runs
 the newest one is taken.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slot_walks.losses.walks import unit
 from slot_walks.models.positions import remembered, unit_positions
-from slot_walks.walks import unit
 
 KINDS = ("thresholded", "identity", "dense", "topk", "attention")
 POSITIONS = ("none", "average", "product")

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slot_walks.precision import full_precision, no_autocast
-from slot_walks.streaming import streamed_cross_entropy
-from slot_walks.targets import KINDS, POSITIONS, target_rows, unit_places
-from slot_walks.walks import transitions_between, unit
+from slot_walks.losses.streaming import streamed_cross_entropy
+from slot_walks.losses.targets import KINDS, POSITIONS, target_rows, unit_places
+from slot_walks.losses.walks import transitions_between, unit
+from slot_walks.models.precision import full_precision, no_autocast
 
 REDUCTIONS = ("elements", "rows")
 IMPLEMENTATIONS = ("stream", "plain")
@@ -32,7 +32,7 @@ class WalkLoss(nn.Module):
         beta: weight of the walk part-whole-part; with 0 it is not computed.
         temperature: of both transitions.
         threshold: cosine similarity from which on two parts belong together (target `thresholded`).
-        target: see `slot_walks.targets.target_rows`: thresholded, identity, dense, topk, attention.
+        target: see `slot_walks.losses.targets.target_rows`: thresholded, identity, dense, topk, attention.
         target_temperature: of the target; None: as `temperature`.
         target_position: none, average (MOVi) or product.
         topk_ratio: share of the parts kept by target `topk`.

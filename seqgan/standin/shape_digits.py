@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.data import derive_seed
-from seqgan.data.shape_glyphs import HALF, SHIFT, SIZE, SPLITS, Drawn, ShapeGlyphs, on_background, places
+from seqgan.standin.shape_glyphs import HALF, SHIFT, SIZE, SPLITS, Drawn, ShapeGlyphs, on_background, places
 
 # The first are for training, the rest for the test: they come from other writers.
 TRAIN = 1297

@@ -16,17 +16,17 @@ from torch.utils.data import Dataset
 from core.checkpoint import load
 from core.engine.state.randomness import own_rows
 from core.trainer import Batch, Inference, Trainer
-from slot_walks.cache import FeatureCache
+from slot_walks.data.feature_cache import FeatureCache
 from slot_walks.data.transforms import WholePicture
-from slot_walks.diagnostics import effective_slots, pair_shares, token_labels, usage_entropy
-from slot_walks.draws import sample_noise
-from slot_walks.inference import infer_picture, scenes_picture
-from slot_walks.losses import WalkLoss, reconstruction_loss
+from slot_walks.inference.files import infer_picture, scenes_picture
+from slot_walks.losses.walk_loss import WalkLoss, reconstruction_loss
+from slot_walks.losses.walks import region_vectors, segments, transitions
+from slot_walks.metrics.diagnostics import effective_slots, pair_shares, token_labels, usage_entropy
 from slot_walks.models import SlotWalker, WalkerOutput
 from slot_walks.models import weights as weight_files
+from slot_walks.models.draws import sample_noise
+from slot_walks.models.precision import full_precision
 from slot_walks.models.weights import untrained
-from slot_walks.precision import full_precision
-from slot_walks.walks import region_vectors, segments, transitions
 
 weight_files.read_file = load  # models import nothing of the engine
 
@@ -142,7 +142,7 @@ class SlotTrainer(Trainer):
             `segments`: the slot of every pixel, `(B, H, W)` uint8, or `(B, R, H, W)` for R draws. Of the first draw:
             `slots` `(B, K, D)`; `assignment` `(B, N, K)`, the soft masks on the grid; `regions` `(B, K, C)`, where
             walks lead; `effective_slots` `(B,)`. With a label map that the grid divides, `pairs_same` and `pairs_other`
-            `(B,)`: see `slot_walks.diagnostics.pair_shares`. Other keys are the batch's own.
+            `(B,)`: see `slot_walks.metrics.diagnostics.pair_shares`. Other keys are the batch's own.
         """
         first = None
         winners = []
@@ -271,7 +271,7 @@ class SlotTrainer(Trainer):
         return {"slots": scenes_picture(batch, output, assignment, self.loss, self.transform, self.patch)}
 
     def infer(self, file: Path) -> Inference:
-        """Slots of a picture file of any size and shape; see `slot_walks.inference.infer_picture`.
+        """Slots of a picture file of any size and shape; see `slot_walks.inference.files.infer_picture`.
 
         Slots that are sampled have the noise of draw 0 and of the file's name, so that results can be repeated.
 

@@ -24,8 +24,9 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from core.config.registry import METRICS
 from core.errors import ConfigError
 from core.metrics import TorchMetrics
-from seqgan.diagnostics import code_histogram, codebook_usage
-from seqgan.fidelity import (
+from seqgan.losses.perceptual import LPIPS
+from seqgan.metrics.diagnostics import code_histogram, codebook_usage
+from seqgan.metrics.fidelity import (
     Inception,
     Statistics,
     frechet_distance,
@@ -34,7 +35,6 @@ from seqgan.fidelity import (
     read_statistics,
     statistics,
 )
-from seqgan.perceptual import LPIPS
 
 
 # ---------------------------------------------------------------------- metrics of tensors
@@ -374,7 +374,9 @@ class SampleQuality(_Named):
         if weights is not None:
             found = None if reference is None else read_statistics(reference)
             if reference is not None and found is None:
-                raise ConfigError(f"reference={reference} has no mu and sigma: write them by python -m seqgan.evaluate")
+                raise ConfigError(
+                    f"reference={reference} has no mu and sigma: write them by python -m seqgan.metrics.evaluate"
+                )
             network = Inception(weights, layer, logits=splits > 0)
             neighbours = 0 if reference is not None else neighbours
             metrics["images"] = ImageScores(network, found, splits, neighbours)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slot_walks.targets import target_rows
+from slot_walks.losses.targets import target_rows
 
 
 def streamed_cross_entropy(

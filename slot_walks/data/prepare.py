@@ -18,8 +18,8 @@ from core.data.prepare import preparer
 from core.errors import ConfigError
 from core.output.progress import Progress
 from slot_walks.data.files import load_mat, read_lines
-from slot_walks.data.standin import CATEGORIES, Scene, draw_scene, scene_seed
 from slot_walks.data.tfrecord import parse_example, read_records
+from slot_walks.standin.blobworld import CATEGORIES, Scene, draw_scene, scene_seed
 
 __all__ = ["blobworld", "blobworld_fe", "movi", "voc_trainaug"]
 

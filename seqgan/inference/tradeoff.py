@@ -1,7 +1,7 @@
 """One picture of the trade-off: what alpha costs in reconstruction and gives in codes and samples.
 
-python -m seqgan.tradeoff                    from results/claims/seqgan_alphas.json
-python -m seqgan.tradeoff results=FILE output=PNG
+python -m seqgan.inference.tradeoff                    from results/claims/seqgan_alphas.json
+python -m seqgan.inference.tradeoff results=FILE output=PNG
 
 The file is what `tools/table.py seqgan/claim_alphas run=true` writes.
 """

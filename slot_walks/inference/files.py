@@ -13,10 +13,7 @@ from torch import Tensor
 
 from core.trainer import Batch, Inference
 from slot_walks.data.transforms import WholePicture
-from slot_walks.diagnostics import effective_slots, slot_usage
-from slot_walks.losses import WalkLoss
-from slot_walks.models import WalkerOutput
-from slot_walks.pictures import (
+from slot_walks.inference.drawing import (
     at_size,
     mark_patch,
     paint_heat,
@@ -26,7 +23,10 @@ from slot_walks.pictures import (
     soft_masks,
     walk_picture,
 )
-from slot_walks.walks import transitions
+from slot_walks.losses.walk_loss import WalkLoss
+from slot_walks.losses.walks import transitions
+from slot_walks.metrics.diagnostics import effective_slots, slot_usage
+from slot_walks.models import WalkerOutput
 
 _IGNORED = 255  # in label maps: nothing is known there
 
@@ -89,13 +89,13 @@ def choose_patch(assignment: Tensor, grid: tuple[int, int], point: Sequence[floa
 
 
 def upsampled(assignment: Tensor, grid: tuple[int, int], size: tuple[int, int], slot: int) -> Tensor:
-    """The soft mask `(H, W)` of one slot; see `slot_walks.walks.masks`."""
+    """The soft mask `(H, W)` of one slot; see `slot_walks.losses.walks.masks`."""
     maps = rearrange(assignment[:, slot].float(), "(h w) -> 1 1 h w", h=grid[0], w=grid[1])
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0, 0]
 
 
 def winners(assignment: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """The slot of every pixel, `(H, W)`, as `slot_walks.walks.segments` has it, with two masks in memory at a time."""
+    """The slot of every pixel, `(H, W)`, as `losses.walks.segments` has it, with two masks in memory at a time."""
     best = upsampled(assignment, grid, size, 0)
     slot_of = torch.zeros(size, dtype=torch.uint8 if assignment.shape[1] <= 256 else torch.int64, device=best.device)
     for slot in range(1, assignment.shape[1]):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError
 from core.trainer import Batch, Trainer
-from slot_walks.semantic import spherical_kmeans
-from slot_walks.walks import segments
+from slot_walks.losses.walks import segments
+from slot_walks.metrics.semantic import spherical_kmeans
 
 
 class PatchClusters(Trainer):

@@ -1,8 +1,8 @@
 """FID, Inception score, precision and recall of a set of pictures against another.
 
-  python -m seqgan.evaluate samples=out/samples_50000x256x256x3.npz reference=VIRTUAL_imagenet256_labeled.npz \\
+  python -m seqgan.metrics.evaluate samples=out/samples_50000x256x256x3.npz reference=VIRTUAL_imagenet256_labeled.npz \\
     weights=weights-inception-2015-12-05-6726825d.pth
-  python -m seqgan.evaluate samples=out reference=/data/ffhq weights=... statistics=ffhq.npz output=figures.json
+  python -m seqgan.metrics.evaluate samples=out reference=/data/ffhq weights=... statistics=ffhq.npz output=figures.json
 
 `samples` and `reference` are a folder of pictures or an array, uint8 (N, H, W, 3): an NPY file, or `arr_0` in an NPZ
 file, as ADM's evaluation has them. Sheets of several pictures that `tools/infer.py` wrote into the folder are left out.
@@ -126,8 +126,8 @@ def evaluate(options: Options) -> dict[str, Any]:
         ConfigError: sources that are not there or do not fit.
     """
     from core.engine.runner import pick_device
-    from seqgan.fidelity import Inception, read_statistics, write_statistics
-    from seqgan.metrics import ImageScores
+    from seqgan.metrics.evaluators import ImageScores
+    from seqgan.metrics.fidelity import Inception, read_statistics, write_statistics
 
     device = pick_device(options.device)
     made, real = Pictures(Path(options.samples), "samples"), Pictures(Path(options.reference), "reference")

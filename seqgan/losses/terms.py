@@ -1,6 +1,6 @@
 """Losses as functions of tensors: adversarial ones, and those of both transformers.
 
-Perceptual losses have networks of their own: `seqgan.perceptual`. Entropy terms need distances to the codes:
+Perceptual losses have networks of their own: `seqgan.losses.perceptual`. Entropy terms need distances to the codes:
 `seqgan.models.entropy`.
 """
 

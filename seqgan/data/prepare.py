@@ -8,8 +8,8 @@ from core.checkpoint import save_atomic
 from core.data.prepare import preparer
 from core.errors import ConfigError
 from seqgan.checkpoint.msgpack import read_flax
-from seqgan.data import ShapeGlyphs
 from seqgan.standin.judges import ROOT, prepare_networks
+from seqgan.standin.shape_glyphs import ShapeGlyphs
 
 __all__ = ["flax_weights", "shape_glyphs"]
 

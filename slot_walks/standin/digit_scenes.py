@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from core.data.sources.digits import mnist_digits, shuffled_rows
-from slot_walks.data.standin import Drawing, Scene, Scenes
+from slot_walks.standin.blobworld import Drawing, Scene, Scenes
 
 # Where each split's digits lie in a class's 500.
 _DIGITS = {"train": (0, 400), "val": (400, 450), "test": (450, 500)}

@@ -27,10 +27,10 @@ from core.config.registry import check_values, nearest
 from core.data import load_image
 from core.errors import ConfigError
 from core.trainer import Inference
-from seqgan.diagnostics import teacher_forced
-from seqgan.generation import Generator, spread_labels
+from seqgan.inference.generation import Generator, spread_labels
+from seqgan.inference.pictures import code_colours, code_maps, from_pixels, grid, strips, to_pixels
+from seqgan.metrics.diagnostics import teacher_forced
 from seqgan.models import ARTransformer, Tokenizer
-from seqgan.pictures import code_colours, code_maps, from_pixels, grid, strips, to_pixels
 
 REQUESTS = (".json", ".txt")
 _SHOWN = 100  # pictures in a grid

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from core.data import derive_seed
 from core.errors import ConfigError
+from seqgan.inference.pictures import to_pixels
+from seqgan.inference.sampling import ARSampler, ParallelSampler
 from seqgan.models import ARTransformer, MaskedTransformer, Tokenizer
-from seqgan.pictures import to_pixels
-from seqgan.sampling import ARSampler, ParallelSampler
 
 
 def check_codes(expected: str, tokenizer: Tokenizer, what: str = "this tokenizer") -> None:

@@ -1,0 +1,5 @@
+"""Losses: adversarial ones, those of the transformers, perceptual ones."""
+
+from core.config.packages import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -1,0 +1,5 @@
+"""The two walks, their targets and losses."""
+
+from core.config.packages import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

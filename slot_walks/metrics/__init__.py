@@ -1,0 +1,5 @@
+"""Evaluators of foreground, objects and semantic segmentation; whether slots bind."""
+
+from core.config.packages import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -1,0 +1,1 @@
+"""Small worlds that need no download: drawn scenes, scenes of digits."""
