@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class VitrineError(Exception):
@@ -55,3 +55,23 @@ class MissingDataError(VitrineError, FileNotFoundError):
 class DataFileError(VitrineError, OSError, ValueError):
     """A file or folder of a data set that is there, but cannot be read as what it should be: damaged, of another
     kind or encoding, or without the right to read it. The message names it and the remedy."""
+
+
+def close_names(name: str, choices: Iterable[str], count: int = 2, cutoff: float = 0.5) -> list[str]:
+    """Those of some names that are spelled like one, the closest first: what a mistaken one may have meant.
+
+    Args:
+        name: as it was given.
+        choices: the names that there are.
+        count: at most so many.
+        cutoff: how like they have to be, from 0 (anything) to 1 (the same).
+    """
+    import difflib
+
+    return difflib.get_close_matches(str(name), list(choices), n=count, cutoff=cutoff)
+
+
+def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
+    """`": did you mean 'a' or 'b'?"`, or the empty string when nothing comes close."""
+    close = close_names(name, choices, count)
+    return f": did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -18,11 +18,23 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 
 Batch = dict[str, Any]
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager:
+    """The mixed-precision context of a forward pass; nothing for fp32.
+
+    Raises:
+        ConfigError: `precision` is none of fp32, bf16, fp16.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision '{precision}' is none of {list(PRECISIONS)}{nearest(precision, PRECISIONS)}")
+    dtype = PRECISIONS[precision]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
 
 
 @dataclass
@@ -145,10 +157,7 @@ class Trainer(BaseModel):
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The mixed-precision context of evaluation."""
-        dtype = AUTOCAST.get(self.precision)
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=dtype)
+        return autocast(self.precision, self.device.type)
 
     # ------------------------------------------------------------------ state
     @property
@@ -167,7 +176,6 @@ class Trainer(BaseModel):
             module.eval()
 
     def _frozen_modules(self) -> Iterator[nn.Module]:
-        from core.config.registry import nearest
 
         for name in self.frozen:
             try:

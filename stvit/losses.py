@@ -6,9 +6,10 @@ All are computed in float32, also under autocast: a softmax over a thousand clas
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from core.layers.precision import no_autocast
 
 
 def soft_target_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def soft_target_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """
     if logits.shape != target.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and soft targets {tuple(target.shape)} must have one shape")
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits):
         return F.cross_entropy(logits.float(), target.float())
 
 
@@ -41,7 +42,7 @@ def label_smoothing_cross_entropy(logits: Tensor, labels: Tensor, smoothing: flo
     Returns:
         A scalar in float32, the mean over the batch.
     """
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits):
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
@@ -66,6 +67,6 @@ def segmentation_loss(scores: Tensor, mask: Tensor) -> Tensor:
     Returns:
         A scalar in float32.
     """
-    with torch.autocast(scores.device.type, enabled=False):
+    with no_autocast(scores):
         total = F.cross_entropy(scores.float(), mask, ignore_index=IGNORE, reduction="sum")
         return total / (mask != IGNORE).sum().clamp(min=1)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import math
 import os
 import pickle
 import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from core.config.files import replacing
 from core.errors import VitrineError, one_line
 
 # What `core.checkpoint.load` gives back, so that nothing is written that could not be read again.
@@ -141,20 +140,11 @@ def storable(value: Any) -> Any:
 
 
 def _replace(path: Path, write: Callable[[_HashingWriter], Any], needed: int) -> FileRecord:
-    temporary: str | None = None
     writer: _HashingWriter | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "wb", buffering=1 << 20) as file:
+        with replacing(path) as file:
             writer = _HashingWriter(file)
             write(writer)
-            file.flush()
-            os.fsync(file.fileno())
-        _keep_mode(temporary, path)
-        os.replace(temporary, path)
-        temporary = None
-        _sync_folder(path.parent)
         return FileRecord(writer.size, writer.digest.hexdigest())
     except OSError as error:
         raise _write_error(path, error, needed) from error
@@ -163,31 +153,6 @@ def _replace(path: Path, write: Callable[[_HashingWriter], Any], needed: int) ->
         if cause is None and not any(sign in str(error) for sign in _WRITER_FAILED):
             raise
         raise _write_error(path, cause or error, needed) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _keep_mode(temporary: str, path: Path) -> None:
-    """mkstemp makes private files; the checkpoint gets the rights of the file it replaces, else the usual ones."""
-    try:
-        mode = path.stat().st_mode & 0o7777
-    except FileNotFoundError:
-        umask = os.umask(0)
-        os.umask(umask)
-        mode = 0o666 & ~umask
-    os.chmod(temporary, mode)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable; file systems that cannot sync a folder do not need it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _write_error(path: Path, error: BaseException, needed: int) -> CheckpointWriteError:

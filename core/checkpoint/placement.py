@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from core.checkpoint import StateDiff, diff_state
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 
 # A counter of batch norms that no result depends on; converters leave it out.
 COUNTERS = "*num_batches_tracked"
@@ -34,7 +34,6 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ConfigError: there is none of that name; near names are in the message.
     """
-    from core.config.registry import nearest
 
     model = holder(model)
     try:

@@ -16,7 +16,7 @@ import yaml
 from core.config.command.processes import first_decides
 from core.config.files import read_json, read_yaml
 from core.config.shortened import TRIAL
-from core.errors import ConfigError, VitrineError
+from core.errors import ConfigError, VitrineError, nearest
 
 LOCK = ".lock"
 
@@ -42,7 +42,6 @@ def find_checkpoint(path: str | Path, best: bool | str = False, selection: Mappi
         return path
     from core.checkpoint import CheckpointStore
     from core.checkpoint.latest import LATEST, newest_first
-    from core.config.registry import nearest
 
     runs = newest_first(path.parent) if path.name == LATEST and (path.is_symlink() or not path.exists()) else [path]
     for folder in filter(None, map(_with_checkpoints, runs)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import itertools
 import re
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from core.checkpoint.files import unusual
-from core.errors import VitrineError, one_line
+from core.errors import VitrineError, close_names, one_line
 
 Rename = Callable[[str], str | None] | Mapping[str, str]
 _SHOWN = 12
@@ -61,7 +60,7 @@ class StateDiff:
     def _near(self, key: str) -> str:
         """Names in the state that may be this key under another name: near in spelling, the same in shape."""
         same = [k for k, what in self.unexpected.items() if what == self.missing[key] and len(k) <= _LONGEST_NAME]
-        near = difflib.get_close_matches(key, same[:2000], n=1, cutoff=0.6)
+        near = close_names(key, same[:2000], count=1, cutoff=0.6)
         return f" (perhaps '{near[0]}'?)" if near else ""
 
     def without(self, patterns: Iterable[str]) -> StateDiff:

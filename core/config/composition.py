@@ -6,7 +6,6 @@ Imports Hydra only (no torch), so that ``--list`` and ``--help`` answer at once.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import ConfigError, VitrineError
+from core.errors import ConfigError, VitrineError, close_names
 
 _OPEN = ("vars", "custom_hooks")  # mappings whose names the user chooses
 #: Overrides -> config.
@@ -254,7 +253,7 @@ def _inner_keys(value: Any, path: str = "") -> Iterator[str]:
 
 def _bare_word(word: str, config_dir: str | Path | None) -> str:
     names = list(experiments(config_dir))
-    close = [word] if word in names else difflib.get_close_matches(word, names, n=2, cutoff=0.6)
+    close = [word] if word in names else close_names(word, names, cutoff=0.6)
     if close:
         return f"'{word}' is not KEY=VALUE; did you mean {' or '.join(f'experiment={name}' for name in close)}?"
     return f"'{word}' is not KEY=VALUE, as in experiment=stvit/digits seed=1"
@@ -325,11 +324,11 @@ def _options(group: str, config_dir: str | Path | None) -> list[str]:
 
 def _closest(name: str, choices: Iterable[str]) -> str:
     choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+    close = close_names(name, choices, count=3, cutoff=0.6)
     if not close:
         leaf = name.rsplit(".", 1)[-1]
         leaves = {c.rsplit(".", 1)[-1]: c for c in choices}
-        close = [leaves[c] for c in difflib.get_close_matches(leaf, leaves, n=3, cutoff=0.6)]
+        close = [leaves[c] for c in close_names(leaf, leaves, count=3, cutoff=0.6)]
     return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(choices[:12])}"
 
 
@@ -396,8 +395,3 @@ def merge(base: Any, change: Any) -> Any:
     if "type" in base and "type" in change and base["type"] != change["type"]:
         return change
     return {**base, **{key: merge(base.get(key), value) for key, value in change.items()}}
-
-
-def slug(text: str) -> str:
-    """`text` as a file name."""
-    return re.sub(r"[^A-Za-z0-9._=-]+", "_", text).strip("_")

@@ -165,26 +165,41 @@ def check_records(
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Write to a temporary file that takes the name ``path`` at the end, so that no reader meets half a file.
 
-    When writing fails (a full disk) the temporary file is removed and what was at ``path`` stays.
+    What is there when the block is left survives a power failure. When writing fails (a full disk) the temporary file
+    is removed and what was at ``path`` stays. A file that is replaced hands on its rights.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb", buffering=1 << 20) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp lets only the owner read; caches are shared in a group.
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, _rights(path))
         os.replace(temporary, path)
     except BaseException:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(temporary)
         raise
+    _sync_folder(path.parent)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _rights(path: Path) -> int:
+    """Those of the file that is replaced, else the usual ones: mkstemp lets only the owner read."""
+    try:
+        return path.stat().st_mode & 0o7777
+    except FileNotFoundError:
+        umask = os.umask(0)
+        os.umask(umask)
+        return 0o666 & ~umask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename itself durable; file systems that cannot sync a folder do not need it."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

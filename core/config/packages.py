@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
+from core.errors import ConfigError, close_names
 
 
 def lazy(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
@@ -85,7 +84,7 @@ def import_part(paper: str, *parts: str) -> Any:
     else:
         problem = f"there is no package '{paper}'"
     having = packages_with(*parts)
-    near = difflib.get_close_matches(paper, having, n=2, cutoff=0.5)
+    near = close_names(paper, having)
     hint = (
         f"; did you mean {' or '.join(near)}?" if near else f" (packages that have one: {', '.join(having) or 'none'})"
     )

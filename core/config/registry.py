@@ -8,7 +8,6 @@ inside that package is shown as what it is, and a misspelt name is answered with
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -25,7 +24,7 @@ from mmengine.registry import DefaultScope, Registry
 from core.config.installed import check_mmengine
 from core.config.key import config_key, constructed, unsuited
 from core.config.kinds import hints_of, shown, suits
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 
 check_mmengine()  # here, since whatever the engine builds comes by this file
 
@@ -88,12 +87,6 @@ _READ_AROUND: dict[str, frozenset[str]] = {
     "GroupNorm": frozenset({"requires_grad"}),
     "LayerNorm": frozenset({"requires_grad"}),
 }
-
-
-def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
-    """`": did you mean 'a' or 'b'?"`, or the empty string when nothing comes close."""
-    close = difflib.get_close_matches(name, list(choices), n=count, cutoff=0.5)
-    return f": did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
 def resolve(name: str, registry: Registry | None = None) -> Any:

@@ -39,7 +39,6 @@ from .sources.packed import PackedStrings as PackedStrings
 from .sources.tar import TarShards as TarShards
 from .sources.video import VideoError as VideoError
 from .sources.video import VideoReader as VideoReader
-from .sources.video import read_frames as read_frames
 from .sources.video import sample_indices as sample_indices
 from .sources.video_list import VideoList as VideoList
 from .transforms import EvalTransform as EvalTransform

@@ -23,7 +23,6 @@ was when it is called again.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
 import typing
@@ -33,7 +32,7 @@ from typing import Any, TypeVar
 from core.config.command.cli import parse
 from core.config.command.console import wrapped
 from core.config.packages import import_part, packages_with
-from core.errors import ConfigError
+from core.errors import ConfigError, close_names
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,7 +96,7 @@ def run_task(paper: str | None, name: str, words: list[str]) -> Any:
     """
     known = tasks(paper)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+        near = close_names(name, known)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(known))}"
         raise ConfigError(f"there is no task '{name}'{f' in {paper}' if paper else ''}; {hint}")
     function = known[name]

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
-from core.config.files import read_json, read_lines, reading
+from core.checkpoint import write_text_atomic
+from core.config.files import read_json, read_lines, reading, replacing
 from core.data.prepare import preparer
 from core.data.sources.files import IMAGE_EXTENSIONS, image_files, is_folder, listed
 from core.errors import VitrineError
@@ -143,17 +144,11 @@ def image_zip(root: Path, output: Path, splits: list[str] | None = None) -> str:
 
 def _write_zip(root: Path, archive: Path, listing: Path) -> None:
     files = _labelled_images(root)
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    temporary = archive.with_name(f".{archive.name}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as target:
-            for path, _ in Progress().over(files, archive.name):
-                target.write(path, path.relative_to(root).as_posix())
-        os.replace(temporary, archive)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(archive) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
+        for path, _ in Progress().over(files, archive.name):
+            target.write(path, path.relative_to(root).as_posix())
     lines = "".join(f"{path.relative_to(root).as_posix()}\t{label}\n" for path, label in files)
-    _write_text(listing, lines)
+    write_text_atomic(lines, listing)
 
 
 @preparer("image_shards")
@@ -199,26 +194,21 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
                 f"'{path}' says that the shards were made with {found}: remove them, or use the same"
             )
     else:
-        _write_text(path, json.dumps(settings) + "\n")
+        write_text_atomic(json.dumps(settings) + "\n", path)
 
 
 def _write_shard(path: Path, root: Path, files: list[tuple[Path, int]], first: int) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with tarfile.open(temporary, "w") as target:
-            for number, (image, label) in enumerate(files, start=first):
-                parts = {
-                    image.suffix.lower(): image.read_bytes(),
-                    ".cls": str(label).encode(),
-                    ".txt": image.relative_to(root).as_posix().encode(),
-                }
-                for suffix, data in parts.items():
-                    member = tarfile.TarInfo(f"{number:08d}{suffix}")
-                    member.size = len(data)
-                    target.addfile(member, io.BytesIO(data))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as target:
+        for number, (image, label) in enumerate(files, start=first):
+            parts = {
+                image.suffix.lower(): image.read_bytes(),
+                ".cls": str(label).encode(),
+                ".txt": image.relative_to(root).as_posix().encode(),
+            }
+            for suffix, data in parts.items():
+                member = tarfile.TarInfo(f"{number:08d}{suffix}")
+                member.size = len(data)
+                target.addfile(member, io.BytesIO(data))
 
 
 def _labelled_images(root: Path) -> list[tuple[Path, int]]:
@@ -248,9 +238,3 @@ def _file(path: Path) -> Path:
     if not path.is_file():
         raise PreparationError(f"there is no file '{path}'")
     return path
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -26,9 +26,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from core.data.sources.images import to_pil
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from core.layers.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 _INTERPOLATION = {mode.value: mode for mode in v2.InterpolationMode}
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from core.config.key import config_key
 from core.config.kinds import shown
-from core.config.registry import DATASETS, LOOPS, build, nearest
+from core.config.registry import DATASETS, LOOPS, build
 from core.config.shortened import limits, planned
 from core.data.loading.loader import build_loader
 from core.data.loading.seeds import preserved_random_state, seed_sample
 from core.engine.detection import keep_boxes_exact
 from core.engine.keys import eval_sets
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from core.metrics.evaluators import build_evaluator
 from core.trainer import Trainer, unwrap
 

@@ -12,8 +12,8 @@ from mmengine.evaluator import BaseMetric
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from core.config.registry import METRICS, build, nearest
-from core.errors import ConfigError
+from core.config.registry import METRICS, build
+from core.errors import ConfigError, nearest
 from core.metrics.predictions import (
     MetricError,
     NanCount,

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from core.config.registry import nearest
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from core.metrics.contingency import (
     adjusted_rand,
     class_iou,

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from mmengine.dist import all_gather_object
 
-from core.config.registry import nearest
-from core.errors import VitrineError
+from core.errors import VitrineError, nearest
 
 
 class MetricError(VitrineError, ValueError):

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.config.registry import nearest
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from core.optim.dtensor import local, reshard, shard_like, whole
 
 WARMUPS = ("none", "ratio")

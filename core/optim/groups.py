@@ -25,10 +25,9 @@ from core.config.registry import (
     OPTIM_WRAPPERS,
     OPTIMIZERS,
     check_arguments,
-    nearest,
     resolve,
 )
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from core.optim.wrapper import OptimWrapper, OptimWrapperDict
 from core.trainer import unwrap
 

@@ -15,8 +15,8 @@ from typing import Any
 from mmengine.optim import _ParamScheduler
 from mmengine.optim.scheduler.param_scheduler import INF
 
-from core.config.registry import PARAM_SCHEDULERS, nearest
-from core.errors import ConfigError
+from core.config.registry import PARAM_SCHEDULERS
+from core.errors import ConfigError, nearest
 
 
 # ---------------------------------------------------------------------- functions of the step

@@ -21,27 +21,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from core.config.registry import nearest
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from core.optim.dtensor import is_sharded, local, shard_like, whole
-
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from core.trainer import autocast
 
 _CLIP_KEYS = {"norm": {"max_norm", "norm_type", "error_if_nonfinite"}, "value": {"clip_value"}}
 _CLIP_NEEDS = {"norm": "max_norm", "value": "clip_value"}
 _CLEAN_KEYS = ("nan", "posinf", "neginf")
-
-
-def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager:
-    """The mixed-precision context of a forward pass; nothing for fp32.
-
-    Raises:
-        ConfigError: `precision` is none of fp32, bf16, fp16.
-    """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision '{precision}' is none of {list(PRECISIONS)}{nearest(precision, PRECISIONS)}")
-    dtype = PRECISIONS[precision]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
 
 
 class OptimWrapper(_OptimWrapper):
@@ -367,17 +353,6 @@ class OptimWrapperDict(_OptimWrapperDict):
             )
         for name, wrapper in self.items():
             wrapper.load_state_dict(state_dict[name])
-
-
-@contextlib.contextmanager
-def only(*networks: nn.Module, among: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it, no parameter of `among` requires a gradient unless one of `networks` owns it; restored on leaving.
-
-    Gradients still flow through the frozen networks to their inputs, which is what a generator's step needs.
-    """
-    kept = {id(p) for network in networks for p in network.parameters()}
-    with _without_gradients(p for network in among for p in network.parameters() if id(p) not in kept):
-        yield
 
 
 @contextlib.contextmanager

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from core.config.registry import nearest
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from core.profile.measure import device_name
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.config.command.messages import to_stderr
 from core.config.composition import composer
-from core.errors import ConfigError, VitrineError
+from core.errors import ConfigError, VitrineError, nearest
 from core.output.render import Cell, Column, Row, Table, emit, resolve_format
 
 if TYPE_CHECKING:
@@ -121,13 +121,6 @@ class Subject:
         return value
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that ``device=`` means; "auto" is CUDA where there is one."""
-    from core.engine.runner import pick_device as pick
-
-    return pick(name)
-
-
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +141,8 @@ class Profiler:
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.lists: list[Table] = []
+        from core.engine.runner import pick_device
+
         self.device = pick_device(options.device)
         self._subjects: dict[str, Subject] = {}
 
@@ -350,6 +345,7 @@ def loader_rate(cfg: Any, *, seconds: float = 10.0) -> float:
     import time
 
     from core.config.composition import to_dict
+    from core.data.loading.batch import batch_size
     from core.data.loading.loader import build_loader
 
     plain = to_dict(cfg)
@@ -362,20 +358,13 @@ def loader_rate(cfg: Any, *, seconds: float = 10.0) -> float:
     samples = 0
     start = time.perf_counter()
     for index, fetched in enumerate(batches):
-        samples += 0 if fetched.data is None else _length(fetched.data)
+        samples += 0 if fetched.data is None else batch_size(fetched.data)
         if index >= 1 and time.perf_counter() - start > seconds:
             break
     elapsed = time.perf_counter() - start
     if samples == 0:
         raise ConfigError(f"{plain['name']}: one epoch of the training loader is a single batch, too little to time")
     return samples / elapsed
-
-
-def _length(batch: Mapping[str, Any]) -> int:
-    """Samples in a batch."""
-    if "sample_id" in batch:
-        return len(batch["sample_id"])
-    return next(len(value) for value in batch.values() if hasattr(value, "__len__"))
 
 
 def _costs(title: str, costs: list[Cost], name: str) -> Table:
@@ -402,7 +391,6 @@ def profile_experiment(options: Options, overrides: list[str]) -> list[Table]:
     Raises:
         ConfigError: unknown experiment, unknown `what`, or a config that cannot be built.
     """
-    from core.config.registry import nearest
     from core.engine.launch import build_trainer
 
     compose = composer(options.config_dir)

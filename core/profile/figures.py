@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 
 BuildTrainer = Callable[..., Any]
 Figure = int | float | str
@@ -63,8 +63,6 @@ class Figures:
         if name.partition("/")[0] == "macs" and "macs" not in known:
             known |= _macs(self._lazy_macs.pop(key))
         if name not in known:
-            from core.config.registry import nearest
-
             choices = sorted({*known, "macs"})
             raise ConfigError(
                 f"no figure '{name}' for {cfg['name']}{nearest(name, choices)} (there are: {', '.join(choices)}; "
@@ -118,7 +116,7 @@ class MeasureSettings:
 
     def where(self) -> str:
         """What a measurement with these settings was taken on, in words."""
-        from core.profile.experiment import pick_device
+        from core.engine.runner import pick_device
         from core.profile.measure import device_name
 
         threads = f", {self.threads} CPU thread(s)" if self.threads else ""
@@ -149,7 +147,8 @@ def measure(
     Returns:
         figure -> label -> what was measured; rounds with the same index were taken close together.
     """
-    from core.profile.experiment import Subject, pick_device
+    from core.engine.runner import pick_device
+    from core.profile.experiment import Subject
     from core.profile.measure import Spread, benchmark, peak_memory
 
     device = pick_device(settings.device)

@@ -19,7 +19,7 @@ from typing import Any
 
 from core.config.command.messages import first_process
 from core.config.composition import Compose, composer
-from core.errors import ConfigError, VitrineError
+from core.errors import ConfigError, VitrineError, nearest
 from core.output.render import Cell, Column, Row, Table, emit, plot_differences, resolve_format
 from core.tables.paired import Paired, mean_and_deviation
 from core.tables.runs import Results, Runner, launcher
@@ -123,7 +123,6 @@ def declared(cfg: Any, chosen: Sequence[str] | None = None, overrides: Sequence[
             alternative that is.
     """
     from core.config.composition import to_dict
-    from core.config.registry import nearest
 
     plain = to_dict(cfg)
     entries = plain.get("components") or {}
@@ -139,7 +138,6 @@ def declared(cfg: Any, chosen: Sequence[str] | None = None, overrides: Sequence[
 
 def _component(name: str, entry: Any, plain: Mapping[str, Any], overrides: Sequence[str]) -> Component:
     from core.config.composition import get
-    from core.config.registry import nearest
 
     where = f"components.{name}"
     if not isinstance(entry, Mapping) or set(entry) != {"key", "default", "alternatives"}:
@@ -249,7 +247,6 @@ class Ablation:
         Raises:
             ConfigError: none is chosen and the runs report several, or one is chosen that they do not report.
         """
-        from core.config.registry import nearest
 
         known = dict.fromkeys(name for result in self.results.values() for name in result["metrics"])
         chosen = self.options.metric or list(_selecting(self.base))

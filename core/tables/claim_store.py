@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +76,9 @@ class ClaimStore:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Replaces the file in one step."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        os.replace(partial, self.path)
+        from core.checkpoint import write_text_atomic
+
+        write_text_atomic(json.dumps(record, indent=1, ensure_ascii=False) + "\n", self.path)
 
     def runs(self) -> dict[str, dict[str, Any]]:
         """Stored runs by the fingerprint of their config; they stay good while that config is asked for."""

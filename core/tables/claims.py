@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from core.config.command.messages import first_process
 from core.config.composition import Compose
 from core.config.fingerprint import fingerprint, fingerprints
-from core.errors import ConfigError, VitrineError
+from core.errors import ConfigError, VitrineError, nearest
 from core.output.render import Column, Row, Table
 from core.profile.figures import MEASURED, Figures, measure
 from core.tables.claim_file import OPEN, Claim, ClaimRow, Comparison, is_claim, load_claim, overall
@@ -196,7 +196,6 @@ def show_claim(
     Returns:
         The tables to print, and one line per run that failed.
     """
-    from core.config.registry import nearest
 
     claim = load_claim(path)
     labels = [row.label for row in claim.rows]

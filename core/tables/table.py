@@ -16,7 +16,7 @@ from typing import Any
 from core.config.command.messages import first_process
 from core.config.composition import Compose, composer
 from core.config.fingerprint import fingerprint
-from core.errors import ConfigError, VitrineError
+from core.errors import ConfigError, VitrineError, nearest
 from core.output.render import Cell, Column, Row, Table, emit, resolve_format
 from core.profile.figures import MEASURED, Figures, Measured, measure
 from core.tables.claim_file import is_claim, load_claim
@@ -318,7 +318,6 @@ def train_missing(
         ConfigError: `only` is no row.
     """
     from core.config.command.signals import Interrupted
-    from core.config.registry import nearest
 
     labels = [row.label for row in evaluation.spec.rows]
     if only is not None and only not in labels:
@@ -390,7 +389,6 @@ def main(argv: list[str], doc: str) -> None:
 
         emit(claims_table(paths, compose=composer(options.config_dir)), format, options.output)
         return
-    from core.config.registry import nearest
     from core.engine.launch import build_trainer, run
 
     if options.table not in paths:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from core.profile.figures import MeasureSettings
 
 #: What a mark on a paper's figure says about where the figure comes from.
@@ -149,7 +149,7 @@ class Reader:
         allowed = list(allowed)
         for key in data:
             if key not in allowed:
-                raise self.error(where, f"unknown key '{key}'{_nearest(key, allowed)} (allowed: {', '.join(allowed)})")
+                raise self.error(where, f"unknown key '{key}'{nearest(key, allowed)} (allowed: {', '.join(allowed)})")
         for key in required:
             if data.get(key) is None:
                 raise self.error(where, f"'{key}' is missing")
@@ -157,7 +157,7 @@ class Reader:
     def choice(self, value: Any, where: str, allowed: Sequence[str]) -> str:
         """`value`, if it is one of the allowed words."""
         if value not in allowed:
-            raise self.error(where, f"'{value}'{_nearest(str(value), allowed)} (choose one of {', '.join(allowed)})")
+            raise self.error(where, f"'{value}'{nearest(str(value), allowed)} (choose one of {', '.join(allowed)})")
         return value
 
     def text(self, value: Any, where: str) -> str:
@@ -196,7 +196,7 @@ class Reader:
         """`name`, if it is among the choices."""
         choices = list(choices)
         if name not in choices:
-            raise self.error(where, f"no {what} '{name}'{_nearest(name, choices)} (there are: {', '.join(choices)})")
+            raise self.error(where, f"no {what} '{name}'{nearest(name, choices)} (there are: {', '.join(choices)})")
         return name
 
     def settings(self, data: Any, where: str) -> MeasureSettings:
@@ -207,13 +207,6 @@ class Reader:
             if data.get(key) is not None:
                 self.whole(data[key], f"{where}.{key}", least=1)
         return MeasureSettings(**{key: value for key, value in data.items() if value is not None})
-
-
-def _nearest(name: str, choices: Iterable[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(str(name), list(choices), n=2, cutoff=0.5)
-    return f": did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
 def load_table(path: str | Path) -> TableSpec:

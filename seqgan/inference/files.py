@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from core.config.files import read_text
-from core.config.registry import check_values, nearest
+from core.config.registry import check_values
 from core.data import load_image
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from core.trainer import Inference
 from seqgan.inference.generation import Generator, spread_labels
 from seqgan.inference.pictures import code_colours, code_maps, from_pixels, grid, strips, to_pixels

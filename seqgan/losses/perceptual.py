@@ -16,8 +16,8 @@ import torchvision
 from torch import Tensor, nn
 
 from core.checkpoint.weights import model_state
+from core.layers.statistics import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VGG16_TAPS = {
     "relu1_2": "features.3",
     "relu2_2": "features.8",

@@ -21,6 +21,7 @@ from torch_fidelity.metric_prc import calculate_precision_recall_part
 from core.checkpoint.weights import model_state
 from core.config.files import reading
 from core.errors import ConfigError
+from core.layers.precision import no_autocast
 
 LAYERS = (64, 192, 768, 2048)
 _RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
@@ -70,7 +71,7 @@ class Inception(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features `(B, layer)` and, where they are wanted, logits without bias `(B, 1008)` of uint8 `(B, 3, H, W)`."""
-        with torch.autocast(images.device.type, enabled=False):
+        with no_autocast(images):
             found = self.network(images)
         return found[0], found[1] if len(found) > 1 else None
 

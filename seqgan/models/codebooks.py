@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqgan.models.quantizer import Quantized, VectorQuantizer, full_precision
+from core.layers.precision import no_autocast
+from seqgan.models.quantizer import Quantized, VectorQuantizer
 
 KINDS = ("vq", "ema", "l2norm_factorized", "kmeans_restart")
 
@@ -209,7 +210,7 @@ class FactorizedQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise features `(B, C, H, W)`."""
-        with full_precision(z):
+        with no_autocast(z):
             low = self._low(z.float().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             z_q, indices, losses = self.codes(low)
             return Quantized(self._high(z_q), indices, losses)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -11,13 +10,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from core.layers.precision import no_autocast
+
 INITS = ("flax", "taming")
 GRADIENTS = ("straight_through", "rotation")
-
-
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """No autocast on the device of a tensor; the meta device knows none."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Quantized(NamedTuple):
@@ -85,7 +81,7 @@ class VectorQuantizer(nn.Module):
             raise ValueError(
                 f"features are {tuple(z.shape)}, but codes have {self.dim} channels: (B, {self.dim}, H, W)"
             )
-        with full_precision(z):
+        with no_autocast(z):
             z = z.float()
             features = rearrange(z, "b c h w -> b (h w) c")
             squared = None

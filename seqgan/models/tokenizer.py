@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from core.layers.precision import no_autocast
 from seqgan.models.checks import check_codes
 from seqgan.models.codebooks import quantizer_of_kind
 from seqgan.models.conv_vqgan import MULTIPLIERS, ConvDecoder, ConvEncoder
-from seqgan.models.quantizer import VectorQuantizer, full_precision
+from seqgan.models.quantizer import VectorQuantizer
 from seqgan.models.taming_vqgan import VQGANDecoder, VQGANEncoder
 
 
@@ -74,7 +75,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Codes `(B, h, w)` of images, in the weights' precision also under autocast, since rounding moves ties."""
-        with full_precision(image):
+        with no_autocast(image):
             return self.quantizer.nearest(self.features(image).permute(0, 2, 3, 1))
 
     def decode(self, indices: Tensor) -> Tensor:

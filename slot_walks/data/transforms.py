@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from core.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from core.layers.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 Masks = Mapping[str, np.ndarray]
 Sample = tuple[Tensor, dict[str, Tensor]]

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.layers.precision import full_precision, no_autocast
 from slot_walks.losses.streaming import streamed_cross_entropy
 from slot_walks.losses.targets import KINDS, POSITIONS, target_rows, unit_places
 from slot_walks.losses.walks import transitions_between, unit
-from slot_walks.models.precision import full_precision, no_autocast
 
 REDUCTIONS = ("elements", "rows")
 IMPLEMENTATIONS = ("stream", "plain")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from slot_walks.models.precision import full_precision, no_autocast
+from core.layers.precision import full_precision, no_autocast
 
 #: Division guard of the norms.
 NORM_EPS = 1e-12

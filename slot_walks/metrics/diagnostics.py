@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from core.layers.precision import full_precision
 from slot_walks.losses.walks import unit
-from slot_walks.models.precision import full_precision
 
 
 def slot_usage(assignment: Tensor) -> Tensor:

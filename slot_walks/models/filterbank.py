@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from slot_walks.models.precision import no_autocast
+from core.layers.precision import no_autocast
 from slot_walks.models.recorded import fixed
 
 # Channels before the map: hexagonal chroma at two scales, luma, structure tensor, constant.

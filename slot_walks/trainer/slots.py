@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from core.checkpoint import load
 from core.engine.state.randomness import own_rows
+from core.layers.precision import full_precision
 from core.trainer import Batch, Inference, Trainer
 from slot_walks.data.feature_cache import FeatureCache
 from slot_walks.data.transforms import WholePicture
@@ -25,7 +26,6 @@ from slot_walks.metrics.diagnostics import effective_slots, pair_shares, token_l
 from slot_walks.models import SlotWalker, WalkerOutput
 from slot_walks.models import weights as weight_files
 from slot_walks.models.draws import sample_noise
-from slot_walks.models.precision import full_precision
 from slot_walks.models.weights import untrained
 
 weight_files.read_file = load  # models import nothing of the engine

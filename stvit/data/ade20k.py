@@ -16,9 +16,8 @@ from torchvision.transforms.v2 import functional as F
 
 from core.data import MissingDataError, data_root, load_image, load_labels
 from core.data.sources.files import image_files
+from core.layers.statistics import IMAGENET_MEAN, IMAGENET_STD
 from stvit.losses import IGNORE
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _LAYOUT = """\
 images/training/ADE_train_00000001.jpg ...      images/validation/ADE_val_00000001.jpg ...
@@ -121,7 +120,7 @@ class SegmentationTrain:
         image = F.resize(image, shape, antialias=True)
         mask = F.resize(mask[None], shape, F.InterpolationMode.NEAREST)
         below, right = (max(self.size - side, 0) for side in shape)
-        image = F.pad(image, [0, 0, right, below], fill=[round(255 * m) for m in MEAN])
+        image = F.pad(image, [0, 0, right, below], fill=[round(255 * m) for m in IMAGENET_MEAN])
         mask = F.pad(mask, [0, 0, right, below], fill=IGNORE)[0]
         image, mask = self._crop(image, mask)
         if np.random.uniform() < self.flip:
@@ -156,8 +155,8 @@ class SegmentationEval:
         short: int = 512,
         longest: int = 2048,
         divisor: int = 32,
-        mean: Sequence[float] = MEAN,
-        std: Sequence[float] = STD,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         self.short, self.longest, self.divisor = short, longest, divisor
         self.mean, self.std = tuple(mean), tuple(std)
@@ -181,6 +180,6 @@ def fitted_size(size: Sequence[int], short: int, longest: int) -> list[int]:
     return [max(1, round(factor * side)) for side in size]
 
 
-def normalised(image: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+def normalised(image: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """uint8 `(3, H, W)` to float32 by the channels' mean and deviation in units of [0, 1]."""
     return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(mean), list(std))

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from core.data import VideoList, VideoReader, sample_indices
-from core.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from core.layers.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.layers.precision import no_autocast
 from stvit.trainer.classification import ClassificationTrainer
 
 
@@ -61,7 +62,7 @@ def logit_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
 
     No gradient reaches the teacher.
     """
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits):
         own, guide = logits.float().log_softmax(dim=1), teacher.detach().float().log_softmax(dim=1)
         return F.kl_div(own, guide, reduction="batchmean", log_target=True)
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from core.data import EvalTransform, Mix, TrainTransform, seed_sample
-from core.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from core.layers.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from core.data import (
     VideoList,
     VideoReader,
     build_loader,
-    read_frames,
     sample_indices,
 )
 
@@ -142,10 +141,10 @@ def test_mistakes_are_named(arguments, message):
     [[0], [39], [7, 8, 9], [30, 2, 17], [5, 5, 5], [39, 0, 39, 1], [*range(FRAMES)], [*range(0, 40, 13)]],
 )
 def test_the_frames_asked_for_come_in_their_order(video, wanted):
-    frames = read_frames(video, wanted)
+    frames = VideoReader(video).read(wanted)
     assert frames.dtype == torch.uint8 and frames.shape == (len(wanted), 48, 64, 3)
     assert numbers(frames) == wanted
-    assert numbers(read_frames(video, torch.tensor(wanted))) == wanted
+    assert numbers(VideoReader(video).read(torch.tensor(wanted))) == wanted
 
 
 def test_every_frame_is_decoded_once_and_no_other(video):
@@ -174,29 +173,29 @@ def test_a_reader_is_used_again_and_knows_its_video(video):
 
 
 def test_frames_are_resized_by_the_decoder(video):
-    assert read_frames(video, [3], width=20, height=30).shape == (1, 30, 20, 3)
-    assert read_frames(video, [3], short_side=24).shape == (1, 24, 32, 3)
-    assert read_frames(video, [3], short_side=25).shape == (1, 25, 33, 3)
-    assert numbers(read_frames(video, [3, 20], short_side=24)) == [3, 20]
+    assert VideoReader(video, width=20, height=30).read([3]).shape == (1, 30, 20, 3)
+    assert VideoReader(video, short_side=24).read([3]).shape == (1, 24, 32, 3)
+    assert VideoReader(video, short_side=25).read([3]).shape == (1, 25, 33, 3)
+    assert numbers(VideoReader(video, short_side=24).read([3, 20])) == [3, 20]
     with pytest.raises(ValueError, match="width and height, or short_side"):
-        read_frames(video, [3], width=20)
+        VideoReader(video, width=20).read([3])
 
 
 def test_missing_and_broken_videos_are_named(video, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such video: '.*nowhere.mp4'"):
-        read_frames(tmp_path / "nowhere.mp4", [0])
+        VideoReader(tmp_path / "nowhere.mp4").read([0])
     garbage = tmp_path / "garbage.mp4"
     garbage.write_bytes(b"no video" * 100)
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(video.read_bytes()[:1000])
     for path in (garbage, cut):
         with pytest.raises(VideoError, match=f"{path} cannot be opened as a video") as caught:
-            read_frames(path, [0])
+            VideoReader(path).read([0])
         assert len(str(caught.value)) < 400 and "\n" not in str(caught.value), "decord's C++ stack is left out"
     with pytest.raises(IndexError, match=rf"frames 3..40 of a video of {FRAMES} frames"):
-        read_frames(video, [3, 40])
+        VideoReader(video).read([3, 40])
     with pytest.raises(ValueError, match="no frames are asked for"):
-        read_frames(video, [])
+        VideoReader(video).read([])
 
 
 # ---------------------------------------------------------------------------- lists

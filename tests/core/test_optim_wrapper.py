@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from core.optim.wrapper import OptimWrapper, OptimWrapperDict, only
+from core.optim.wrapper import OptimWrapper, OptimWrapperDict
 
 
 def linear(width: int = 4) -> nn.Linear:
@@ -330,13 +330,6 @@ def test_gradient_flags_come_back_after_an_error() -> None:
     assert all(p.requires_grad for p in networks.parameters())
     with pytest.raises(ConfigError, match="did you mean 'generator'"), wrappers.only("generatro"):
         pass
-
-
-def test_only_works_on_plain_networks() -> None:
-    networks, _ = pair()
-    with only(networks["discriminator"], among=networks.values()):
-        assert [p.requires_grad for p in networks.parameters()] == [False, False, True, True]
-    assert all(p.requires_grad for p in networks.parameters())
 
 
 def test_every_optimizer_resumes_with_its_own_state() -> None:

@@ -74,7 +74,7 @@ def house(tmp_path):
 def rooms():
     """The rooms of core, each of which imports later ones only."""
     (contract,) = (c for c in read_settings()["contracts"] if c["type"] == "layers")
-    return [room.strip("()") for room in contract["layers"]]
+    return [room for layer in contract["layers"] for room in layer.split(" | ")]
 
 
 @pytest.mark.child

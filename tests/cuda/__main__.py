@@ -79,8 +79,7 @@ class Outcome:
 def main(argv: list[str]) -> None:
     """The command line."""
     options, _ = parse(argv, Options, doc=__doc__)
-    from core.config.registry import nearest
-    from core.errors import ConfigError
+    from core.errors import ConfigError, nearest
 
     for name in options.checks:
         if name not in CHECKS:

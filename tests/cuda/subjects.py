@@ -16,12 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from core.config import compose, experiments, merge, to_dict
-from core.config.registry import nearest
 from core.data.loading.seeds import seed_sample
 from core.data.loading.tree import map_tensors, to_device
 from core.engine.keys.check import stage_config
 from core.engine.launch import build_trainer
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from core.profile.experiment import Subject as Profiled
 
 BATCH = 2

@@ -11,9 +11,9 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from core.config.files import read_json, read_lines
-from core.config.registry import nearest
 from core.data import MissingDataError, data_root
 from core.data.sources.files import listed
+from core.errors import nearest
 from tune_a_video.data.frames import Pad, Resize, as_size, check_multiple, clip_indices, is_clip, open_frames, to_float
 from tune_a_video.data.one_shot import read_sized
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.config.files import read_text, reading, replacing
-from core.config.registry import nearest
 from core.data import MissingDataError, data_root, derive_seed
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 from tune_a_video.data.frames import Pad, Resize, as_size, check_multiple, clip_indices, open_frames, to_float
 from tune_a_video.data.one_shot import read_sized
 

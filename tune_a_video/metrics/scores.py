@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from core.config.registry import METRICS, nearest
-from core.errors import ConfigError
+from core.config.registry import METRICS
+from core.errors import ConfigError, nearest
 from core.metrics import TorchMetrics
 from tune_a_video.metrics.clip_model import TransformersCLIP, load_clip
 from tune_a_video.metrics.means import Means, check_videos

@@ -16,7 +16,6 @@ import struct
 import sys
 from collections.abc import Callable, Collection
 from contextlib import closing
-from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +27,7 @@ from core.checkpoint.official.builders import OFFICIAL_GLOBALS, PLAIN_GLOBALS, R
 from core.checkpoint.official.formats import HEAD, recognised
 from core.checkpoint.official.limits import NESTED, Budget
 from core.checkpoint.official.unpickler import AllowListUnpickler, plain
+from core.errors import close_names
 
 # First object of torch's older, zip-less format, and the version that follows it.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -95,7 +95,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
         elif not path.parent.is_dir():
             what = f"there is no file '{path}': its folder does not exist"
         else:
-            near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()][:2000], n=3, cutoff=0.4)
+            near = close_names(path.name, [p.name for p in path.parent.iterdir()][:2000], count=3, cutoff=0.4)
             what = f"there is no file '{path}'" + (f"; near names there: {', '.join(near)}" if near else "")
     except (OSError, ValueError) as error:  # no permission, a name too long, a zero byte in it
         reason = getattr(error, "strerror", None) or error

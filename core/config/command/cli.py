@@ -6,7 +6,6 @@ Imports nothing heavy, so that every tool answers ``--help`` at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import sys
 import traceback
@@ -19,7 +18,7 @@ from core.config.command.console import prose, wrapped
 from core.config.command.messages import first_process, first_process_speaks
 from core.config.command.signals import Interrupted, StopRequest
 from core.config.key import TRACEBACK
-from core.errors import ConfigError, VitrineError
+from core.errors import ConfigError, VitrineError, close_names
 
 T = TypeVar("T")
 
@@ -64,7 +63,7 @@ def parse(
         elif overrides and (equals or word.startswith("~")):
             rest.append(word)
         else:
-            near = difflib.get_close_matches(key.lstrip("-"), fields, n=2, cutoff=0.5)
+            near = close_names(key.lstrip("-"), fields)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"unknown option '{word}'{hint} (options: {', '.join(fields)}; --help explains)")
     missing = [
@@ -73,7 +72,7 @@ def parse(
         if name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        near = [w for w in rest if difflib.get_close_matches(w.lstrip("+~").partition("=")[0], missing, cutoff=0.6)]
+        near = [w for w in rest if close_names(w.lstrip("+~").partition("=")[0], missing, cutoff=0.6)]
         hint = f"; perhaps meant by '{near[0]}'" if near else ""
         raise ConfigError(f"missing: {', '.join(f'{name}=...' for name in missing)}{hint} (--help explains)")
     return options(**given), rest

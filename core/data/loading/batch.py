@@ -147,3 +147,20 @@ def _stack(values: list[Tensor], names: list[str], key: str) -> Tensor:
         )
     # Inside a worker this stacks straight into shared memory, which spares one copy.
     return default_collate(values)
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: the length of its ``sample_id`` (``data_samples`` in OpenMMLab's), or of its first tensor.
+
+    0 when there is neither.
+    """
+    if isinstance(batch, dict):
+        for key in ("sample_id", "data_samples"):
+            if key in batch:
+                return len(batch[key])
+        batch = list(batch.values())
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.ndim else 0
+    if isinstance(batch, list | tuple):
+        return next((n for n in map(batch_size, batch) if n), 0)
+    return 0

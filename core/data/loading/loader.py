@@ -21,7 +21,7 @@ from core.data.loading.batching import ResumableBatchSampler
 from core.data.loading.sampling import EvalSampler, TrainSampler
 from core.data.loading.seeded import SeededDataset
 from core.data.loading.seeds import derive_seed
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 
 _KEYS = (
     "dataset",
@@ -182,7 +182,6 @@ def build_loader(
 
 
 def _check_keys(cfg: Mapping[str, Any]) -> None:
-    from core.config.registry import nearest
 
     for key in cfg:
         if key not in _KEYS:

@@ -1,22 +1,12 @@
 """Batches travel to the device while the step before them runs."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from core.data.loading.batch import Batch
 from core.data.loading.tree import tensors, to_device
-
-
-class Transfer(Protocol):
-    """Moves a batch in two halves."""
-
-    def start(self, data: Any) -> Any:
-        """Begin to copy ``data``, without waiting."""
-
-    def finish(self, data: Any) -> Any:
-        """Make what ``start`` returned safe to use."""
 
 
 class CudaTransfer:
@@ -55,7 +45,7 @@ class DevicePrefetcher:
         loader: yields :class:`core.data.Batch`.
         device: where to.
         enabled: False moves each batch when it is asked for, on CUDA too.
-        transfer: in place of CUDA's (another accelerator's).
+        transfer: in place of CUDA's (another accelerator's), with `start` and `finish`, see `CudaTransfer`.
     """
 
     def __init__(
@@ -63,7 +53,7 @@ class DevicePrefetcher:
         loader: Iterable[Batch],
         device: torch.device | str,
         enabled: bool = True,
-        transfer: Transfer | None = None,
+        transfer: Any = None,
     ) -> None:
         self.loader = loader
         self.device = torch.device(device)

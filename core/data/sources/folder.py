@@ -13,7 +13,7 @@ from core.data.errors import data_root
 from core.data.sources.files import IMAGE_EXTENSIONS, files_below, is_folder, listed, read_arrays
 from core.data.sources.images import load_image, to_uint8
 from core.data.sources.packed import PackedStrings
-from core.errors import MissingDataError
+from core.errors import MissingDataError, nearest
 
 _INDEX_VERSION = 1
 
@@ -86,7 +86,6 @@ class ImageFolder(Dataset):
         return [self.describe(index) for index in range(len(self))]
 
     def _check_classes(self, layout: str) -> None:
-        from core.config.registry import nearest
 
         if not self.classes:
             raise MissingDataError(f"{self.root} holds no class folders; expected\n  {layout}")

@@ -198,17 +198,6 @@ class VideoReader:
         return frames.asnumpy() if hasattr(frames, "asnumpy") else np.asarray(frames)
 
 
-def read_frames(
-    path: str | os.PathLike,
-    indices: Sequence[int] | Tensor | np.ndarray,
-    width: int | None = None,
-    height: int | None = None,
-    short_side: int | None = None,
-) -> Tensor:
-    """Frames of a file as uint8 (T, H, W, 3) RGB; see :class:`VideoReader`."""
-    return VideoReader(path, width, height, short_side).read(indices)
-
-
 def _first_line(error: Exception) -> str:
     """decord's messages go on with a C++ stack."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

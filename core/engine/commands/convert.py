@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.config.command.cli import parse
 from core.config.packages import import_part, split_words
-from core.errors import ConfigError, VitrineError, some
+from core.errors import ConfigError, VitrineError, nearest, some
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -319,7 +319,7 @@ def _model(options: Options, overrides: list[str]) -> tuple[nn.Module | None, st
 
 
 def _check_options(converter: Callable[..., Any], given: Mapping[str, Any], paper: str) -> None:
-    from core.config.registry import check_arguments, nearest
+    from core.config.registry import check_arguments
 
     first, *known = inspect.signature(converter).parameters.values()
     names = [p.name for p in known]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 
 from core.config.registry import HOOKS
+from core.data.loading.batch import batch_size
 from core.errors import ConfigError
 from core.optim.ema import EMA, check_options
 from core.trainer import unwrap
@@ -124,20 +124,3 @@ class EMAHook(Hook):
             self._seen, self._batch = state["seen"], state["batch"]
         else:
             self._restored = {"ema": ema, "seen": state["seen"], "batch": state["batch"]}
-
-
-def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of its ``sample_id`` (``data_samples`` in OpenMMLab's), or of its first tensor.
-
-    0 when there is neither.
-    """
-    if isinstance(batch, dict):
-        for key in ("sample_id", "data_samples"):
-            if key in batch:
-                return len(batch[key])
-        batch = list(batch.values())
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.ndim else 0
-    if isinstance(batch, list | tuple):
-        return next((n for n in map(batch_size, batch) if n), 0)
-    return 0

@@ -15,7 +15,7 @@ from mmengine.dist import all_gather_object, get_world_size, is_main_process
 from mmengine.hooks import Hook
 
 from core.config.registry import HOOKS
-from core.engine.hooks.ema import batch_size
+from core.data.loading.batch import batch_size
 from core.output.backends import each_backend
 from core.output.progress import Progress
 

@@ -10,9 +10,9 @@ import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 
-from core.config.registry import HOOKS, nearest
+from core.config.registry import HOOKS
 from core.engine.commands.lr_curve import DIVERGED, FIRST, judge
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 
 
 @HOOKS.register_module()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from typing import Any
@@ -16,7 +15,7 @@ from core.engine.keys import eval_sets
 from core.engine.keys.hooks import hook_configs
 from core.engine.keys.kinds import check_kinds, check_loader, check_together
 from core.engine.keys.objective import check_objective, check_ranking
-from core.errors import ConfigError
+from core.errors import ConfigError, close_names
 
 _WRITTEN = ("resume_from", "stage_of", "forked_from", "resume_history")  # what a run adds to its config.yaml
 _NOT_BUILT = ("stages", "components", "vars")  # keys in which a `type` names nothing that is built
@@ -77,7 +76,7 @@ def _check_names(cfg: dict[str, Any]) -> None:
     known = {*_root_defaults(), "runtime", "visualizer", "log_every", *_WRITTEN}
     for key in cfg:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=2)
+            near = close_names(key, known, cutoff=0.6)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"there is no key '{key}' here{hint}")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from core.config.key import config_key, unsuited
 from core.config.kinds import Built, Count, Range, Whole, shown, suits
 from core.config.shortened import SPLITS, Batches
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 
 _Path = str | None
 _Seconds = Annotated[float, Range(0)]
@@ -115,7 +115,7 @@ def check_kinds(cfg: Mapping[str, Any]) -> None:
         if isinstance(cfg.get(key), Mapping):
             with config_key(key):
                 _check(cfg[key], kinds)
-    from core.config.registry import check, nearest
+    from core.config.registry import check
 
     for split in (cfg.get("runtime") or {}).get("limit_batches") or ():
         if split not in SPLITS:

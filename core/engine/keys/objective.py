@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from core.engine.keys import eval_sets
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 
 
 def objective(cfg: Mapping[str, Any], result: Mapping[str, Any]) -> float | list[float] | None:
@@ -34,8 +34,6 @@ def objective(cfg: Mapping[str, Any], result: Mapping[str, Any]) -> float | list
 def _signed(name: str, known: Mapping[str, float]) -> float:
     metric = name.removeprefix("-")
     if metric not in known:
-        from core.config.registry import nearest
-
         raise ConfigError(
             f"objective: the run has no metric '{metric}'{nearest(metric, known)} (there are: {', '.join(known)})"
         )
@@ -73,8 +71,6 @@ def check_objective(cfg: Mapping[str, Any]) -> None:
             continue
         known = {*tested, *(f"val/{inner}" for inner in val or ())}
         if not any(metric == one or metric.startswith(f"{one}/") for one in known):
-            from core.config.registry import nearest
-
             names = ", ".join(sorted(known))
             raise ConfigError(f"objective: no metric is called '{metric}'{nearest(metric, known)} (there are: {names})")
 
@@ -88,8 +84,6 @@ def check_ranking(cfg: Mapping[str, Any], ranked: Iterable[str]) -> None:
     known = _of_split(cfg, "val", "val_evaluator") if cfg["val_dataloader"] else None
     for metric in ranked if known else ():
         if not any(metric == one or metric.startswith(f"{one}/") for one in known):
-            from core.config.registry import nearest
-
             names = ", ".join(sorted(known))
             raise ConfigError(f"checkpoint.metric: '{metric}' is none of {names}{nearest(metric, known)}")
 

@@ -21,7 +21,7 @@ from core.config.composition import CONFIGS, compose, get, to_dict
 from core.config.files import read_yaml
 from core.config.fingerprint import first_difference
 from core.engine.keys.check import stage_config
-from core.errors import ConfigError
+from core.errors import ConfigError, nearest
 
 # What a stored config says of its own run, and means nothing to another one.
 _OF_THE_RUN = {"run_dir": None, "resume": False, "resume_changes": [], "overrides": []}
@@ -104,7 +104,6 @@ def stage_for(cfg: DictConfig | dict[str, Any], checkpoint: Path | None, stage: 
     Raises:
         ConfigError: no such stage; or the file fits several.
     """
-    from core.config.registry import nearest
 
     plain = to_dict(cfg)
     stages = {str(one.get("name")): one for one in plain.get("stages") or []}
@@ -209,7 +208,6 @@ def _chosen(overrides: Sequence[Override], config_dir: str | None) -> dict[str, 
 
 
 def _lay(cfg: DictConfig, override: Override, options: Iterable[str]) -> None:
-    from core.config.registry import nearest
 
     key, text = override.key_or_group, override.input_line
     exists = get(OmegaConf.to_container(cfg), key, _NOTHING) is not _NOTHING
@@ -242,7 +240,6 @@ def _dotted(node: Any, path: str = "") -> Iterable[str]:
 
 def _refuse_unknown(overrides: Sequence[str], options: Iterable[str], config_dir: str | None) -> None:
     """Refuses words whose first part is neither an option of the tool, nor a key, nor a group of configs."""
-    from core.config.registry import nearest
 
     roots = [Path(root) for root in (CONFIGS, config_dir) if root]
     groups = {path.name for root in roots for path in root.iterdir() if path.is_dir()}

@@ -15,7 +15,6 @@ Everything else is an error that names the key. ``resume=auto`` looks for a run 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 from core.config.composition import get
 from core.config.fingerprint import relevant
 from core.engine.keys.check import stage_config
-from core.errors import ConfigError
+from core.errors import ConfigError, close_names
 
 HISTORY = "resume_history"
 BATCH = "train_dataloader.batch_size"
@@ -145,7 +144,7 @@ def check_changes(cfg: Mapping[str, Any], stored: Mapping[str, Any], found: list
     named = [named] if isinstance(named, str) else [str(key) for key in named]
     for key in named:
         if get(cfg, key, None) is None and get(stored, key, None) is None and not any(d.named_by([key]) for d in found):
-            close = difflib.get_close_matches(key, [d.name for d in found], n=1)
+            close = close_names(key, [d.name for d in found], count=1, cutoff=0.6)
             raise ConfigError(
                 f"resume_changes names {key}, which neither config has"
                 + (f": did you mean {close[0]}?" if close else "")
@@ -261,7 +260,7 @@ def origin(resume: Any) -> Origin | None:
             return Origin(path)
         raise ConfigError(f"resume={resume}: the folder holds no run (neither config.yaml nor checkpoints)")
     beside = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(str(resume), ["auto", "true", "false", *beside], n=1, cutoff=0.5)
+    close = close_names(resume, ["auto", "true", "false", *beside], count=1)
     raise ConfigError(
         f"resume={resume}: no such run folder or checkpoint"
         + (f"; did you mean {close[0]}?" if close else "")
