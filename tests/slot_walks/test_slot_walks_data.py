@@ -18,14 +18,12 @@ from slot_walks.data import (
     Cars,
     COCOStuff,
     CropTrain,
-    DigitScenes,
     Dogs,
     Flowers,
     MOVi,
     OfficialEval,
     Square,
     StandardEval,
-    digit_scenes,
 )
 from slot_walks.data.cocostuff import COCOSTUFF27, coarse_labels
 from slot_walks.data.files import load_foreground, load_labels

@@ -81,7 +81,7 @@ def plan_stages(
         Folders of the stages that go on from another run, and the starts of all, by the stages' names.
 
     Raises:
-        ConfigError: see `core.checkpoint.run_folder.plan`; a stage is to change from whose weights another one has
+        ConfigError: see `core.engine.run.start.plan`; a stage is to change from whose weights another one has
             started.
     """
     folder = Path(cfg["run_dir"])
