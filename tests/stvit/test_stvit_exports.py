@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stvit.models import SemanticTokenViT, STViTRSwin, STViTSwin, SwinTransformer
+from stvit.models import LVViT, SemanticTokenViT, STViTRSwin, STViTSwin, SwinTransformer
 from stvit.models.recovery_vit import RecoveryViT
 from stvit.models.segmentation import FCNHead, SegmentationNetwork, UperHead
 from stvit.models.small import SmallSemanticTokenViT
@@ -53,6 +53,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "video_swin": (lambda: VideoSwin(**CLIP), (4, 32, 64)),
     "stvit_video": (lambda: STViTVideoSwin(**CLIP | dict(base_depth=0, depths=(2, 1))), (4, 32, 64)),
     "tome": (reduced("tome", r=6), (32, 32)),
+    "lvvit": (lambda: LVViT(**VIT), (32, 32)),
 }
 MORE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "vit_other_size": (vit(), (40, 52)),
@@ -60,6 +61,7 @@ MORE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "vit_avg": (vit(pool="avg"), (32, 32)),
     "vit_relative": (vit(token_position="relative", global_in="key"), (32, 32)),
     "vit_conv": (vit(token_position="conv", stem="conv", use_global=False), (32, 32)),
+    "lvvit_semantic": (lambda: LVViT(**VIT, tokens="semantic"), (40, 32)),
     "vit_all": (vit(tokens="all", class_token=True), (32, 32)),
     "pooled": (vit(tokens="pooled"), (32, 32)),
     "random": (reduced("random", num_tokens=20), (32, 32)),

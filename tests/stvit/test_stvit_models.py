@@ -303,7 +303,7 @@ def test_layer_groups_run_from_stem_to_head(kind: str) -> None:
         (dict(base_depth=4, stgm_depth=2), "at most depth"),
         (dict(num_heads=5), "heads of equal size"),
         (dict(stem="conv", patch_size=6), "patch_size=6"),
-        (dict(stem="linear"), "'patch' or 'conv'"),
+        (dict(stem="linear"), "'patch', 'conv' or 'half_conv'"),
         (dict(class_token=True), "tokens='all'"),
         (dict(token_position="absolute"), "none, learned, conv, relative"),
         (dict(token_position="learned", tokens="pooled"), "token_position='none' with tokens='pooled'"),
