@@ -20,7 +20,8 @@ WORDS = ["steps=3", "scenes=4", "batch=2"]
 
 def tiny(**options):
     torch.manual_seed(0)
-    return MaskedAutoencoder(DinoViT(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=2), num_heads=2, **options)
+    backbone = DinoViT(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    return MaskedAutoencoder(backbone, num_heads=2, **options)
 
 
 def loss(model, image, seed=3):
