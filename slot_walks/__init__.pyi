@@ -30,6 +30,7 @@ from .metrics.semantic import SemanticSegmentation as SemanticSegmentation
 from .models import BroadcastDecoder as BroadcastDecoder
 from .models import DinoViT as DinoViT
 from .models import FilterBank as FilterBank
+from .models import MaskedAutoencoder as MaskedAutoencoder
 from .models import MLPDecoder as MLPDecoder
 from .models import SlotAttention as SlotAttention
 from .models import SlotEncoder as SlotEncoder

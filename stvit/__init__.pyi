@@ -10,6 +10,7 @@ from .interop.token_reduction import sparsify as sparsify
 from .losses import classification_loss as classification_loss
 from .losses import label_smoothing_cross_entropy as label_smoothing_cross_entropy
 from .losses import soft_target_cross_entropy as soft_target_cross_entropy
+from .models import LVViT as LVViT
 from .models import SemanticTokenGenerator as SemanticTokenGenerator
 from .models import SemanticTokenViT as SemanticTokenViT
 from .models import STViTRSwin as STViTRSwin
@@ -18,9 +19,13 @@ from .models import SwinTransformer as SwinTransformer
 from .models import TokenRecovery as TokenRecovery
 from .models import WindowTokenGenerator as WindowTokenGenerator
 from .models import WindowTokenRecovery as WindowTokenRecovery
+from .models import lvvit_medium as lvvit_medium
+from .models import lvvit_small as lvvit_small
 from .models import stvit_deit_base as stvit_deit_base
 from .models import stvit_deit_small as stvit_deit_small
 from .models import stvit_deit_tiny as stvit_deit_tiny
+from .models import stvit_lvvit_medium as stvit_lvvit_medium
+from .models import stvit_lvvit_small as stvit_lvvit_small
 from .models import stvit_r_swin_base as stvit_r_swin_base
 from .models import stvit_r_swin_small as stvit_r_swin_small
 from .models import stvit_r_swin_tiny as stvit_r_swin_tiny
@@ -35,4 +40,5 @@ from .standin.glyphs import GlyphField as GlyphField
 from .standin.moving_glyphs import MovingGlyphs as MovingGlyphs
 from .trainer.classification import ClassificationTrainer as ClassificationTrainer
 from .trainer.distillation import DistillationTrainer as DistillationTrainer
+from .trainer.token_labels import TokenLabelTrainer as TokenLabelTrainer
 from .trainer.video import VideoClassificationTrainer as VideoClassificationTrainer

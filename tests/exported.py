@@ -29,15 +29,16 @@ class _Flat(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         out = self.model(*inputs) if self.call is None else self.call(self.model, *inputs)
-        return tuple(_tensors(out))
+        return tuple(tensors(out))
 
 
-def _tensors(out: Any) -> list[Tensor]:
+def tensors(out: Any) -> list[Tensor]:
+    """The tensors of a nest of lists, tuples and dicts, in order."""
     if isinstance(out, Tensor):
         return [out]
     if isinstance(out, dict):
         out = list(out.values())
-    return [tensor for part in out for tensor in _tensors(part)] if isinstance(out, list | tuple) else []
+    return [tensor for part in out for tensor in tensors(part)] if isinstance(out, list | tuple) else []
 
 
 def run(way: str, model: nn.Module, made: Sequence[Tensor], asked: Sequence[Tensor], call: Any, folder: Path) -> list:
@@ -111,7 +112,7 @@ def check(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = run(way, model, inputs(made), wanted, call, folder)
-        expected = _tensors(model(*wanted) if call is None else call(model, *wanted))
+        expected = tensors(model(*wanted) if call is None else call(model, *wanted))
     assert len(found) == len(expected) > 0
     for have, want in zip(found, expected, strict=True):
         assert have.shape == want.shape and have.dtype == want.dtype

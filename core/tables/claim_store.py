@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from core.tables.claim_file import CLAIM
+from core.tables.claim_file import CLAIM, is_claim
 
 # What is kept of a run's result.json: figures and provenance, no place on a machine.
 _KEPT = (
@@ -42,9 +42,10 @@ def run_record(result: Mapping[str, Any], config: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ClaimStore:
-    """The JSON file of one claim."""
+    """The JSON file of one claim, and those of the paper's other claims, whose rows may be the same runs."""
 
     path: Path
+    others: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, claim: Path) -> ClaimStore:
@@ -53,7 +54,12 @@ class ClaimStore:
         ``PAPER_NAME.json`` for ``PAPER/tables/claim_NAME.yaml``.
         """
         paper = claim.resolve().parents[1]
-        return cls(paper.parent / "results" / "claims" / f"{paper.name}{claim.stem.removeprefix(CLAIM)}.json")
+        stems = {file.stem for file in claim.parent.glob("*.yaml") if is_claim(file)} - {claim.stem}
+        own, *others = (
+            paper.parent / "results" / "claims" / f"{paper.name}{stem.removeprefix(CLAIM)}.json"
+            for stem in [claim.stem, *sorted(stems)]
+        )
+        return cls(own, tuple(others))
 
     def read(self) -> dict[str, Any] | None:
         """The stored record; None where there is none.
@@ -81,9 +87,15 @@ class ClaimStore:
         write_text_atomic(json.dumps(record, indent=1, ensure_ascii=False) + "\n", self.path)
 
     def runs(self) -> dict[str, dict[str, Any]]:
-        """Stored runs by the fingerprint of their config; they stay good while that config is asked for."""
-        record = self.read()
-        return {run["config"]: run for row in (record or {"rows": ()})["rows"] for run in row["runs"]}
+        """Stored runs by the fingerprint of their config; they stay good while that config is asked for.
+
+        Of a run that several claims hold, this claim's record counts.
+
+        Raises:
+            ConfigError: this file or that of another claim of the paper is damaged.
+        """
+        records = [ClaimStore(path).read() for path in (*reversed(self.others), self.path)]
+        return {run["config"]: run for record in records if record for row in record["rows"] for run in row["runs"]}
 
     def figures(self, definition_hash: str, row_configs: Mapping[str, Container[str]]) -> dict[str, dict[str, Any]]:
         """Stored figures that no training gives; none where the definition or any row's config has changed.

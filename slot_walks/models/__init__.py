@@ -3,6 +3,7 @@
 from slot_walks.models.decoders import BroadcastDecoder, MLPDecoder, TransformerDecoder, build_decoder
 from slot_walks.models.encoder import SlotEncoder, SlotOutput
 from slot_walks.models.filterbank import FilterBank
+from slot_walks.models.masked import MaskedAutoencoder
 from slot_walks.models.positions import position_affinity, position_table, resize_positions
 from slot_walks.models.slot_attention import SlotAttention, SlotAttentionOutput
 from slot_walks.models.slot_init import SlotInit
@@ -15,6 +16,7 @@ __all__ = [
     "DinoViT",
     "FilterBank",
     "MLPDecoder",
+    "MaskedAutoencoder",
     "SlotAttention",
     "SlotAttentionOutput",
     "SlotEncoder",

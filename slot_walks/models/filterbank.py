@@ -53,7 +53,7 @@ class FilterBank(nn.Module):
         """Features `(B, h*w, C)` in row-major order of pictures `(B, 3, H, W)` with values in [0, 1]."""
         with no_autocast(image):
             patches = F.avg_pool2d(self.filters(image.float()), self.patch_size)
-            return rearrange(patches, "b c h w -> b (h w) c") @ (self.basis.T / self.scale)
+            return rearrange(patches, "b c h w -> b (h w) c") @ (self.basis.float().T / self.scale)
 
     def filters(self, image: Tensor) -> Tensor:
         """The bank's answer at every pixel, `(B, 9, H, W)`."""

@@ -45,6 +45,7 @@ DROPPED = {
     "backbone.layers.*.relative_position_bias_table": _SEMANTIC_TABLE,
     "features.*.relative_position_bias_table": _SEMANTIC_TABLE,
     "cls_token": "class token; the target averages its tokens",
+    "aux_head.*": "LV-ViT's classifier of single tokens; the target has none",
 }
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 - `reference`: flat `blocks.N` with separate `attn.q` / `attn.kv`, `layer_scale_1/2`, `pool.mask|offset.{0,1,3}`,
   `global_center`, `patch_embed.{weight,bias}` or the convolutional stem `patch_embed.proj.{0,2,...}.{c,bn}`;
+- LV-ViT's: as DeiT's, with the stem `patch_embed.{conv,bn}{1,2,3}` and a classifier of tokens `aux_head`;
 - `deit`: timm's and DeiT's own, with packed `attn.qkv` (rows: q, k, v), `ls1|ls2.gamma`, `patch_embed.proj` and
   `cls_token`.
 
@@ -22,7 +23,8 @@ from stvit.checkpoint.state import CheckpointMismatch, State, count, fit, pack_q
 from stvit.models import SemanticTokenViT
 
 _POOL_PARTS = {"0": "conv", "1": "norm", "3": "proj"}
-_STEM_PARTS = {"c": "conv", "bn": "norm"}
+_STEM_PARTS = {"c": "conv", "conv": "conv", "bn": "norm"}
+_HEADS = r"(head|head_dist|aux_head)\."
 # What a layout cannot hold, as it is called there.
 _FOREIGN = {
     "deit": r"global_center|pool\.|reducer\.|.*relative_position_bias_table|patch_embed\.proj\.\d",
@@ -84,7 +86,8 @@ def from_deit(state: Mapping[str, Tensor], model: SemanticTokenViT, *, load_head
 
     The class token and a distillation token, with their positions, are dropped unless the model has them; of two
     classifiers the mean stays then. The position embedding is resampled to the model's grid, packed `qkv` are split.
-    Pooling, global centres and positions of semantic tokens stay as the model has them.
+    Pooling, global centres and positions of semantic tokens stay as the model has them. Of LV-ViT's two classifiers,
+    that of single tokens is dropped where the model has none.
 
     Args:
         state: DeiT's state dict, or a `{"model": state}` file content.
@@ -104,9 +107,11 @@ def from_deit(state: Mapping[str, Tensor], model: SemanticTokenViT, *, load_head
     if "pos_embed" in ours:
         ours["pos_embed"] = _fit_position(ours["pos_embed"], model)
     own = model.state_dict()
-    fresh = re.compile(_FRESH + ("" if load_head else r"|head(_dist)?\."))
+    fresh = re.compile(_FRESH + ("" if load_head else rf"|{_HEADS}"))
     if not load_head:
-        ours = {name: value for name, value in ours.items() if not re.match(r"head(_dist)?\.", name)}
+        ours = {name: value for name, value in ours.items() if not re.match(_HEADS, name)}
+    if not any(name.startswith("aux_head.") for name in own):  # semantic tokens are not classified one by one
+        ours = {name: value for name, value in ours.items() if not name.startswith("aux_head.")}
     ours |= {name: value for name, value in own.items() if fresh.match(name) and name not in ours}
     return fit(ours, model, hint="" if not load_head else "load_head=False keeps the model's own classifier")
 
@@ -125,6 +130,8 @@ def rename(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -> Sta
         if match := re.fullmatch(r"(patch_embed\.)?proj\.(\d+)\.(c|bn)(\..+)", name):
             prefix = "stem." if match[1] else ""
             name = f"{prefix}stages.{int(match[2]) // 2}.{_STEM_PARTS[match[3]]}{match[4]}"
+        if match := re.fullmatch(r"patch_embed\.(conv|bn)([123])(\..+)", name):
+            name = f"stem.stages.{int(match[2]) - 1}.{_STEM_PARTS[match[1]]}{match[3]}"
         name = re.sub(r"^patch_embed\.(?:proj\.)?", "stem.proj.", name)
         ours[name] = value
     return ours
@@ -184,6 +191,8 @@ def infer_model(state: Mapping[str, Tensor], base_depth: int, stgm_depth: int) -
     ours = rename(_distilled(state), base_depth, stgm_depth)
     needed = ["pos_embed"]
     conv_stem = any(name.startswith("stem.stages.") for name in ours)
+    if conv_stem and "stem.proj.weight" in ours:
+        raise CheckpointMismatch("these are weights of LV-ViT, which do not tell its number of heads: pass the module")
     needed += ["stem.stages.0.conv.weight" if conv_stem else "stem.proj.weight"]
     missing = [name for name in needed if name not in ours]
     if missing:

@@ -23,7 +23,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from stvit.models import SemanticTokenViT, STViTRSwin, STViTSwin
+    from stvit.models import LVViT, SemanticTokenViT, STViTRSwin, STViTSwin
 
 __all__: list[str] = []  # timm adds the names that are registered
 
@@ -53,6 +53,10 @@ default_cfgs = generate_default_cfgs(
         "stvit_deit_tiny_patch16_224.untrained": _cfg("stem.proj"),
         "stvit_deit_small_patch16_224.untrained": _cfg("stem.proj"),
         "stvit_deit_base_patch16_224.untrained": _cfg("stem.proj"),
+        "lvvit_small_patch16_224.untrained": _cfg("stem.stages.0.conv", crop_pct=0.9, classifier=("head", "aux_head")),
+        "lvvit_medium_patch16_224.untrained": _cfg("stem.stages.0.conv", crop_pct=1.0, classifier=("head", "aux_head")),
+        "stvit_lvvit_small_patch16_224.untrained": _cfg("stem.stages.0.conv", crop_pct=0.9),
+        "stvit_lvvit_medium_patch16_224.untrained": _cfg("stem.stages.0.conv", crop_pct=1.0),
         "stvit_swin_tiny_window7_224.untrained": _cfg("stem.stages.0.conv"),
         "stvit_swin_small_window7_224.untrained": _cfg("stem.stages.0.conv"),
         "stvit_swin_base_window7_224.untrained": _cfg("stem.stages.0.conv"),
@@ -79,6 +83,30 @@ def stvit_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Sem
 def stvit_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> SemanticTokenViT:
     """STViT-DeiT-B: 16 semantic tokens after 4 layers; arguments as in `SemanticTokenViT`."""
     return _create("stvit_deit_base_patch16_224", "stvit_deit_base", pretrained, kwargs)
+
+
+@register_model
+def lvvit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-S, without reduction; arguments as in `LVViT`."""
+    return _create("lvvit_small_patch16_224", "lvvit_small", pretrained, kwargs)
+
+
+@register_model
+def lvvit_medium_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-M, without reduction; arguments as in `LVViT`."""
+    return _create("lvvit_medium_patch16_224", "lvvit_medium", pretrained, kwargs)
+
+
+@register_model
+def stvit_lvvit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-S with 36 semantic tokens after 5 layers; arguments as in `LVViT`."""
+    return _create("stvit_lvvit_small_patch16_224", "stvit_lvvit_small", pretrained, kwargs)
+
+
+@register_model
+def stvit_lvvit_medium_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-M with 36 semantic tokens after 6 layers; arguments as in `LVViT`."""
+    return _create("stvit_lvvit_medium_patch16_224", "stvit_lvvit_medium", pretrained, kwargs)
 
 
 @register_model
@@ -129,7 +157,10 @@ def _create(variant: str, build: str, pretrained: bool, kwargs: dict[str, Any]) 
             raise ValueError(f"{name} does not go with {variant}: {reason}")
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if "stem" in kwargs:
-        overlay.setdefault("first_conv", {"patch": "stem.proj", "conv": "stem.stages.0.conv"}.get(kwargs["stem"]))
+        overlay.setdefault(
+            "first_conv",
+            {"patch": "stem.proj", "conv": "stem.stages.0.conv", "half_conv": "stem.stages.0.conv"}.get(kwargs["stem"]),
+        )
     if pretrained:
         overlay |= _weights(variant, kwargs.get("pretrained_cfg"), overlay)
     model = build_model_with_cfg(
@@ -139,7 +170,7 @@ def _create(variant: str, build: str, pretrained: bool, kwargs: dict[str, Any]) 
         pretrained_filter_fn=_ours,
         pretrained_cfg_overlay=overlay,
         # As timm has it: the last layers of a ViT, all stages of the others.
-        feature_cfg=dict(out_indices=3 if "_deit_" in variant else (0, 1, 2, 3), feature_cls="getter"),
+        feature_cfg=dict(out_indices=3 if "_patch16_" in variant else (0, 1, 2, 3), feature_cls="getter"),
         **kwargs,
     )
     model.pretrained_cfg.pop("state_dict", None)
@@ -192,7 +223,8 @@ def _ours(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     head = next((state[name] for name in ("head.weight", "head.fc.weight") if name in state), None)
     if head is not None:
         template.reset_classifier(len(head))
-    stems = ("patch_embed.proj.weight", "patch_embed.proj.0.c.weight", "stem.proj.weight", "stem.stages.0.conv.weight")
+    stems = ("patch_embed.proj.weight", "patch_embed.proj.0.c.weight", "patch_embed.conv1.weight")
+    stems += ("stem.proj.weight", "stem.stages.0.conv.weight")
     first = template.get_submodule(model.pretrained_cfg["first_conv"])
     for name in stems:
         if name in state and state[name].shape[2:] == first.weight.shape[2:]:

@@ -31,8 +31,12 @@ class Block(nn.Module):
         window: side of the square windows that self-attention is confined to; None attends globally.
         relative_window: side of the grid whose relative positions are learned, see `Attention`.
         act_layer: activation of the MLP, see `activation`.
+        residual_scale: factor of both residual branches, as LV-ViT has one; not with `layer_scale`.
         shortcut: False drops the residual (and the stochastic depth) of the attention half, as the released
             classification models do in their first generation layer.
+
+    Raises:
+        ValueError: both kinds of scales.
     """
 
     def __init__(
@@ -50,9 +54,12 @@ class Block(nn.Module):
         window: int | None = None,
         relative_window: int | tuple[int, int] | None = None,
         act_layer: str | Callable[[], nn.Module] = "gelu",
+        residual_scale: float = 1.0,
         shortcut: bool = True,
     ) -> None:
         super().__init__()
+        if layer_scale is not None and residual_scale != 1:
+            raise ValueError(f"residual_scale={residual_scale} and layer_scale={layer_scale} are one or the other")
         self.window = window
         self.shortcut = shortcut
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -64,10 +71,10 @@ class Block(nn.Module):
             attn_drop=attn_drop,
             proj_drop=proj_drop,
         )
-        self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.ls1 = branch_scale(dim, layer_scale, residual_scale)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=activation(act_layer), drop=proj_drop)
-        self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.ls2 = branch_scale(dim, layer_scale, residual_scale)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(
@@ -153,6 +160,32 @@ def activation(kind: str | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         return nn.GELU if kind == "gelu" else get_act_layer(kind)
     except KeyError:
         raise ValueError(f"unknown act_layer {kind!r}: use timm's names, such as gelu, gelu_tanh, quick_gelu") from None
+
+
+class Scale(nn.Module):
+    """Multiplies by a constant.
+
+    Args:
+        factor: the constant.
+    """
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x * factor`, of any shape."""
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:g}"
+
+
+def branch_scale(dim: int, layer_scale: float | None, residual_scale: float) -> nn.Module:
+    """What a residual branch of `dim` channels is multiplied by: learned scales, a constant, or nothing."""
+    if layer_scale is not None:
+        return LayerScale(dim, layer_scale)
+    return nn.Identity() if residual_scale == 1 else Scale(residual_scale)
 
 
 def set_shortcut(layer: Block, shortcut: bool) -> None:

@@ -1,6 +1,8 @@
-"""From an image to raster tokens: a patch projection (DeiT) or a small convolutional stem (STViT-R)."""
+"""From an image to raster tokens: a patch projection (DeiT) or a small convolutional stem (STViT-R, LV-ViT)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +86,45 @@ class ConvStem(nn.Module):
         return -(-height // (1 << self.steps)), -(-width // (1 << self.steps))
 
 
+class HalfConvStem(nn.Module):
+    """LV-ViT's stem: convolutions at half the resolution, then patches of half the size.
+
+    A 7x7 convolution of stride 2 and two 3x3 ones, each with batch norm and ReLU; their maps are cut into patches that
+    are projected linearly. Images whose sides are no multiple of the patch are zero-padded at the bottom and right.
+
+    Args:
+        patch_size: side of a patch in pixels, even.
+        in_chans: channels of the image.
+        dim: channels of the tokens.
+        width: channels of the convolutions.
+
+    Raises:
+        ValueError: `patch_size` is odd.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, *, width: int = 64) -> None:
+        super().__init__()
+        if patch_size % 2:
+            raise ValueError(f"stem='half_conv' halves the image once: patch_size={patch_size} must be even")
+        self.patch_size = patch_size
+        self.stages = nn.Sequential(
+            ConvNormAct(in_chans, width, kernel=7, act=nn.ReLU),
+            *(ConvNormAct(width, width, stride=1, act=nn.ReLU) for _ in range(2)),
+        )
+        self.proj = nn.Conv2d(width, dim, kernel_size=patch_size // 2, stride=patch_size // 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """`(B, in_chans, H, W)` to a token map `(B, dim, ceil(H/p), ceil(W/p))`."""
+        image = pad_image(image, self.patch_size)
+        return self.proj(self.stages(image.contiguous(memory_format=torch.channels_last)))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token grid of an image of `height` x `width` pixels."""
+        return -(-height // self.patch_size), -(-width // self.patch_size)
+
+
 class ConvNormAct(nn.Module):
-    """3x3 convolution of stride 2, batch norm, hard swish.
+    """Convolution, batch norm and activation; by default 3x3 of stride 2 with hard swish.
 
     In evaluation the norm is an affine map per channel and goes into the convolution's weights on the fly: the same
     result (up to rounding) in one pass less over the largest maps of the model.
@@ -93,16 +132,27 @@ class ConvNormAct(nn.Module):
     Args:
         width_in: channels in.
         width_out: channels out.
+        kernel: side of the kernel, odd.
+        stride: of the convolution.
+        act: class of the activation.
     """
 
-    def __init__(self, width_in: int, width_out: int) -> None:
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        *,
+        kernel: int = 3,
+        stride: int = 2,
+        act: Callable[[], nn.Module] = nn.Hardswish,
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False)
+        self.conv = nn.Conv2d(width_in, width_out, kernel, stride=stride, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(width_out)
-        self.act = nn.Hardswish()
+        self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, width_in, H, W)` to `(B, width_out, ceil(H/2), ceil(W/2))`."""
+        """`(B, width_in, H, W)` to `(B, width_out, ceil(H/stride), ceil(W/stride))`."""
         if self.norm.training:
             return self.act(self.norm(self.conv(x)))
         scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
@@ -126,8 +176,9 @@ def build_stem(
     norm_eps: float | None = None,
     pad: bool = False,
     bias: bool = True,
-) -> PatchStem | ConvStem:
-    """The stem named `kind`: `patch` (with `bias`, and a norm where `norm_eps` is given) or `conv` (with `pad`).
+) -> PatchStem | ConvStem | HalfConvStem:
+    """The stem named `kind`: `patch` (with `bias`, and a norm where `norm_eps` is given), `conv` (with `pad`) or
+    `half_conv`.
 
     Raises:
         ValueError: unknown kind.
@@ -136,4 +187,6 @@ def build_stem(
         return PatchStem(patch_size, in_chans, dim, norm_eps=norm_eps, bias=bias)
     if kind == "conv":
         return ConvStem(patch_size, in_chans, dim, pad=pad)
-    raise ValueError(f"unknown stem {kind!r}: use 'patch' or 'conv'")
+    if kind == "half_conv":
+        return HalfConvStem(patch_size, in_chans, dim)
+    raise ValueError(f"unknown stem {kind!r}: use 'patch', 'conv' or 'half_conv'")

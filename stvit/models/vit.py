@@ -63,6 +63,7 @@ class SemanticTokenViT(ViTFeatures):
         mlp_ratio: hidden width of the MLPs in units of C.
         qkv_bias: bias in query and key/value projections.
         layer_scale: initial value of per-channel scales of residual branches; None for none.
+        residual_scale: factor of residual branches instead, see `Block`.
         class_token: classify a class token instead of the mean, as DeiT does; not with `tokens="semantic"`.
         reg_tokens: further learned tokens in front of the image tokens, which no method drops or merges; semantic
             tokens are generated without them.
@@ -75,7 +76,7 @@ class SemanticTokenViT(ViTFeatures):
             in SigLIP), or empty (every token by itself; with `num_classes=0`, `forward` returns tokens). None: the
             class token, where there is one, else the mean.
         act_layer: activation of the MLPs: timm's name of one, or a class; `gelu` is the exact GELU.
-        stem: `patch` (one projection) or `conv` (3x3 convolutions of stride 2).
+        stem: `patch` (one projection), `conv` (3x3 convolutions of stride 2) or `half_conv` (see `HalfConvStem`).
         drop_rate: dropout before the classifier, after attention projections and in MLPs.
         proj_drop_rate: of the latter two; None: `drop_rate`.
         pos_drop_rate: dropout of tokens with their position.
@@ -109,6 +110,7 @@ class SemanticTokenViT(ViTFeatures):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         layer_scale: float | None = None,
+        residual_scale: float = 1.0,
         class_token: bool = False,
         reg_tokens: int = 0,
         distilled: bool = False,
@@ -176,6 +178,7 @@ class SemanticTokenViT(ViTFeatures):
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             layer_scale=layer_scale,
+            residual_scale=residual_scale,
             attn_drop=attn_drop_rate,
             proj_drop=drop_rate if proj_drop_rate is None else proj_drop_rate,
             norm_eps=norm_eps,

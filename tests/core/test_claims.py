@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from lab import Lab
@@ -303,6 +304,7 @@ def test_a_paper_can_have_further_claims(path, lab, tmp_path):
     assert states(tmp_path, lab) == ["missing", "missing"]
     show(path, lab, run=True)
     first = stored(tmp_path)
+    shutil.rmtree(lab.runs)  # as on another machine, where only results/claims/ is
     show(further, lab, run=True)
     assert len(lab.trained) == 9  # rows of another claim with the same configs are no reason to train again
     assert stored(tmp_path) == first
@@ -335,6 +337,10 @@ def test_damaged_records_are_named(path, lab, tmp_path):
     store.path.write_text("{")
     with pytest.raises(ConfigError, match=r"mine\.json is damaged"):
         show(path, lab)
+    further = path.with_name("claim_further.yaml")
+    further.write_text(CLAIM)
+    with pytest.raises(ConfigError, match=r"mine\.json is damaged"):
+        show(further, lab)  # which may share runs with it
 
 
 @pytest.mark.parametrize(

@@ -339,15 +339,6 @@ def test_discriminators_give_logits() -> None:
 # ------------------------------------------------------------------ compilation and precision
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("extra", ["none", "attn1"])
-def test_tokenizers_compile_in_one_piece(extra: str) -> None:
-    torch._dynamo.reset()
-    model = tiny(extra=extra, entropy=UsageEntropy())
-    compiled = torch.compile(model, fullgraph=True, backend="eager")(images())
-    assert torch.allclose(compiled.reconstruction, model(images()).reconstruction, atol=1e-5)
-
-
 def test_codes_do_not_depend_on_autocast() -> None:
     model = tiny(entropy=UsageEntropy())
     with torch.autocast("cpu", torch.bfloat16):

@@ -337,13 +337,9 @@ def test_training_masks_hide_a_cosine_share() -> None:
 
 
 @pytest.mark.compile
-def test_transformers_compile_in_one_piece() -> None:
+def test_steps_with_a_cache_compile_in_one_piece() -> None:
     torch._dynamo.reset()
-    codes, mask = some_codes(), some_codes() > 5
-    for model, inputs in ((ar(), (codes, labels())), (nar(), (codes, mask, labels()))):
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert torch.allclose(compiled(*inputs), model(*inputs), atol=1e-4)
-    model = ar()
+    codes, model = some_codes(), ar()
     step, cache = torch.compile(model.step, fullgraph=True, backend="eager"), model.allocate(4)
     first = step(model.start(labels(), 4, codes.device), 0, cache)
     second = step(codes[:, 0], 1, cache)

@@ -29,7 +29,9 @@ from slot_walks.data.cocostuff import COCOSTUFF27, coarse_labels
 from slot_walks.data.files import load_foreground, load_labels
 from slot_walks.data.movi import chosen_frames
 from slot_walks.data.transforms import Window, bird_window
+from slot_walks.standin import digit_scenes
 from slot_walks.standin.blobworld import Blobworld, draw_scene
+from slot_walks.standin.digit_scenes import DigitScenes
 
 
 def picture(height=40, width=60, seed=0):

@@ -26,6 +26,7 @@ IMAGENET = {
     )
     for j, size in enumerate(("tiny", "small", "base"))
 }
+IMAGENET |= {"lvvit_small": "folder", "stvit_lvvit_small": "shards"}
 KINETICS = [f"kinetics_{kind}video_swin_{size}" for kind in ("", "stvit_") for size in ("tiny", "small")]
 
 
@@ -61,12 +62,12 @@ def test_two_steps_on_images(name: str, imagenet: Path, tmp_path: Path) -> None:
     storage = IMAGENET[name]
     words = [
         f"experiment=stvit/{name}", f"runs_dir={tmp_path}", "runtime=cpu", "runtime.fast_dev_run=2",
-        *(DEIT if "deit" in name else SWIN), "model.network.num_classes=2", "model.mix.num_classes=2",
+        *(SWIN if "swin" in name else DEIT), "model.network.num_classes=2", "model.mix.num_classes=2",
         "model.network.img_size=56", f"train_dataloader.dataset.root={imagenet}", "train_dataloader.batch_size=2",
         "val_evaluator.metrics.top5.top_k=2",
     ]  # fmt: skip
     words += (
-        ["~custom_hooks.media"] if name in ("deit_tiny", "deit_small", "deit_base") else []
+        ["~custom_hooks.media"] if name in ("deit_tiny", "deit_small", "deit_base", "stvit_lvvit_small") else []
     )  # its pictures are slow
     for part in ("train", "val"):
         words += [f"{part}_dataloader.num_workers=0", f"+{part}_dataloader.dataset.num_classes=2"]

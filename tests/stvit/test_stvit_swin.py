@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from timm.models import group_modules, group_parameters
+from tiny_swin import TINY, VARIANTS, each_variant, tiny
 from torch import Tensor, nn
 
 from core.profile.measure import count_macs, count_parameters
@@ -15,59 +16,6 @@ from stvit.models import SemanticTokenViT, STViTRSwin, STViTSwin, SwinTransforme
 from stvit.models.dumbbell import unit_layout
 from stvit.models.hierarchy import HierarchicalTransformer
 from stvit.models.swin_block import SwinBlock
-
-TINY = dict(embed_dim=8, depths=(1, 2, 6, 2), num_heads=(1, 2, 2, 4), num_classes=5, img_size=224)
-# Every way to build the models that changes what is computed.
-VARIANTS: dict[str, tuple[type[HierarchicalTransformer], dict[str, object]]] = {
-    "swin": (SwinTransformer, {}),
-    "swin_conv": (SwinTransformer, dict(stem="conv", layer_scale=0.1)),
-    "swin_dense": (SwinTransformer, dict(features_only=True)),
-    "stvit": (STViTSwin, {}),
-    "stvit_9": (STViTSwin, dict(per_window=3, base_depth=1, stgm_depth=3, layer_scale=0.1)),
-    "stvit_options": (
-        STViTSwin,
-        dict(
-            use_global=True,
-            relative_pos=True,
-            use_conv_pos=True,
-            learned_pos=True,
-            stem="patch",
-            key_windows=(10, None),
-            pool="weighted",
-        ),
-    ),
-    "r": (STViTRSwin, dict(layer_scale=0.1)),
-    "r_options": (
-        STViTRSwin,
-        dict(use_global=True, relative_pos=True, use_conv_pos=True, shortcut=True, stem="patch", layer_scale_swin=0.1),
-    ),
-    "r_two_units": (
-        STViTRSwin,
-        dict(depths=(1, 1, 12, 1), use_global=True, global_in="both-units", per_window=2, layer_scale=None),
-    ),
-    "r_reuse": (
-        STViTRSwin,
-        dict(depths=(1, 1, 12, 1), recover="reuse", layer_scale=0.1, pool="weighted_offset", use_conv_pos=True),
-    ),
-    "r_once": (STViTRSwin, dict(depths=(1, 1, 12, 1), recover="once", local_global="global", layer_scale=0.1)),
-    "r_none": (STViTRSwin, dict(recover="none", layer_scale=0.1)),
-    "r_other_unit": (
-        STViTRSwin,
-        dict(depths=(1, 1, 7, 1), base_depth=2, stgm_depth=1, semantic_depth=3, layer_scale=0.1),
-    ),
-    "dense": (STViTRSwin, dict(features_only=True, layer_scale=0.1)),
-    "dense_official": (STViTRSwin, dict(features_only=True, mask_mode="official", layer_scale=0.1)),
-    "dense_4": (
-        STViTRSwin,
-        dict(features_only=True, per_window=4, key_windows=(9, None, None), pool="avg", local_global="local"),
-    ),
-}
-each_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def tiny(variant: str, **options: object) -> HierarchicalTransformer:
-    cls, own = VARIANTS[variant]
-    return cls(**(TINY | own | options))
 
 
 def outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
@@ -192,24 +140,6 @@ def test_any_size_goes_through(variant: str) -> None:
 
 
 @each_variant
-def test_samples_of_a_batch_do_not_see_each_other(variant: str) -> None:
-    model = tiny(variant).eval()
-    images = torch.randn(2, 3, 150, 203)
-    with torch.inference_mode():
-        together = outputs(model, images)
-        alone = zip(*(outputs(model, image[None]) for image in images), strict=True)
-        for both, each in zip(together, alone, strict=True):
-            torch.testing.assert_close(both, torch.cat(each), rtol=1e-4, atol=1e-5)
-
-
-@each_variant
-def test_gradients_reach_every_parameter(variant: str) -> None:
-    model = tiny(variant).train()
-    sum(output.square().sum() for output in outputs(model, torch.randn(2, 3, 112, 150))).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-
-
-@each_variant
 def test_recomputed_activations_give_the_same_gradients(variant: str) -> None:
     model = tiny(variant).train()
     images = torch.randn(2, 3, 96, 64)
@@ -234,43 +164,6 @@ def test_recomputation_runs_the_layers_again(monkeypatch: pytest.MonkeyPatch) ->
         calls.clear()
         model(torch.randn(2, 3, 64, 64)).sum().backward()
         assert len(calls) == expected
-
-
-@each_variant
-def test_half_precision_is_finite(variant: str) -> None:
-    model = tiny(variant).train()
-    images = torch.randn(2, 3, 100, 132)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = sum(output.float().square().mean() for output in outputs(model, images))
-    loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    model = model.to(torch.bfloat16).eval()
-    assert all(output.isfinite().all() for output in outputs(model, images.bfloat16()))
-
-
-# Maps of stage 3: 15x17 tokens, so that rows of windows are attended one by one and both sides are padded.
-@pytest.mark.compile
-@pytest.mark.parametrize("variant", ["swin", "stvit", "r", "dense", "dense_official"])
-def test_compiled_and_exported_models_give_the_same(variant: str) -> None:
-    model = tiny(variant, depths=(1, 2, 6, 1)).eval()
-    images = torch.randn(1, 3, 240, 270)
-    with torch.no_grad():
-        expected = outputs(model, images)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        exported = torch.export.export(model, (images,)).module()
-        for run in (compiled, exported, model):  # the model once more: tables of the traces must not have stayed
-            for got, wanted in zip(outputs(run, images), expected, strict=True):
-                torch.testing.assert_close(got, wanted)
-
-
-@pytest.mark.compile
-def test_training_step_compiles_without_graph_breaks() -> None:
-    model = tiny("dense", depths=(1, 1, 6, 1), drop_path_rate=0.1).train()
-    torch._dynamo.reset()
-    maps = torch.compile(model, fullgraph=True, backend="eager")(torch.randn(2, 3, 240, 128))
-    sum(output.sum() for output in maps).backward()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------ the dumbbell

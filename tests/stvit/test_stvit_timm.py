@@ -13,7 +13,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from stvit.checkpoint import revert
-from stvit.models import SemanticTokenViT, STViTRSwin, STViTSwin
+from stvit.models import LVViT, SemanticTokenViT, STViTRSwin, STViTSwin
 
 DEIT = dict(img_size=32, patch_size=4, embed_dim=32, depth=4, num_heads=2)
 SWIN = dict(img_size=64, embed_dim=16, depths=(1, 1, 6, 1), num_heads=(1, 1, 2, 2), window_size=4)
@@ -24,6 +24,10 @@ NAMES = {
     "stvit_deit_tiny_patch16_224": (SemanticTokenViT, 5.762e6),
     "stvit_deit_small_patch16_224": (SemanticTokenViT, 22.213e6),
     "stvit_deit_base_patch16_224": (SemanticTokenViT, 87.187e6),
+    "lvvit_small_patch16_224": (LVViT, 26.152e6),
+    "lvvit_medium_patch16_224": (LVViT, 55.831e6),
+    "stvit_lvvit_small_patch16_224": (LVViT, 25.937e6),
+    "stvit_lvvit_medium_patch16_224": (LVViT, 55.610e6),
     "stvit_swin_tiny_window7_224": (STViTSwin, None),
     "stvit_swin_small_window7_224": (STViTSwin, None),
     "stvit_swin_base_window7_224": (STViTSwin, None),
@@ -31,6 +35,8 @@ NAMES = {
     "stvit_r_swin_small_window7_224": (STViTRSwin, 49_625_518),
     "stvit_r_swin_base_window7_224": (STViTRSwin, 87_812_336),
 }
+# LV-ViT's share of the image, of its authors' configurations.
+CROPS = {name: 0.9 if "small" in name else 1.0 for name in NAMES if "lvvit" in name}
 each_name = pytest.mark.parametrize("name", NAMES)
 
 
@@ -61,7 +67,7 @@ def overlay(file: str, **more: object) -> dict[str, object]:
 
 
 def test_these_are_the_names() -> None:
-    assert set(timm.list_models("stvit*")) == set(NAMES)
+    assert {*timm.list_models("stvit*"), *timm.list_models("lvvit*")} == set(NAMES)
     assert set(timm.list_pretrained("stvit*")) == {
         "stvit_r_swin_small_window7_224.in1k",
         "stvit_r_swin_base_window7_224.in1k",
@@ -77,10 +83,12 @@ def test_every_name_makes_its_model(name: str) -> None:
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, abs=500)
     assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
     config = resolve_model_data_config(model)
-    assert config["input_size"] == (3, 224, 224) and config["crop_pct"] == 0.875
+    assert config["input_size"] == (3, 224, 224) and config["crop_pct"] == CROPS.get(name, 0.875)
     # timm finds the first convolution and the classifier by these names.
     assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]), nn.Conv2d)
-    assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
+    classifiers, made = model.pretrained_cfg["classifier"], model.get_classifier()
+    classifiers, made = ((classifiers,), (made,)) if isinstance(classifiers, str) else (classifiers, made)
+    assert all(model.get_submodule(one) is part for one, part in zip(classifiers, made, strict=True))
     changed = create(name, num_classes=7, in_chans=1, drop_rate=0.1, drop_path_rate=0.2)
     assert changed(torch.empty(2, 1, 224, 224, device="meta")).shape == (2, 7)
     changed.reset_classifier(3)

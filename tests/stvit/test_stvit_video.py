@@ -197,13 +197,6 @@ def test_padding_cannot_matter(monkeypatch, size):
     assert not torch.allclose(noisy, careless(clip), atol=1e-4), "the noise is there to be seen"
 
 
-@pytest.mark.parametrize("build", [VideoSwin, STViTVideoSwin])
-def test_clips_of_a_batch_do_not_know_each_other(build):
-    model = lively(build(**(SMALL if build is VideoSwin else SEMANTIC)))
-    clips = torch.randn(3, 3, 9, 36, 60)
-    assert torch.allclose(model(clips), torch.cat([model(clip[None]) for clip in clips]), atol=1e-5)
-
-
 # ---------------------------------------------------------------------------- semantic tokens
 
 
@@ -332,16 +325,6 @@ def test_half_precision_is_finite_and_near():
     with torch.autocast("cpu", torch.bfloat16):
         half = model(clip)
     assert torch.isfinite(half).all() and torch.allclose(half.float(), model(clip), atol=0.1, rtol=0.1)
-
-
-@pytest.mark.compile
-def test_compiles_whole_and_exports():
-    options = dict(SMALL, depths=(4, 1), embed_dim=8, base_depth=1, patch_size=(2, 8, 8), drop_path_rate=0.0)
-    model, clip = lively(STViTVideoSwin(**options)), torch.randn(1, 3, 10, 72, 60)
-    expected = model(clip)
-    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    assert torch.allclose(compiled(clip), expected, atol=1e-6)
-    assert torch.allclose(torch.export.export(model, (clip,)).module()(clip), expected, atol=1e-6)
 
 
 def test_given_sizes_win_over_the_arch():

@@ -23,6 +23,7 @@ VARIANTS = {
     "conv": dict(token_position="conv"),
     "relative": dict(token_position="relative"),
     "conv_stem": dict(stem="conv"),
+    "half_conv_stem": dict(stem="half_conv", residual_scale=0.5),
     "all": dict(tokens="all"),
     "class_token": dict(tokens="all", class_token=True),
     "pooled": dict(tokens="pooled"),
