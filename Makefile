@@ -12,8 +12,9 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --n
 
 .PHONY: demo test test-quick test-all lint setup clean
 
+# Of another paper: make demo PAPER=slot_walks
 demo: $(READY)
-	$(BIN)/python tools/demo.py
+	$(BIN)/python tools/demo.py $(if $(PAPER),paper=$(PAPER))
 
 test: $(READY)
 	$(PYTEST) -m "not slow"

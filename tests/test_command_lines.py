@@ -89,7 +89,7 @@ def known_options(tool: str) -> frozenset[str] | None:
         "test": "core.engine.run.options",
         "infer": "core.engine.run.options",
         "ablate": "core.tables.ablation",
-        "demo": "tools.demo",
+        "demo": "core.tables.demo",
     }
     modules |= {
         "table": "core.tables.table",

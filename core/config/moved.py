@@ -1,6 +1,6 @@
 """Modules of core by their former names, for one version: importing one warns and gives the module itself.
 
-`core.mmcv_ops`, which configs of users name in ``custom_imports``, stays under both names.
+Two stay under both names: `core.mmcv_ops`, which configs of users import, and `core.registry`, which mmengine does.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ _MOVED = {
     for room, modules in _ROOMS.items()
     for former, _, present in (module.partition("=") for module in modules.split())
 }
-_KEPT = {"core.mmcv_ops"}
+# mmengine imports `SCOPE.registry` of a type that is written with a scope, `core.EMAHook`.
+_KEPT = {"core.mmcv_ops", "core.registry"}
 
 
 class _Finder(MetaPathFinder, Loader):

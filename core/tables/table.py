@@ -219,6 +219,15 @@ class Evaluation:
         if text not in self.notes:
             self.notes.append(text)
 
+    def run_of(self, row: RowSpec, seed: int) -> Path | None:
+        """The folder of the newest finished run behind a row's first cell that is fed from runs."""
+        for column in self.spec.columns:
+            cfg = self.config(row, column, seed) if column.needs != "none" and not column.mean_of else None
+            result = None if cfg is None else self._results.match(cfg)
+            if result is not None:
+                return result.path.parent
+        return None
+
     def missing(self, row: RowSpec, seeds: Sequence[int]) -> list[Any]:
         """Configs that have to be trained before every run-fed cell of a row is known; no config twice."""
         wanted: dict[str, Any] = {}

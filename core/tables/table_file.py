@@ -250,17 +250,22 @@ def load_table(path: str | Path) -> TableSpec:
     Raises:
         ConfigError: anything else; names file, place and nearest valid word.
     """
-    path = Path(path)
-    reader = Reader(path)
+    reader = Reader(Path(path))
     data = reader.load()
+    data.pop("demo", None)  # what core.tables.demo reads beside the table
+    return read_table(reader, data)
+
+
+def read_table(reader: Reader, data: Mapping[str, Any]) -> TableSpec:
+    """A table from the content of its file, see `load_table`."""
     reader.keys(
         data, "", ("title", "source", "columns", "rows", "notes", "profile"), required=("title", "columns", "rows")
     )
     columns = _columns(reader, reader.mapping(data["columns"], "columns"))
     rows = _rows(reader, reader.list(data["rows"], "rows"), columns)
     return TableSpec(
-        path=path,
-        id=table_id(path),
+        path=reader.path,
+        id=table_id(reader.path),
         title=reader.text(data["title"], "title"),
         source=reader.text(data["source"], "source") if data.get("source") is not None else "",
         columns=tuple(columns.values()),

@@ -106,3 +106,27 @@ def test_a_type_checker_follows_every_name(tmp_path):
     assert [place for place in unknown if not decorated(place)] == []
     errors = [line for line in done.stdout.splitlines() if ": error: " in line]
     assert len(errors) == len(LAZY) and all('has no attribute "Nothing"' in line for line in errors), errors
+
+
+@pytest.mark.child
+def test_modules_of_core_are_found_by_their_former_names_for_one_version():
+    script = """
+import importlib, sys, warnings
+from core.config import moved
+for former, present in moved._MOVED.items():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = importlib.import_module(former)
+    assert module is importlib.import_module(present) is sys.modules[former], former
+    assert module.__name__ == module.__spec__.name == present, former
+    said = [str(one.message) for one in caught if issubclass(one.category, DeprecationWarning)]
+    assert (f"{former} is now {present}" in said) == (former not in moved._KEPT), (former, said)
+try:
+    import core.nothing
+except ModuleNotFoundError as error:
+    assert error.name == "core.nothing"
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -91,7 +91,7 @@ def test_unknown_tasks_and_papers_are_answered_with_near_names(paper):
         run_task(paper, "list_s", [])
     with pytest.raises(ConfigError, match=f"no package '{paper}x'; did you mean {paper}"):
         run_task(f"{paper}x", "lists", [])
-    with pytest.raises(ConfigError, match=r"package 'json' has no prepare\.py"):
+    with pytest.raises(ConfigError, match=r"package 'json' has no data/prepare\.py"):
         run_task("json", "lists", [])
 
 
