@@ -37,7 +37,7 @@ _ROOMS = {
         "data.files=files data.digits=digits data.annotations=annotations"
     ),
     "optim": "param_groups=groups schedules ema sharding=dtensor parallel=fsdp regime buffers",
-    "engine": "launch runner runner_building runner_placement detection switches",
+    "engine": "hooks launch runner runner_building runner_placement detection switches",
     "engine.commands": "evaluation inference convert tracing lr_finder lr_curve",
     "engine.keys": "config_check=check config_kinds=kinds objective eval_sets hook_configs=hooks",
     "engine.loops": "loop=train eval_loop=evaluation eval_sets_loop=eval_sets sanity",
