@@ -2,9 +2,11 @@
 
   python -m slot_walks.inference.curves run=runs/slot_walks/blobworld/2026-01-31_12-00-00 output=curves.png
   python -m slot_walks.inference.curves run=runs/slot_walks/blobworld,runs/slot_walks/blobworld_fe output=curves.png
+  python -m slot_walks.inference.curves run=results/slot_walks_curves.json figures=val/mbo_i output=curves.png
 
 `run` is the folder of a run (or its log.jsonl), or several with commas, which are drawn together. Of a folder of runs
-the newest one is taken.
+the newest one is taken. `keep=FILE.json` also writes what is drawn to a file, which `run` takes in turn; runs are named
+there by experiment, steps and seed, and seeds of one experiment and length share a colour.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config.command.cli import parse, run
-from core.config.files import read_text
+from core.config.files import read_json, read_text, read_yaml
 from core.errors import ConfigError
 
 #: What is drawn, in this order, where a log has it; scores of evaluations follow.
@@ -29,6 +31,7 @@ CURVES = {
 }
 _EVALUATIONS = ("val/", "test/")
 _COLUMNS = 4
+_WIDE = 10  # largest over smallest loss from which on its axis is logarithmic
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Options:
 
     run: list[str] = field(metadata={"help": "folders of runs, with commas between them"})
     output: str = field(default="curves.png", metadata={"help": "PNG file that is written"})
+    figures: list[str] | None = field(default=None, metadata={"help": "names of what is drawn; null: all there is"})
+    keep: str | None = field(default=None, metadata={"help": "JSON file that keeps what is drawn"})
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -66,6 +71,56 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not records:
         raise ConfigError(f"run={path}: the log has no records; does the run write JSON lines (logger=local)?")
     return records
+
+
+def run_name(folder: Path) -> str:
+    """`EXPERIMENT, N steps, seed S` of a run's folder, as its config says.
+
+    Raises:
+        ConfigError: there is no config.yaml in it, or it is not that of a run.
+    """
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"run={folder}: keep= names runs by their config.yaml, and there is none")
+    cfg = read_yaml(config)
+    try:
+        return f"{cfg['name']}, {cfg['train_cfg']['max_steps']} steps, seed {cfg['seed']}"
+    except (KeyError, TypeError):
+        raise ConfigError(f"run={folder}: config.yaml is not the config of a run") from None
+
+
+def read_runs(names: Sequence[str], keep: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """Records by the name of the run, of folders, logs and files that `keep=` wrote.
+
+    Args:
+        names: paths.
+        keep: name runs by their config, not by their path.
+
+    Raises:
+        ConfigError: see `read_log` and `run_name`; a JSON file without runs.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        path = Path(name)
+        if path.suffix == ".json":
+            runs = read_json(path, keys=("runs",))["runs"]
+            if not isinstance(runs, dict) or not all(isinstance(records, list) for records in runs.values()):
+                raise ConfigError(f"run={path}: it holds no curves; give a file that keep= wrote")
+            found |= runs
+        else:
+            found[run_name(path) if keep else name] = read_log(path)
+    return found
+
+
+def chosen(records: Sequence[Mapping[str, Any]], figures: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Steps and the drawn figures of records, to five digits, without the records that have none of them."""
+    kept = []
+    for record in records:
+        names = [n for n in record if n in (figures or CURVES) or (not figures and n.startswith(_EVALUATIONS))]
+        values = {n: float(f"{record[n]:.5g}") for n in names if isinstance(record[n], int | float)}
+        if values:
+            kept.append({"step": record["step"], **values})
+    return kept
 
 
 def series(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
@@ -112,25 +167,32 @@ def draw(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     canvas = FigureCanvasAgg(figure)
     grid = list(figure.subplots(rows, columns, squeeze=False).ravel())
     handles: dict[str, Any] = {}
+    groups = {label: label.partition(", seed ")[0] for label in runs}  # seeds of one experiment share a colour
+    colours = {group: f"C{number}" for number, group in enumerate(dict.fromkeys(groups.values()))}
     for axes, name in zip(grid, panels, strict=False):
-        for number, (label, curves) in enumerate(runs.items()):
+        for label, curves in runs.items():
             if name in curves:
                 steps, values = curves[name]
-                (line,) = axes.plot(steps, values, color=f"C{number}", marker="o" if len(steps) < 15 else "", ms=3)
-                handles.setdefault(label, line)
+                mark = "o" if len(steps) < 15 else ""
+                (line,) = axes.plot(steps, values, color=colours[groups[label]], marker=mark, ms=3)
+                handles.setdefault(groups[label], line)
         axes.set_title(CURVES.get(name, name), fontsize=9)
         axes.set_xlabel("step", fontsize=7)
         axes.grid(alpha=0.25)
-        axes.ticklabel_format(useOffset=False)
+        drawn = [value for curves in runs.values() for value in curves.get(name, ((), ()))[1]]
+        if name.startswith("loss") and 0 < _WIDE * min(drawn) < max(drawn):
+            axes.set_yscale("log")  # else the first steps hide whether a loss still falls at the end
+        else:
+            axes.ticklabel_format(useOffset=False)
     if single:
         axes = grid[len(panels)]
         thick = 0.8 / len(runs)
         for number, (label, curves) in enumerate(runs.items()):
             found = [(place, curves[name][1][0]) for place, name in enumerate(single) if name in curves]
             places = [place + (number - (len(runs) - 1) / 2) * thick for place, _ in found]
-            bars = axes.barh(places, [value for _, value in found], thick, color=f"C{number}")
+            bars = axes.barh(places, [value for _, value in found], thick, color=colours[groups[label]])
             axes.bar_label(bars, fmt="%.3f", fontsize=6, padding=2)
-            handles.setdefault(label, bars)
+            handles.setdefault(groups[label], bars)
         axes.set_yticks(range(len(single)), single)
         axes.invert_yaxis()
         axes.margins(x=0.2)
@@ -149,8 +211,16 @@ def main(argv: list[str]) -> None:
     options, _ = parse(argv, Options, doc=__doc__)
     if not options.run:
         raise ConfigError("run= names no folder")
-    picture = draw({name: read_log(Path(name)) for name in options.run})
+    runs = read_runs(options.run, keep=options.keep is not None)
+    if options.figures or options.keep:
+        runs = {name: chosen(records, options.figures) for name, records in runs.items()}
+    picture = draw(runs)
     from PIL import Image
+
+    if options.keep:
+        from core.checkpoint import write_text_atomic
+
+        write_text_atomic(json.dumps({"runs": runs}, indent=None) + "\n", Path(options.keep))
 
     target = Path(options.output)
     target.parent.mkdir(parents=True, exist_ok=True)

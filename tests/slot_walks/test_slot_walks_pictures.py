@@ -15,7 +15,7 @@ from PIL import Image
 
 from core.errors import ConfigError
 from slot_walks import SlotEncoder, SlotWalker, WalkLoss, affinity_target, segments, transitions
-from slot_walks.inference.curves import CURVES, draw, main, read_log, series
+from slot_walks.inference.curves import CURVES, draw, main, read_log, read_runs, series
 from slot_walks.inference.drawing import (
     Panel,
     at_size,
@@ -256,6 +256,55 @@ def test_the_command_draws_one_or_several_runs(tmp_path: Path, capsys: pytest.Ca
             pixels = np.asarray(picture).astype(int)
             assert (np.abs(pixels - (31, 119, 180)).sum(axis=2) < 10).any()
             assert (np.abs(pixels - (255, 127, 14)).sum(axis=2) < 10).any() == orange
+
+
+def test_kept_curves_are_drawn_as_the_runs_are(tmp_path: Path) -> None:
+    """Seeds of one experiment share a colour; the file holds the chosen figures and nothing else."""
+    for seed, steps in ((11, 20), (12, 20), (11, 5)):
+        folder = write_log(tmp_path / f"{seed}-{steps}", steps=steps)
+        (folder / "config.yaml").write_text(f"name: slot_walks/x\nseed: {seed}\ntrain_cfg: {{max_steps: {steps}}}\n")
+    folders = ",".join(str(tmp_path / name) for name in ("11-20", "12-20", "11-5"))
+    figures = "figures=loss_wpw,val/mbo_i"
+    main([f"run={folders}", figures, f"output={tmp_path / 'first.png'}", f"keep={tmp_path / 'kept.json'}"])
+    main([f"run={tmp_path / 'kept.json'}", figures, f"output={tmp_path / 'again.png'}"])
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    kept = json.loads((tmp_path / "kept.json").read_text())["runs"]
+    names = [f"slot_walks/x, {steps} steps, seed {seed}" for seed, steps in ((11, 20), (12, 20), (11, 5))]
+    assert list(kept) == names
+    assert {key for records in kept.values() for record in records for key in record} == {
+        "step",
+        "loss_wpw",
+        "val/mbo_i",
+    }
+    assert kept[names[0]][2] == {"step": 3, "loss_wpw": 0.33333}
+    with Image.open(tmp_path / "first.png") as picture:
+        pixels = np.asarray(picture).astype(int)
+    for colour, there in (((31, 119, 180), True), ((255, 127, 14), True), ((44, 160, 44), False)):
+        assert (np.abs(pixels - colour).sum(axis=2) < 10).any() == there
+
+
+def test_losses_that_fall_far_have_a_logarithmic_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    scales = []
+    real = Axes.set_yscale
+    monkeypatch.setattr(Axes, "set_yscale", lambda self, scale: (scales.append(scale), real(self, scale)))
+    for last, expected in ((0.05, ["log"]), (0.5, []), (0.0, []), (-1.0, [])):
+        scales.clear()
+        draw({"run": [{"step": 1, "loss_wpw": 1.0, "val/ari": 1.0}, {"step": 2, "loss_wpw": last, "val/ari": 0.01}]})
+        assert scales == expected, last
+
+
+def test_what_cannot_be_kept_or_read_back_is_named(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"names runs by their config\.yaml"):
+        read_runs([str(folder)], keep=True)
+    (folder / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match="not the config of a run"):
+        read_runs([str(folder)], keep=True)
+    (tmp_path / "x.json").write_text('{"runs": [1]}')
+    with pytest.raises(ConfigError, match="holds no curves"):
+        read_runs([str(tmp_path / "x.json")])
 
 
 def test_logs_without_figures_say_so(tmp_path: Path) -> None:
