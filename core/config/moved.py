@@ -60,7 +60,7 @@ _KEPT = {"core.mmcv_ops", "core.registry"}
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Asked last: only for names under which there is nothing any more."""
+    """Asked first: `core.hooks` is a folder with a path, in which its modules would be found, and executed, once more."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in _MOVED else None
@@ -79,4 +79,4 @@ class _Finder(MetaPathFinder, Loader):
 def install() -> None:
     """Lets the former names be imported; a second call does nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())
