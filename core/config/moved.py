@@ -60,7 +60,7 @@ _KEPT = {"core.mmcv_ops", "core.registry"}
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Asked first: `core.hooks` has the path of a folder, in which its modules would be found and executed once more."""
+    """Asked first: `core.hooks` has the path of a folder, where its modules would be found and executed again."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in _MOVED else None
