@@ -24,7 +24,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from core.config.registry import METRICS
 from core.errors import ConfigError
 from core.metrics import TorchMetrics
-from seqgan.losses.perceptual import LPIPS
+from seqgan.losses.perceptual import LPIPS, SemanticPerceptualLoss
 from seqgan.metrics.diagnostics import code_histogram, codebook_usage
 from seqgan.metrics.fidelity import (
     Inception,
@@ -260,6 +260,35 @@ class _MeanDistance(MeanMetric):
             super().update(self.network(a, b).flatten())
 
 
+class PerceptualTerms(Metric):
+    """What the perceptual loss is made of: `term_TAP` of every tap, `term_low` and `term_semantic`, before weighting.
+
+    Args:
+        loss: of reconstructions and images.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, loss: SemanticPerceptualLoss, **options: Any) -> None:
+        super().__init__(**options)
+        self.loss = loss
+        self.taps = (*dict.fromkeys((*loss.low, *loss.semantic)), "low", "semantic")
+        self.add_state("sums", torch.zeros(len(self.taps), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, reconstruction: Tensor, image: Tensor) -> None:
+        """Takes images `(B, 3, H, W)` in [-1, 1]."""
+        with torch.no_grad():
+            _, terms = self.loss(reconstruction, image)
+        self.sums += torch.stack([terms[name] for name in self.taps]).double() * len(image)
+        self.images += len(image)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over images, by name."""
+        return {f"term_{name}": value / self.images for name, value in zip(self.taps, self.sums, strict=True)}
+
+
 # ---------------------------------------------------------------------- evaluators
 class _Named(TorchMetrics):
     """Figures under their own names, without the metric's in front."""
@@ -284,6 +313,7 @@ class TokenizerQuality(_Named):
         lpips: arguments of `seqgan.LPIPS`, `{weights: vgg16.pth, linear: vgg.pth}`; null: no LPIPS.
         probe: also the accuracy of linear probes, `probe_codes` and `probe_features`, see `LinearProbe`; samples need
             a label.
+        perceptual: a loss whose terms are wanted, too, see `PerceptualTerms`; null: none.
         prefix: in front of all names.
 
     Raises:
@@ -299,6 +329,7 @@ class TokenizerQuality(_Named):
         layer: int = 2048,
         lpips: Mapping[str, Any] | None = None,
         probe: bool = False,
+        perceptual: SemanticPerceptualLoss | None = None,
         prefix: str = "",
     ) -> None:
         metrics: dict[str, Metric] = {
@@ -315,6 +346,8 @@ class TokenizerQuality(_Named):
                 if lpips.get(name) is None:
                     raise ConfigError(f"lpips.{name}: give its file, or lpips=null to leave LPIPS out")
             metrics["lpips"] = _MeanDistance(LPIPS(**lpips))
+        if perceptual is not None:
+            metrics["terms"] = PerceptualTerms(perceptual)
         if probe:
             metrics |= {"probe_codes": LinearProbe(codebook_size), "probe_features": LinearProbe()}
             inputs |= {

@@ -265,3 +265,19 @@ def test_what_is_said_of_variants() -> None:
     keys = [(f"digits, alpha {a}", metric) for metric in ("class_accuracy_2", "consistency_2") for a in (0, 1)]
     for text, key in zip(hard.groups(), keys, strict=True):
         agree_mean(text, values(claim, *key))
+
+
+def test_separability_and_terms_of_the_loss() -> None:
+    claim = stored("seqgan_separability")
+    said = sentence("on # of half the test images with alpha 1, on # with alpha 0")
+    features = sentence("from mean features before quantisation on # and #")
+    for match, metric in ((said, "probe_codes"), (features, "probe_features")):
+        agree_mean(match[1], values(claim, "alpha 1", metric))
+        agree_mean(match[2], values(claim, "alpha 0", metric))
+    intervals = sentence("t intervals of the differences # to # and # to #")
+    agree_interval(f"{intervals[1]} to {intervals[2]}", comparison(claim, "alpha 1", "alpha 0", "probe_codes"))
+    agree_interval(f"{intervals[3]} to {intervals[4]}", comparison(claim, "alpha 1", "alpha 0", "probe_features"))
+    terms = sentence("five shallow terms sum to # and the two semantic ones to # with alpha 0, to # and # with alpha 1")
+    rows = [(f"alpha {alpha}", f"term_{part}") for alpha in (0, 1) for part in ("low", "semantic")]
+    for text, key in zip(terms.groups(), rows, strict=True):
+        agree_mean(text, values(claim, *key))

@@ -11,12 +11,14 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as library
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from core.errors import ConfigError, VitrineError
 from core.metrics.predictions import MetricError
 from seqgan.inference.pictures import grid
+from seqgan.losses.perceptual import SemanticPerceptualLoss, TappedNetwork
 from seqgan.metrics import evaluate as tool
 from seqgan.metrics.evaluators import (
     CodebookUse,
@@ -261,6 +263,28 @@ def test_probes_are_part_of_tokenizer_quality() -> None:
     judge.process(whole, trainer.val_step(whole))
     found = judge.evaluate(16)
     assert 0 <= found["probe_codes"] <= 1 and 0 <= found["probe_features"] <= 1
+
+
+def test_terms_of_the_perceptual_loss_are_means_over_images() -> None:
+    """In batches of uneven size, and before any weighting: alpha does not change them."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    network(torch.zeros(1, 3, 16, 16))
+    tapped = TappedNetwork(network, {"relu": "1", "output": ""})
+    losses = [SemanticPerceptualLoss(tapped, alpha, ("relu",), ("relu", "output")) for alpha in (0.0, 1.0)]
+    trainer, whole = tokenizer_trainer(), batch(6)
+    made = trainer.val_step(whole)
+    (low, terms), (semantic, _) = (loss(made["reconstruction"], whole["image"]) for loss in losses)
+    for loss in losses:
+        judge = TokenizerQuality(16, perceptual=loss)
+        for rows in (slice(0, 4), slice(4, 6)):
+            part = {name: value[rows] for name, value in whole.items()}
+            judge.process(part, {name: value[rows] for name, value in made.items()})
+        found = judge.evaluate(6)
+        assert found["term_low"] == pytest.approx(low.item()) and found["term_semantic"] == pytest.approx(
+            semantic.item()
+        )
+        assert {name for name in found if name.startswith("term_")} == {f"term_{name}" for name in terms}
+        assert found["term_output"] == pytest.approx(terms["output"].item()) and found["term_output"] > 0
 
 
 def transformer_trainer(**options) -> TransformerTrainer:
