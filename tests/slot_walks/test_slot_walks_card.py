@@ -153,6 +153,23 @@ def test_what_is_said_of_the_losses() -> None:
         agree(high, max(falls))
 
 
+def test_the_two_trainings_that_went_on() -> None:
+    """Highest mBO of validation scenes and last loss, and that of the walks on the same seed."""
+    kept = json.loads((ROOT / "results" / "slot_walks_curves.json").read_text())["runs"]
+    words = " ".join(CARD.split())
+    said = re.search(
+        r"MLP to 6,000 steps .*? at most ([\d.]+) with a loss of ([\d.]+) at the end; "
+        r"transformer to 3,000: at most (\d\.\d+), (\d\.\d+)\. The walks' test scenes of that seed: (\d\.\d+)",
+        words,
+    ).groups()
+    for place, run in ((0, "mlp, 6000"), (2, "transformer, 3000")):
+        records = kept[f"slot_walks/blobworld_{run} steps, seed 11"]
+        agree(said[place], max(one["val/mbo_i"] for one in records if "val/mbo_i" in one))
+        agree(said[place + 1], [one["loss_reconstruction"] for one in records if "loss_reconstruction" in one][-1])
+    walks = next(run for run in runs(stored(), "both walks") if run["seed"] == 11)
+    agree(said[4], walks["metrics"]["mbo_i"])
+
+
 def test_mbo_of_every_seed() -> None:
     for claim in ("untrained", "digits", "digits_vit", ""):
         record = stored(claim)
