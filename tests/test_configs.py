@@ -2,9 +2,10 @@
 
 import pytest
 
-from core.config import CONFIGS, compose, experiments, get, to_dict
+from core.config import CONFIGS, experiments, get, to_dict
 from core.config.registry import check
 from core.engine.launch import build_trainer
+from tests.composed import composed
 
 NAMES = sorted(experiments())
 
@@ -28,7 +29,7 @@ def test_experiment_opens_with_purpose_figure_cost_and_command(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_experiment_names_things_that_exist(name):
-    cfg = to_dict(compose([f"experiment={name}"]))
+    cfg = to_dict(composed(f"experiment={name}"))
     assert cfg["name"] == name
     check({k: v for k, v in cfg.items() if k not in ("stages", "components")})
     for component in cfg["components"].values():
@@ -39,7 +40,7 @@ def test_experiment_names_things_that_exist(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_experiment_builds_without_memory(name):
-    trainer = build_trainer(compose([f"experiment={name}"]), device="meta")
+    trainer = build_trainer(composed(f"experiment={name}"), device="meta")
     tensors = [*trainer.parameters(), *trainer.buffers()]  # clusters of fixed filters have no parameters
     assert sum(t.numel() for t in tensors) > 0
     assert all(t.device.type == "meta" for t in tensors)

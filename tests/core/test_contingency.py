@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 import textwrap
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from core.metrics.contingency import (
     without,
 )
 from core.metrics.grouping import as_segments
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -391,7 +391,6 @@ def test_two_processes_reduce_to_the_figures_of_one(tmp_path):
             """
         )
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, timeout=600)
+    done = forked.run([str(script), str(ROOT)], script.parent, dict(os.environ), 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agreed") == 2

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +23,7 @@ from core.engine.hooks.finite import NonFiniteLoss
 from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
 from core.profile.experiment import Options, profile_experiment
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["low", "tall"]
@@ -324,8 +323,7 @@ def test_a_loss_that_is_not_finite_names_the_pictures(boxes, site):
 
 @pytest.mark.processes
 def test_two_processes_train_alike_and_evaluate_every_picture_once(site, trained):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "tools" / "train.py"), "--config-dir", "configs", "experiment=mine/boxes", "runtime=cpu"]
+    command = [str(ROOT / "tools" / "train.py"), "--config-dir", "configs", "experiment=mine/boxes", "runtime=cpu"]
     command += [
         "run_dir=two",
         "train_dataloader.batch_size=1",
@@ -333,8 +331,7 @@ def test_two_processes_train_alike_and_evaluate_every_picture_once(site, trained
         "load_from=" + str(find_checkpoint(site / trained["run_dir"])),
     ]
     command += ["optim_wrapper.optimizer.lr=0", "optim_wrapper.optimizer.weight_decay=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
-    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=600, env=environment)
+    done = forked.run(command, site, {**os.environ, "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}, 2)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((site / "two" / "result.json").read_text())
     # Five pictures on two processes: shares of three and two; the same weights give the same figures.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +20,7 @@ from core.checkpoint.run_folder import find_checkpoint
 from core.engine.commands.evaluation import evaluate
 from core.errors import ConfigError
 from core.trainer import Trainer
+from tests import forked
 from tests.killing import assert_same_run, killed_in_phase, losses
 
 SHORT = ("train_cfg.max_epochs=3", "checkpoint.every_steps=4", "model.network.dropout=0.2", "media=null")
@@ -463,15 +462,7 @@ class Own(Hook):
 def test_every_process_goes_on_with_its_own(user):
     script = user / "own.py"
     script.write_text(PROCESSES.format(tests=str(ROOT / "tests/core"), user=str(user)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(
-        command,
-        cwd=user,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = forked.run([str(script)], user, environment(), 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (user / "own_0.txt").read_text() != (user / "own_1.txt").read_text()
     assert_same_run(user / "own_whole", user / "own_killed")

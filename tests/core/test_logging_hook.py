@@ -22,6 +22,7 @@ from core.checkpoint import load, save_atomic
 from core.engine.hooks.logging import LoggingHook
 from core.engine.hooks.media import MediaHook, first_items
 from core.output.backends import JsonLines
+from tests import forked
 
 
 class FakeRunner:
@@ -259,15 +260,8 @@ WORKER = textwrap.dedent(
 @pytest.mark.processes
 def test_losses_are_means_over_processes_and_survive_a_resume(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    ran = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    ran = forked.run([str(tmp_path / "worker.py"), str(tmp_path)], os.getcwd(), environment, 2)
     assert ran.returncode == 0, ran.stderr[-3000:]
     whole, killed = ((tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "killed"))
     whole, killed = ([json.loads(line) for line in lines] for lines in (whole, killed))

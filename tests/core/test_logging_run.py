@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_logging_backends import _events, _wandb_records
-from tiny_experiment import command_line, environment
+from tiny_experiment import command_line, environment, train
 
 PAINTER = """
 import torch
@@ -95,9 +95,7 @@ def test_evaluation_metrics_on_two_processes_count_every_sample_once(user):
     figures = []
     for count, words in ((0, ["train_dataloader.batch_size=4"]), (2, ["train_dataloader.batch_size=2"])):
         words = [f"run_dir=judged_{count}", "~val_evaluator", evaluator, "train_cfg.max_epochs=1", *words]
-        command = command_line(*words, torchrun=count)
-        ran = subprocess.run(command, cwd=user, capture_output=True, text=True, timeout=600, env=environment())
-        assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+        train(user, *words, torchrun=count)
         lines = [json.loads(x) for x in Path(user, f"judged_{count}", "log.jsonl").read_text().splitlines()]
         figures.append([line["val/top1"] for line in lines if "val/top1" in line])
         result = json.loads(Path(user, f"judged_{count}", "result.json").read_text())

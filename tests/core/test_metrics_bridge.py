@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -16,6 +14,7 @@ from core.config.registry import METRICS, build
 from core.errors import ConfigError
 from core.metrics import GroupedAccuracy, TorchMetrics
 from core.metrics.predictions import MetricError
+from tests import forked
 
 CLASSES = 4
 
@@ -299,15 +298,8 @@ WORKER = textwrap.dedent(
 @pytest.mark.processes
 def test_processes_with_uneven_shares_give_the_figures_of_one(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    ran = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    ran = forked.run([str(tmp_path / "worker.py"), str(tmp_path)], os.getcwd(), environment, 2)
     assert ran.returncode == 0, ran.stderr[-3000:]
     # Files, not standard output: the lines of two processes run into each other where Python is unbuffered.
     found = [json.loads((tmp_path / f"figures-{rank}.json").read_text()) for rank in range(2)]

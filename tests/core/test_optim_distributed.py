@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from core.optim.ema import EMA, AveragedNetwork
 from core.optim.groups import OptimConstructor
 from core.optim.wrapper import OptimWrapper
+from tests import forked
 
 CONFIG = {
     "optimizer": {"type": "torch.optim.AdamW", "lr": 0.01},
@@ -144,7 +144,7 @@ def _worker(rank: int, out: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("distributed") / "out.pt"
-    mp.spawn(_worker, args=(str(out),), nprocs=2)
+    forked.pair(_worker, str(out))
     return torch.load(out, weights_only=True)
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import time
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmengine.utils import ManagerMixin, manager
 
 from core.checkpoint.locks import Locked
 from core.config.command.processes import all_or_none, first_decides, managers_unlocked
 from core.errors import VitrineError
+from tests import forked
 
 
 def _shares(rank: int, folder: str) -> None:
@@ -60,9 +59,8 @@ def _decisions(rank: int) -> list:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Where two processes have written what they did."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(_shares, (str(folder),), nprocs=2)
+    forked.pair(_shares, str(folder))
     return folder
 
 

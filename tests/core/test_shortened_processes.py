@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from core.errors import ConfigError
+from tests import forked
 
 TEST = "test_dataloader={batch_size: 4, dataset: {type: mypoints.Points, count: 9, seed: 5, augment: false}}"
 JUDGE = (
@@ -80,9 +80,8 @@ def _work(rank: int, user: str, folder: str) -> None:
 @pytest.fixture(scope="module")
 def said(user, tmp_path_factory):
     """What two processes have found, in their order."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(_work, (str(user), str(folder)), nprocs=2)
+    forked.pair(_work, str(user), str(folder))
     return folder, [json.loads((folder / f"said{rank}.json").read_text()) for rank in (0, 1)]
 
 

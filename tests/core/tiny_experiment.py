@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -150,10 +151,10 @@ param_scheduler: {type: core.Schedule, kind: warmup_cosine, by_epoch: false, war
 """
 
 
-def train(folder, *overrides, torchrun=0, check=True, timeout=600, tool="train.py"):
-    """Runs tools/train.py in `folder`; returns the finished process."""
-    command = command_line(*overrides, torchrun=torchrun, tool=tool)
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, env=environment())
+def train(folder, *overrides, torchrun=0, check=True, tool="train.py"):
+    """Runs tools/train.py in `folder`; returns the finished process. `torchrun`: how many processes at once."""
+    script, *words = command_line(*overrides, tool=tool)[1:]
+    done = forked.run([script, *words], folder, environment(), torchrun)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

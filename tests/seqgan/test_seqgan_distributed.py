@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from core.errors import VitrineError
 from core.metrics import TorchMetrics
@@ -29,6 +27,7 @@ from seqgan.models import (
     conv_tokenizer,
 )
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
+from tests import forked
 
 COUNT = 12
 
@@ -102,8 +101,7 @@ def test_codebooks_and_figures_of_two_processes(tmp_path) -> None:
     joint, restarts = EMAQuantizer(4, 2, decay=0.9), RestartQuantizer(4, 2, patience=1)
     for quantizer in (joint, restarts):
         torch.save(quantizer.state_dict(), tmp_path / f"{type(quantizer).__name__}.pt")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_share, (str(tmp_path),), nprocs=2)
+    forked.pair(_share, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
     for _ in range(2):
@@ -142,8 +140,7 @@ def _encode(rank: int, folder: str) -> None:
 
 @pytest.mark.processes
 def test_a_process_that_cannot_encode_its_images_leaves_none_waiting(tmp_path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_encode, (str(tmp_path),), nprocs=2)
+    forked.pair(_encode, str(tmp_path))
     said = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
     assert said[1].startswith("OSError: picture ") and said[1].endswith(" is torn")
     assert said[0] == f"VitrineError: keeping codes ended because process 1 failed: {said[1]}"
@@ -220,8 +217,7 @@ def _train(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("shares")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_train, (str(folder),), nprocs=2)
+    forked.pair(_train, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +26,7 @@ from seqgan.models import (
 )
 from seqgan.models.attention import SpatialAttention, partition, unpartition
 from seqgan.models.entropy import code_usage, entropy
+from tests import forked
 
 COUNTS = [
     (conv_tokenizer, {}, 54_515_587),
@@ -317,8 +316,7 @@ def test_entropy_over_processes_is_that_of_the_joint_batch(tmp_path) -> None:
     distances[..., 1] += 200  # a code whose share underflows
     whole = distances.clone().requires_grad_()
     UsageEntropy(1.0)(whole).backward()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_joint, (str(tmp_path), distances), nprocs=2)
+    forked.pair(_joint, str(tmp_path), distances)
     parts = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)])
     assert whole.grad.isfinite().all() and whole.grad.abs().max() > 1e-3
     assert torch.allclose(parts, whole.grad, atol=1e-7)

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from scipy.io import savemat
 
@@ -23,6 +20,7 @@ from core.engine.launch import run
 from core.errors import ConfigError, VitrineError
 from slot_walks import DinoViT, FeatureCache, SlotEncoder, SlotTrainer, SlotWalker
 from slot_walks.data import CropTrain, Flowers, Square
+from tests import forked
 from tests.killing import assert_same_run, killed_in_phase
 
 ROOT = Path(__file__).parents[2]
@@ -196,8 +194,7 @@ def _share(rank: int, flowers: str, folder: str) -> None:
 
 @pytest.mark.processes
 def test_a_process_that_fails_leaves_none_waiting(flowers, tmp_path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_share, (str(flowers), str(tmp_path)), nprocs=2)
+    forked.pair(_share, str(flowers), str(tmp_path))
     said = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
     assert said[1].startswith("OSError: picture ") and said[1].endswith(" is torn")
     assert said[0] == f"VitrineError: keeping features ended because process 1 failed: {said[1]}"
@@ -283,18 +280,9 @@ def test_a_killed_run_goes_on_exactly(flowers, tmp_path, source, features) -> No
 def test_two_processes_share_the_work_and_train_as_one(flowers, tmp_path) -> None:
     start = "model.network.encoder.init=learned"  # no noise, which each process would draw for itself
     run(compose([*overrides(flowers, tmp_path, "one"), start, "train_dataloader.batch_size=4"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = [o for o in overrides(flowers, tmp_path, "two") if "cache.folder" not in o]
     options += [f"model.cache.folder={tmp_path / 'shared'}", "train_dataloader.batch_size=2", "runtime=cpu", start]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(ROOT / "tools" / "train.py"), *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = forked.run([str(ROOT / "tools" / "train.py"), *options], ROOT, dict(os.environ), 2)
     assert done.returncode == 0, done.stderr[-3000:]
     names = {path.name.split("-")[1] for path in (tmp_path / "shared").glob("*/shard-*.json")}
     assert names == {"r0000", "r0001"}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from core.errors import ConfigError
 from core.metrics import ClusterMIoU
 from slot_walks.metrics.semantic import SemanticSegmentation, cluster_table, spherical_kmeans
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,7 +200,6 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
             """
         )
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, timeout=600)
+    done = forked.run([str(script), str(ROOT)], script.parent, dict(os.environ), 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agreed") == 2

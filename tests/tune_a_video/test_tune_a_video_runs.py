@@ -3,8 +3,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from core.data import MissingDataError
 from core.engine.launch import run
 from core.engine.state.randomness import own_rows
 from core.errors import ConfigError
+from tests import forked
 from tune_a_video.data import LoveuTGVE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,15 +29,9 @@ def write_frames(folder, count, seed):
         Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i:05d}.jpg")
 
 
-def command(tool_arguments, *start):
-    done = subprocess.run(
-        [sys.executable, *start, str(ROOT / "tools" / "train.py"), *tool_arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+def command(tool_arguments, processes=0):
+    script = str(ROOT / "tools" / "train.py")
+    done = forked.run([script, *tool_arguments], os.getcwd(), dict(os.environ), processes)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -74,8 +67,7 @@ def test_two_processes_tune_as_one_with_the_joint_batch(sd_folder, tmp_path):
         "train_cfg.max_steps=4",
     ]
     run(compose([*given, f"run_dir={tmp_path / 'one'}", "train_dataloader.batch_size=2"]))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command([*given, f"run_dir={tmp_path / 'two'}", "train_dataloader.batch_size=1"], *launcher)
+    command([*given, f"run_dir={tmp_path / 'two'}", "train_dataloader.batch_size=1"], processes=2)
 
     one, two = (load_file(tmp_path / name / "tuned.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
