@@ -35,19 +35,18 @@ BOTH = ("dynamo", "legacy")
 BARE = ("export", "trace")
 
 
-def lively(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def enlivened(model: nn.Module) -> nn.Module:
     """Weights that make every part count: positions, norms, scales and batch statistics are not at their start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("running_mean"))):
+            noise = torch.randn(value.shape, generator=generator)
+            value.add_(0.2 * noise) if value.ndim < 2 else value.copy_(noise / math.sqrt(value[0].numel()))
+    return model
 
-    def made() -> nn.Module:
-        model = build()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for value in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("running_mean"))):
-                noise = torch.randn(value.shape, generator=generator)
-                value.add_(0.2 * noise) if value.ndim < 2 else value.copy_(noise / math.sqrt(value[0].numel()))
-        return model
 
-    return made
+def lively(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: enlivened(build())
 
 
 def vit(**options: object) -> Callable[[], nn.Module]:

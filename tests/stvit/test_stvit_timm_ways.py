@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_stvit_exports import MODELS, MORE, inputs, lively
 from test_stvit_timm import OWN_DEIT, OWN_SWIN, overlay, swin, vit
 from timm.layers import LayerScale
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from core.checkpoint.weights import load_weights
 from stvit.checkpoint import CheckpointMismatch, convert, from_deit
 from stvit.models import SemanticTokenViT, SwinTransformer
+from tests.stvit.subjects import DEAR, enlivened
 
 NAMES = {
     "stvit_deit_tiny_patch16_224": (OWN_DEIT, 32, 32),
@@ -25,6 +25,10 @@ NAMES = {
     "stvit_r_swin_tiny_window7_224": (OWN_SWIN | dict(key_windows=(6, None, None), shortcut=True), 128, 128),
 }
 each_name = pytest.mark.parametrize("name", NAMES)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    return enlivened(model).eval()
 
 
 def create(name: str, **options: object) -> tuple[nn.Module, Tensor]:
@@ -59,11 +63,10 @@ def test_models_without_classifier_and_pooling_give_tokens(name: str) -> None:
             model.reset_classifier(3, pool)
 
 
-@pytest.mark.parametrize("name", [*MODELS, *MORE])
+@pytest.mark.parametrize("name", DEAR)
 def test_an_empty_batch_gives_an_empty_result(name: str) -> None:
-    build, size = (MODELS | MORE)[name]
-    model = build()
-    images = inputs(model, size)(1)[0]
+    model = DEAR[name].made()
+    images = DEAR[name].inputs(1)[0]
     for mode in (True, False):
         model.train(mode)
         some, none = model(images if not mode else torch.cat([images, images])), model(images[:0])
