@@ -218,6 +218,7 @@ def test_a_list_for_a_mapping_and_the_reverse_say_how_to_replace_it():
     assert cfg.model.classes == {"a": 1}
 
 
+@pytest.mark.child
 def test_slurm_and_fsdp_configs_compose():
     assert compose(["runtime=slurm"]).runtime.precision == "bf16"
     assert compose(["runtime=fsdp"]).runtime.fsdp.reshard_after_forward is True

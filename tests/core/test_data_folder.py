@@ -127,6 +127,7 @@ def test_a_broken_image_is_an_error_that_names_the_file(root):
         data[0]
 
 
+@pytest.mark.child
 def test_folders_are_loaded_by_workers_with_the_training_transform(root):
     def images(workers):
         data = ImageFolder(root, "train", TrainTransform(size=16))
@@ -152,6 +153,7 @@ def archive(root, request):
     return root
 
 
+@pytest.mark.child
 def test_a_zip_archive_gives_what_the_folder_gives(archive):
     folder, zipped = ImageFolder(archive, "train"), ImageZip(archive, "train")
     copy = pickle.loads(pickle.dumps(zipped))

@@ -29,6 +29,7 @@ def batches(holes, training, workers=0, wrap=lambda data: data, **options):
     return list(build_loader(cfg, seed=0, training=training))
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("hole", [None, {}, [], ()])
@@ -45,6 +46,7 @@ def test_a_wrapper_that_hands_on_none_is_named():
         batches({6: None}, True, wrap=wrap)
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_leaves_out_what_it_counts(workers):
     seen = batches({2: None, 4: None, 5: {}, 6: None, 7: None}, False, workers, on_error="skip")

@@ -92,6 +92,7 @@ def test_only_the_fields_that_are_asked_for_are_read(shards, monkeypatch):
     assert sizes == [1]
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_and_workers_divide_the_samples_exactly(shards, workers):
     data = TarShards("set-*.tar", root=shards, fields={"label": "cls"})

@@ -222,6 +222,7 @@ def test_a_list_gives_clips(listed):
     assert numbers(views.permute(0, 2, 3, 4, 1).flatten(0, 1)) == [0, 23, 8, 31, 16, 39]
 
 
+@pytest.mark.child
 def test_one_random_choice_holds_for_all_frames_of_a_clip(listed):
     transform = v2.Compose([v2.RandomCrop(20), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
     data = VideoList(listed / "train.txt", frames=8, train=True, transform=transform)

@@ -44,6 +44,7 @@ def test_same_seed_same_weights_other_seed_other_weights(tiny):
     assert not all(torch.equal(one[k], other[k]) for k in one)
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_result(tiny, workers):
     alone = weights(tiny("train_cfg.max_epochs=1", "model.network.dropout=0.2"))

@@ -199,6 +199,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.child
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", SWITCHES)
 def test_what_a_hook_has_switched_is_switched_again(tiny, name, workers):
