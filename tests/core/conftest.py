@@ -6,7 +6,8 @@ import pytest
 from tiny_experiment import EXPERIMENT, PACKAGE
 
 
-@pytest.fixture(scope="session")
+# A worker may come back to a module for the tests of another group: its fixtures then begin in a folder of their own.
+@pytest.fixture(scope="module")
 def user(tmp_path_factory):
     """The folder with the package, its configs and everything that runs write."""
     folder = tmp_path_factory.mktemp("user")
