@@ -39,6 +39,10 @@ def test_experiments_of_a_recipe_declare_the_same(name: str) -> None:
         {c.name: (c.key, sorted(map(str, (c.default, *c.alternatives)))) for c in declared(one)}
         for one in (cfg, compose([f"experiment={other}"]))
     ]
+    if kind == "ar" and "imagenet" not in name:
+        del changes[1]["guidance"]  # classes guide; unconditional models have none
+    if not cfg["stages"]:  # of a first phase alone, the later ones' are none
+        changes[1] = {name: change for name, change in changes[1].items() if not change[0].startswith("stages.")}
     assert changes[0] == changes[1]
 
 
