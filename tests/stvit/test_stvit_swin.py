@@ -414,7 +414,7 @@ def test_classifiers_are_replaced() -> None:
         ("r", dict(key_mode="global"), "concat, window"),
         ("r", dict(recover="twice"), "dumbbell, reuse, once, none"),
         ("r", dict(local_global="both"), "alternate, local, global"),
-        ("r", dict(stem="linear"), "'patch' or 'conv'"),
+        ("r", dict(stem="linear"), "'patch', 'conv'"),
         ("r", dict(frozen_stages=5), "-1"),
         ("dense", dict(out_indices=(4,)), "stages 0 to 3"),
         ("dense", dict(mask_mode="strict"), "exact, official, none"),
