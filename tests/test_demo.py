@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from core.data.prepare import run_task
 from core.errors import ConfigError
+from core.tables import demo as demo_module
 from core.tables.demo import Options, load_demo, main, shortened, show
 from seqgan.standin import judges
 
@@ -33,6 +35,7 @@ def test_a_demo_trains_its_rows_and_shows_images(path, tmp_path, monkeypatch, ca
     said = capsys.readouterr().out
     assert demo.says in said and all(row.label in said for row in demo.table.rows)
     assert all(line in said for line in demo.next) and len(demo.next) >= 2
+    assert "Source: measured here" in said and "Paper:" not in said and "no image" not in said
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert len(figures["rows"]) == len(demo.table.rows)
     for image in demo.images:
@@ -47,6 +50,14 @@ def test_reduced_length_changes_only_what_trains():
     demo = load_demo(ROOT / "slot_walks" / "tables" / "demo.yaml")
     before, after = demo.table.rows, shortened(demo).rows
     assert [len(b.overrides) < len(a.overrides) for b, a in zip(before, after, strict=True)] == [True, True, False]
+
+
+def test_a_run_without_images_is_named(tmp_path):
+    demo = load_demo(ROOT / "stvit" / "tables" / "demo.yaml")
+    evaluation = SimpleNamespace(spec=demo.table, run_of=lambda row, seed: tmp_path / "run")
+    lines = list(demo_module._copied(demo, evaluation, 0, tmp_path))
+    assert len(lines) == len(demo.images) and all("no image media/" in line for line in lines)
+    assert f"{demo.images[0].row}: " in lines[0] and str(tmp_path / "run") in lines[0]
 
 
 def test_a_missing_preparation_is_announced_with_its_time_and_kept(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,8 @@ from typing import Any
 # Folder: modules in it, each former=present where the names differ.
 _ROOMS = {
     "config": (
-        "registry kinds config_key=key exports=packages files influence fingerprint mmcv_ops installed shortened"
+        "registry kinds config_key=key exports=packages parts=packages files "
+        "influence fingerprint mmcv_ops installed shortened"
     ),
     "config.command": "cli console messages signals processes",
     "checkpoint": "weights placement run_folder latest locks selection plain_state=plain",
@@ -55,6 +56,18 @@ _MOVED = {
     for room, modules in _ROOMS.items()
     for former, _, present in (module.partition("=") for module in modules.split())
 }
+# Names that a module gave and that another one defines now: former module, then that other one and the names.
+_GAVE = {
+    "core.data.files": {
+        "core.config.files": "check_records read_json read_lines read_text read_yaml reading replacing",
+        "core.errors": "DataFileError MissingDataError",
+    },
+    "core.results": {
+        "core.config.fingerprint": "digest fingerprint fingerprints first_difference relevant",
+        "core.config.composition": "Compose composer",
+        "core.config.command.messages": "to_stderr",
+    },
+}
 # mmengine imports `SCOPE.registry` of a type that is written with a scope, `core.EMAHook`.
 _KEPT = {"core.mmcv_ops", "core.registry"}
 
@@ -70,7 +83,11 @@ class _Finder(MetaPathFinder, Loader):
         if spec.name not in _KEPT:
             warnings.warn(f"{spec.name} is now {present}", DeprecationWarning, stacklevel=2)
         self._own = importlib.import_module(present).__spec__
-        return sys.modules[present]
+        module = sys.modules[present]
+        for home, names in _GAVE.get(spec.name, {}).items():
+            for name in names.split():
+                vars(module).setdefault(name, getattr(importlib.import_module(home), name))
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self._own  # the import system has just set that of the former name

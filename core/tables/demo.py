@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.config.composition import compose
 from core.errors import ConfigError, nearest
 from core.tables.table_file import Reader, TableSpec, read_table
+
+if TYPE_CHECKING:
+    from core.tables.table import Evaluation
 
 NAME = "demo"
 
@@ -157,8 +159,8 @@ def show(demo: Demo, options: Options, overrides: Sequence[str] = ()) -> None:
     print()
     emit(shown)
     emit(shown, "json", output / "figures.json", quiet=True)
-    for image, path in _copied(demo, evaluation(), options.seed, output):
-        print(f"{path}: {image.shows}")
+    for line in _copied(demo, evaluation(), options.seed, output):
+        print(line)
     if demo.next:
         print("\nTry next:\n" + "\n".join(f"  {line}" for line in demo.next))
 
@@ -172,21 +174,22 @@ def shortened(demo: Demo) -> TableSpec:
     return replace(demo.table, rows=tuple(rows))
 
 
-def _copied(demo: Demo, evaluation: Any, seed: int, output: Path) -> list[tuple[Shown, Path]]:
-    found = []
+def _copied(demo: Demo, evaluation: Evaluation, seed: int, output: Path) -> Iterator[str]:
+    """Copies the images out of the runs' folders: a line for each, also where a run left none."""
     for image in demo.images:
-        rows = [row for row in evaluation.spec.rows if image.row in (None, row.label)]
-        for row in rows:
+        for row in evaluation.spec.rows:
+            if image.row not in (None, row.label):
+                continue
             run = evaluation.run_of(row, seed)
             files = sorted(run.glob(image.files)) if run is not None else []
             if not files:
+                yield f"{row.label}: no image {image.files} in {run or 'any run'}; it would show {image.shows}"
                 continue
             own = Path(image.output)
             suffix = "" if image.row else "_" + re.sub(r"\W+", "_", row.label).strip("_")
             target = output / f"{own.stem}{suffix}{own.suffix}"
             shutil.copyfile(files[-1], target)
-            found.append((image, target))
-    return found
+            yield f"{target}: {image.shows}"
 
 
 def main(argv: list[str], doc: str) -> None:
@@ -200,4 +203,3 @@ def main(argv: list[str], doc: str) -> None:
         near = nearest(options.paper, demos)
         raise ConfigError(f"paper={options.paper}: it has no demo{near} (these have: {', '.join(demos) or 'none'})")
     show(load_demo(demos[options.paper]), options, overrides)
-    sys.stdout.flush()

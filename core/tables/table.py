@@ -282,7 +282,8 @@ def side_by_side(evaluation: Evaluation, show: str = "both") -> Table:
                 cells[f"{column.key}:ours"] = cell = _our_cell(evaluation.values(row, column))
                 several |= cell.count is not None
         rows.append(Row(cells, section=row.section))
-    notes = [f"Paper: {spec.source}."] if spec.source else []
+    from_paper = any(row.paper for row in spec.rows)
+    notes = [f"{'Paper' if from_paper else 'Source'}: {spec.source}."] if spec.source else []
     if several:
         notes.append("Ours from runs: mean ± standard deviation over seeds (number of seeds).")
     return Table(spec.title, columns, rows, [*notes, *spec.notes, *evaluation.notes], name=spec.id)

@@ -121,6 +121,14 @@ for former, present in moved._MOVED.items():
     assert module.__name__ == module.__spec__.name == present, former
     said = [str(one.message) for one in caught if issubclass(one.category, DeprecationWarning)]
     assert (f"{former} is now {present}" in said) == (former not in moved._KEPT), (former, said)
+    for home, names in moved._GAVE.get(former, {}).items():
+        for name in names.split():
+            assert getattr(module, name) is getattr(importlib.import_module(home), name), (former, name)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from core.data.files import DataFileError, read_json, replacing
+    from core.parts import import_part
+    from core.results import Compose, composer, digest, to_stderr
 try:
     import core.nothing
 except ModuleNotFoundError as error:
