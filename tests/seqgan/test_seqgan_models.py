@@ -27,6 +27,7 @@ from seqgan.models import (
 from seqgan.models.attention import SpatialAttention, partition, unpartition
 from seqgan.models.entropy import code_usage, entropy
 from tests import forked
+from tests.gradients import unreached
 
 COUNTS = [
     (conv_tokenizer, {}, 54_515_587),
@@ -92,10 +93,11 @@ def test_the_second_phase_starts_from_the_first_and_leaves_codes_alone() -> None
     optimizer = torch.optim.Adam([p for p in second.parameters() if p.requires_grad], 1e-3)
     start = copy.deepcopy(second.decoder.state_dict())
     for _ in range(2):
+        optimizer.zero_grad()
         (second(picture).reconstruction - picture).abs().mean().backward()
         assert {n for n, p in second.named_parameters() if p.grad is not None} == trained
         optimizer.step()
-        optimizer.zero_grad()
+    assert unreached(second) == []  # the first step has opened what begins closed
     after = second.decoder.state_dict()
     assert not any(torch.equal(after[n], start[n]) for n in ("conv_out.weight", "levels.0.extra.0.regional.qkv.weight"))
     assert torch.equal(second.encode(picture), before) and second.fingerprint() == print_before

@@ -16,6 +16,7 @@ from stvit.models import LVViT, SemanticTokenViT, lvvit_medium, lvvit_small, stv
 from stvit.models.block import Block
 from stvit.models.reducers import count_macs
 from stvit.models.stem import HalfConvStem
+from tests.gradients import unreached
 
 TINY = dict(img_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=4, num_heads=2)
 
@@ -147,11 +148,20 @@ def test_a_classifier_of_tokens_needs_tokens() -> None:
         with pytest.raises(ValueError, match="token_head=True does not go with"):
             tiny(token_head=True, base_depth=1, token_grid=2, **options)
         assert tiny(base_depth=1, token_grid=2, **options).aux_head is None
-    assert tiny(tokens="evit").aux_head is not None
     with pytest.raises(ValueError, match="must be even"):
         HalfConvStem(7, 3, 8)
     with pytest.raises(ValueError, match="one or the other"):
         Block(8, 2, layer_scale=0.1, residual_scale=0.5)
+
+
+@pytest.mark.parametrize("tokens", ["all", "evit"])
+def test_half_of_the_best_token_counts_beside_the_class_token(tokens: str) -> None:
+    """Where EViT keeps only some tokens, too: two more for every token are one more for the image."""
+    model, images = tiny(tokens=tokens), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(images)
+        model.aux_head.bias += 2.0
+        torch.testing.assert_close(model(images) - before, torch.ones(2, 5))
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -170,7 +180,7 @@ def test_every_token_is_trained_with_its_images_label(mixed: bool) -> None:
     torch.testing.assert_close(terms["loss_tokens"], 0.25 * every)
     assert ("accuracy" in terms) != mixed
     sum(value for name, value in terms.items() if "loss" in name).backward()
-    assert all(p.grad is not None for p in trainer.network.parameters())
+    assert unreached(trainer.network) == []
     trainer.eval()
     assert trainer.predict(batch)["logits"].shape == (3, 5)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from core.config import compose
 from core.engine.launch import build_trainer, run
 from core.errors import ConfigError
+from tests.gradients import unreached
 from tune_a_video.data.video_io import save_video
 from tune_a_video.inference.editing import Sampling, edit, plain_scores, starting_latents
 from tune_a_video.interop.pipeline import TuneAVideoPipeline
@@ -190,6 +191,7 @@ def test_low_rank_updates_alone_are_trained_and_read_back(sd_folder, tmp_path):
     assert moved and all("lora_" in name or "attn_temp" in name for name in moved)
     assert any("attn1.to_q.lora_A" in name for name in moved) and any("attn2.to_q.lora_B" in name for name in moved)
     assert {name for name, p in made.network.named_parameters() if p.grad is not None} == set(made.trained)
+    assert unreached(made.network) == []
     want = made.eval().losses({**batch(), **DRAWS})
     assert (want["loss_denoising"] - plain.eval().losses({**batch(), **DRAWS})["loss_denoising"]).abs() > 1e-5
 
