@@ -132,6 +132,14 @@ class Measured:
     high: float
     rounds: tuple[float, ...]
 
+    @classmethod
+    def of(cls, rounds: Sequence[float]) -> Measured:
+        """Median and quartiles of these rounds."""
+        from core.profile.measure import Spread
+
+        spread = Spread.of(rounds)
+        return cls(spread.median, spread.low, spread.high, tuple(rounds))
+
 
 def measure(
     configs: Mapping[str, Any], names: Sequence[str], settings: MeasureSettings, build_trainer: BuildTrainer
@@ -149,7 +157,7 @@ def measure(
     """
     from core.engine.runner import pick_device
     from core.profile.experiment import Subject
-    from core.profile.measure import Spread, benchmark, peak_memory
+    from core.profile.measure import benchmark, peak_memory
 
     device = pick_device(settings.device)
     subjects = {label: Subject.build(cfg, device, build_trainer) for label, cfg in configs.items()}
@@ -168,8 +176,5 @@ def measure(
                 label: seconds if name == "latency" else tuple(batch / s for s in seconds)
                 for label, seconds in timed.seconds.items()
             }
-        results[name] = {}
-        for label, rounds in values.items():
-            spread = Spread.of(rounds)
-            results[name][label] = Measured(spread.median, spread.low, spread.high, rounds)
+        results[name] = {label: Measured.of(rounds) for label, rounds in values.items()}
     return results

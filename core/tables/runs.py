@@ -14,7 +14,7 @@ from typing import Any
 from core.config import shortened
 from core.config.command.messages import to_stderr
 from core.config.composition import Compose
-from core.config.fingerprint import fingerprint, first_difference, relevant
+from core.config.fingerprint import fingerprint, fingerprints, first_difference, relevant
 from core.engine.run.sweep import contained
 from core.errors import ConfigError, VitrineError
 
@@ -52,9 +52,9 @@ def launcher(run: Runner, *, resume: bool = True, tool: str = "table") -> Runner
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run: the content of its `result.json` and where that lies."""
+    """One finished run: the content of its `result.json` and where that lies; None: it is known from a store alone."""
 
-    path: Path
+    path: Path | None
     data: Mapping[str, Any]
 
     @property
@@ -77,7 +77,7 @@ class Result:
         """The resolved config stored beside the result, or None where only the result was copied, or it is damaged."""
         from core.checkpoint.run_folder import known_config
 
-        return known_config(self.path.parent)
+        return None if self.path is None else known_config(self.path.parent)
 
 
 class Results:
@@ -86,11 +86,14 @@ class Results:
     Args:
         runs_dir: searched at any depth; it need not exist.
         compose: overrides -> config, for results whose `config.yaml` was not copied along.
+        stored: records of runs whose folders are gone, each with the fingerprint of its `config`
+            (`core.tables.table_store`); a run in `runs_dir` is preferred.
     """
 
-    def __init__(self, runs_dir: str | Path, compose: Compose) -> None:
+    def __init__(self, runs_dir: str | Path, compose: Compose, stored: Iterable[Mapping[str, Any]] = ()) -> None:
         self.runs_dir = Path(runs_dir)
         self._compose = compose
+        self._stored = list(stored)
         self._by_name: dict[str, list[Result]] = {}
         self._prints: dict[Path, str | None] = {}
         for result in _read_all(self.runs_dir):
@@ -102,11 +105,14 @@ class Results:
         for result in self._candidates(cfg):
             if self._fingerprint(result) == wanted:
                 return result
-        return None
+        known = set(fingerprints(cfg)) if self._stored else ()
+        return next((Result(None, run) for run in self._stored if run["config"] in known), None)
 
     def seeds(self, name: str) -> list[int]:
         """Seeds with which an experiment was run, whatever the rest of the config."""
-        return sorted({r.seed for r in self._by_name.get(name, ()) if r.seed is not None})
+        found = {result.seed for result in self._by_name.get(name, ())}
+        found |= {run["seed"] for run in self._stored if run["name"] == name}
+        return sorted(seed for seed in found if seed is not None)
 
     def outdated(self, cfg: Any) -> str | None:
         """Why a run with these very overrides does not count: how its config differed. None where there is none."""

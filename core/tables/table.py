@@ -6,6 +6,7 @@ resolved config is that of the row. What nobody knows stays an empty cell.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +21,11 @@ from core.errors import ConfigError, VitrineError, nearest
 from core.output.render import Cell, Column, Row, Table, emit, resolve_format
 from core.profile.figures import MEASURED, Figures, Measured, measure
 from core.tables.claim_file import is_claim, load_claim
+from core.tables.claim_store import run_record
 from core.tables.paired import mean_and_deviation
-from core.tables.runs import Results, Runner, launcher
+from core.tables.runs import Result, Results, Runner, launcher
 from core.tables.table_file import ColumnSpec, RowSpec, TableSpec, load_table, table_id
+from core.tables.table_store import TableStore
 
 SHOW = ("both", "paper", "ours")
 
@@ -41,7 +44,10 @@ class Options:
     show: str = field(default="both", metadata={"help": "both, paper or ours"})
     config_dir: str | None = field(default=None, metadata={"help": "a folder of configs besides the project's own"})
     only: str | None = field(default=None, metadata={"help": "the row to train (with run=true)"})
-    fresh: bool = field(default=False, metadata={"help": "claims: train again, whatever is finished"})
+    fresh: bool = field(default=False, metadata={"help": "stored results do not count; claims: train all again"})
+    store: bool = field(
+        default=False, metadata={"help": "tables: keep the runs and rounds behind the cells in results/tables"}
+    )
 
 
 # --- finding tables -------------------------------------------------------------------------------------------------
@@ -134,6 +140,8 @@ class Evaluation:
         self._overrides = list(overrides)
         self._measured = measured or {}
         self._configs: dict[tuple[str, ...], Any] = {}
+        #: Fingerprint -> run, of every run that a cell was read from.
+        self.used: dict[str, Result] = {}
 
     def config(self, row: RowSpec, column: ColumnSpec, seed: int | None = None) -> Any | None:
         """The resolved config behind a cell; None where only the paper has the row."""
@@ -160,6 +168,8 @@ class Evaluation:
         base_label = row.relative_to or column.relative_to
         if base_label is None:
             return {}
+        if column.of in self._measured:
+            return self._related_rounds(row.label, base_label, column)
         base = self._absolute(self.spec.row(base_label), column)
         related: Values = {}
         for seed, value in own.items():
@@ -172,6 +182,17 @@ class Evaluation:
                 ratio = value / reference
                 related[seed] = ratio if column.relation == "ratio" else 100.0 * (ratio - 1.0)
         return related
+
+    def _related_rounds(self, label: str, base_label: str, column: ColumnSpec) -> Values:
+        """The median of the rounds' own relations: what slows the machine for a while hits both sides of a round."""
+        both = [self._measured[column.of].get(one) for one in (label, base_label)]
+        if None in both:
+            return {}
+        rounds = list(zip(*(measured.rounds for measured in both if measured), strict=True))
+        if column.relation == "difference":
+            return {None: self._scaled(statistics.median(ours - base for ours, base in rounds), column)}
+        ratio = statistics.median(ours / base for ours, base in rounds)
+        return {None: ratio if column.relation == "ratio" else 100.0 * (ratio - 1.0)}
 
     def _absolute(self, row: RowSpec, column: ColumnSpec) -> Values:
         if column.mean_of:
@@ -198,6 +219,8 @@ class Evaluation:
         for seed in seeds:
             cfg = self.config(row, column, seed)
             result = self._results.match(cfg)
+            if result is not None:
+                self.used[fingerprint(cfg)] = result
             if result is None:
                 reason = self._results.outdated(cfg)
                 if reason:
@@ -224,7 +247,7 @@ class Evaluation:
         for column in self.spec.columns:
             cfg = self.config(row, column, seed) if column.needs != "none" and not column.mean_of else None
             result = None if cfg is None else self._results.match(cfg)
-            if result is not None:
+            if result is not None and result.path is not None:
                 return result.path.parent
         return None
 
@@ -240,17 +263,21 @@ class Evaluation:
                     wanted.setdefault(fingerprint(cfg), cfg)
         return list(wanted.values())
 
+    def to_measure(self) -> dict[str, dict[str, Any]]:
+        """Measured figure -> row label -> config, of the table's throughput, latency and memory columns."""
+        wanted: dict[str, dict[str, Any]] = {}
+        for column in self.spec.columns:
+            if column.needs == "gpu" and column.of in MEASURED and not column.mean_of and column.of not in wanted:
+                configs = {row.label: self.config(row, column) for row in self.spec.rows}
+                wanted[column.of] = {label: cfg for label, cfg in configs.items() if cfg is not None}
+        return wanted
+
 
 def measure_table(evaluation: Evaluation, build_trainer: Callable[..., Any]) -> dict[str, dict[str, Measured]]:
     """Measures the table's throughput, latency and memory columns, all rows in turn in this process."""
-    spec = evaluation.spec
-    columns = [c for c in spec.columns if c.needs == "gpu" and c.of in MEASURED and not c.mean_of]
     measured: dict[str, dict[str, Measured]] = {}
-    for column in columns:
-        if column.of not in measured:
-            configs = {row.label: evaluation.config(row, column) for row in spec.rows}
-            configs = {label: cfg for label, cfg in configs.items() if cfg is not None}
-            measured |= measure(configs, [column.of], spec.profile, build_trainer)
+    for name, configs in evaluation.to_measure().items():
+        measured |= measure(configs, [name], evaluation.spec.profile, build_trainer)
     return measured
 
 
@@ -286,6 +313,9 @@ def side_by_side(evaluation: Evaluation, show: str = "both") -> Table:
     notes = [f"{'Paper' if from_paper else 'Source'}: {spec.source}."] if spec.source else []
     if several:
         notes.append("Ours from runs: mean ± standard deviation over seeds (number of seeds).")
+    commits = {str(one.data.get("commit") or "unknown")[:10] for one in evaluation.used.values() if one.path is None}
+    if commits:
+        notes.append(f"Stored runs of commit{'s' if len(commits) > 1 else ''} {', '.join(sorted(commits))}.")
     return Table(spec.title, columns, rows, [*notes, *spec.notes, *evaluation.notes], name=spec.id)
 
 
@@ -369,17 +399,34 @@ def show_table(
     where = [f"runs_dir={options.runs_dir}", *overrides]
     seeds = None if options.seeds is None else list(range(options.seeds))
     figures, failures = Figures(build), []
+    store = TableStore.of(path)
+    stored = [] if options.fresh else store.runs()
 
     def evaluation(**more: Any) -> Evaluation:
-        results = Results(options.runs_dir, compose)
+        results = Results(options.runs_dir, compose, stored)
         return Evaluation(spec, compose=compose, figures=figures, results=results, seeds=seeds, overrides=where, **more)
 
     if options.run:
         failures = train_missing(evaluation(), seeds or [0], runner, only=options.only)
-    measured = measure_table(evaluation(), build) if options.measure and first_process() else None
-    table = side_by_side(evaluation(measured=measured), options.show)
-    table.notes = [*table.notes, *failures]
+    wanted = evaluation().to_measure()
+    measured, notes = ({}, []) if options.fresh or not wanted else store.measured(wanted)
+    now = measure_table(evaluation(), build) if options.measure and first_process() else {}
+    if now:
+        measured, notes = now, [f"Measured in turn on {spec.profile.where()}."]
+    shown = evaluation(measured=measured)
+    table = side_by_side(shown, options.show)
+    table.notes = [*table.notes, *notes, *failures]
+    if options.store and first_process():
+        runs = [run_record(run.data, config) for config, run in shown.used.items()]
+        command = shlex.join(["python", "tools/table.py", spec.id, *_given(options), *overrides])
+        store.write(command, runs, now, wanted, spec.profile.where())
     return table, failures
+
+
+def _given(options: Options) -> list[str]:
+    """What of the options says how the cells came about, as words of a command line."""
+    words = {"run": options.run, "seeds": options.seeds, "measure": options.measure, "store": True}
+    return [f"{key}={str(value).lower()}" for key, value in words.items() if value]
 
 
 def main(argv: list[str], doc: str) -> None:

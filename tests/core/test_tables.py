@@ -270,6 +270,95 @@ profile: {batch: 4, repeats: 3, threads: 1, device: cpu}
     assert set(figures_module.MEASURED) >= {"throughput", "latency"}
 
 
+SPEED = """
+title: Speed
+columns:
+  throughput: {unit: samples/s, needs: gpu, better: higher}
+  faster: {of: throughput, needs: gpu, relation: ratio, relative_to: small}
+  accuracy: {}
+rows:
+  - {label: small, experiment: mine/tiny, overrides: [model.network.depth=1]}
+  - {label: large, experiment: mine/tiny, overrides: [model.network.depth=40]}
+profile: {batch: 4, repeats: 3, threads: 1, device: cpu}
+"""
+
+
+def test_stored_runs_and_rounds_fill_cells_without_a_runs_folder(path, lab, tmp_path):
+    path.write_text(SPEED)
+    made, _ = shown(path, lab, run=True, seeds=2, measure=True, store=True)
+    kept = json.loads((tmp_path / "results" / "tables" / "mine_points.json").read_text())
+    assert kept["command"] == "python tools/table.py mine/points run=true seeds=2 measure=true store=true"
+    assert [(run["seed"], run["metrics"]["accuracy"]) for run in kept["runs"]] == [(0, 0.8), (1, 0.81)] * 2
+    assert all(len(row["rounds"]) == 3 for row in kept["measured"]["throughput"]["rows"].values())
+    assert str(tmp_path) not in json.dumps(kept)
+    shutil.rmtree(lab.runs)  # as on another machine
+    again, notes = shown(path, lab)
+    assert again == made
+    assert again["small", "accuracy:ours"]["count"] == 2 and again["large", "faster:ours"]["value"] < 0.8
+    assert any("Stored runs of commit c0ffee" in note for note in notes)
+    assert any("throughput: stored, measured in turn on" in note for note in notes)
+    assert len(lab.trained) == 4
+    shown(path, lab, run=True, seeds=3)
+    assert [cfg["seed"] for cfg in lab.trained[4:]] == [2, 2], "what is stored is not trained again"
+    shutil.rmtree(lab.runs)
+    assert not any(cell["value"] for (_, key), cell in shown(path, lab, fresh=True)[0].items() if key != "label")
+
+
+def test_a_stored_result_of_another_config_fills_nothing(path, lab):
+    path.write_text(SPEED)
+    shown(path, lab, run=True, seeds=1, measure=True, store=True)
+    shutil.rmtree(lab.runs)
+    path.write_text(SPEED.replace("depth=40", "depth=41"))
+    cells, _ = shown(path, lab)
+    assert cells["small", "accuracy:ours"]["value"] and cells["small", "throughput:ours"]["value"]
+    assert {cells["large", f"{key}:ours"]["value"] for key in ("throughput", "faster", "accuracy")} == {None}
+
+
+def test_a_table_shows_what_another_table_or_a_claim_of_its_paper_has_stored(path, lab, tmp_path):
+    other = path.with_name("other.yaml")
+    other.write_text(TABLE)
+    shown(other, lab, run=True, store=True)
+    shutil.rmtree(lab.runs)
+    cells, _ = shown(path, lab)
+    assert cells["deep", "accuracy:ours"] == {"value": pytest.approx(90.0), "count": 1}
+    claims, tables = tmp_path / "results" / "claims", tmp_path / "results" / "tables"
+    claims.mkdir()
+    runs = json.loads((tables / "mine_other.json").read_text())["runs"]
+    shutil.rmtree(tables)
+    path.with_name("claim.yaml").write_text("")
+    record = {"definition_hash": "", "row_configs": {}, "figures": {}, "rows": [{"label": "a", "runs": runs}]}
+    (claims / "mine.json").write_text(json.dumps(record))
+    assert shown(path, lab)[0] == cells
+    (claims / "mine.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"mine\.json is damaged"):
+        shown(path, lab)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"runs": [{}], "measured": {}}', '{"runs": [], "measured": {"a": 1}}'])
+def test_a_damaged_store_is_named(path, lab, tmp_path, content):
+    file = tmp_path / "results" / "tables" / "mine_points.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"mine_points\.json is damaged"):
+        shown(path, lab)
+
+
+def test_a_ratio_of_measured_rows_is_that_of_their_rounds(path, lab, monkeypatch):
+    """The machine halves its speed after the first round: the ratio of medians would be 4 for 2."""
+    path.write_text(SPEED)
+    rounds = {"small": (8.0, 4.0, 4.0), "large": (16.0, 16.0, 8.0)}
+    measured = {"throughput": {label: figures_module.Measured.of(values) for label, values in rounds.items()}}
+    evaluation = Evaluation(
+        load_table(path),
+        compose=lab.compose,
+        figures=Figures(build_trainer),
+        results=Results(lab.runs, lab.compose),
+        measured=measured,
+    )
+    cells = as_dict(side_by_side(evaluation))["rows"][1]
+    assert cells["throughput:ours"]["value"] == 16.0 and cells["faster:ours"]["value"] == 2.0
+
+
 def test_show_keeps_one_side(path, lab):
     cells, _ = shown(path, lab, show="paper")
     assert not [key for _, key in cells if key.endswith(":ours")]
