@@ -32,6 +32,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: What Hydra raises for overrides and config files that it cannot put together.
 CANNOT_COMPOSE = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
+# `${turn:${seed},a,b,c}` is an entry for every seed, round and round: designs spread their seeds over what they vary.
+OmegaConf.register_new_resolver("turn", lambda number, *entries: entries[int(number) % len(entries)], replace=True)
+
 
 def compose(overrides: Iterable[str], config_dir: str | Path | None = None) -> DictConfig:
     """The config of ``tools/train.py`` with these overrides, e.g. ``["experiment=stvit/digits", "seed=1"]``.

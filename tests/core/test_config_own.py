@@ -162,3 +162,10 @@ def test_a_hook_can_be_added_to_every_experiment(name):
 def test_hooks_that_cannot_be_meant(mine, words, message):
     with pytest.raises(ConfigError, match=message):
         checked(to_dict(mine(*words)))
+
+
+def test_seeds_take_turns(mine):
+    """`${turn:...}` spreads the seeds of a design, and a run is known by what its seed got."""
+    wide = "model.network.width='${turn:${seed},8,16,24}'"
+    assert [mine(wide, f"seed={seed}").model.network.width for seed in range(4)] == [8, 16, 24, 8]
+    assert fingerprint(mine(wide, "seed=1")) == fingerprint(mine("model.network.width=16", "seed=1"))

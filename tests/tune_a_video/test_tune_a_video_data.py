@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from core.data import MissingDataError
+from core.data import DataFileError, MissingDataError
 from core.errors import ConfigError
 from core.output.media import write_media
 from tune_a_video.data import (
@@ -25,6 +25,7 @@ from tune_a_video.data import (
     open_frames,
 )
 from tune_a_video.data.video_io import save_video
+from tune_a_video.standin import draw_clip
 
 
 def numbered(frames, height=16, width=24):
@@ -206,10 +207,53 @@ def test_davis_lists_of_both_years(tmp_path):
         DAVIS(tmp_path / "JPEGImages", **options)
 
 
+def write_masks(folder, frames, height, width):
+    """Palette images of object 1 in a block that moves right by two columns a frame."""
+    folder.mkdir(parents=True)
+    for i in range(frames):
+        labels = np.zeros((height, width), np.uint8)
+        labels[4:8, 2 * i : 2 * i + 4] = 1
+        image = Image.fromarray(labels, "P")
+        image.putpalette([0, 0, 0, 128, 0, 0])
+        image.save(folder / f"{i:05d}.png")
+
+
+def test_masks_go_with_the_frames_that_are_taken(tmp_path):
+    write_frames(tmp_path / "clips/bear", 6, height=16, width=32)
+    write_masks(tmp_path / "masks/bear", 6, 16, 32)
+    options = {"masks": tmp_path / "masks", "n_frames": 3, "start": 1, "stride": 2}
+    plain = ClipFolder(tmp_path / "clips", size=None, **options)[0]
+    assert plain["mask"].shape == (3, 16, 32) and plain["mask"].dtype == torch.bool
+    for mask, frame in zip(plain["mask"], (1, 3, 5), strict=True):
+        assert mask.sum() == 16 and mask[4:8, 2 * frame : 2 * frame + 4].all()
+    # The crop takes columns 8 to 23 of every frame, and of its mask.
+    cropped = ClipFolder(tmp_path / "clips", size=16, resize="center_crop", **options)[0]
+    assert torch.equal(cropped["mask"], plain["mask"][..., 8:24])
+    stretched = ClipFolder(tmp_path / "clips", size=(8, 16), **options)[0]["mask"]
+    assert stretched.shape == (3, 8, 16) and stretched[0, 2:4, 1:3].all() and stretched[0].sum() == 4
+    assert "mask" not in ClipFolder(tmp_path / "clips", n_frames=3, size=16)[0]
+    write_masks(tmp_path / "few/bear", 5, 16, 32)
+    with pytest.raises(DataFileError, match="5 masks for a clip of 6 frames"):
+        ClipFolder(tmp_path / "clips", size=None, **{**options, "masks": tmp_path / "few"})[0]
+    write_masks(tmp_path / "small/bear", 6, 8, 16)
+    with pytest.raises(DataFileError, match=r"\(8, 16\) for frames of \(16, 32\)"):
+        ClipFolder(tmp_path / "clips", size=None, **{**options, "masks": tmp_path / "small"})[0]
+
+
+def test_davis_gives_its_annotations(tmp_path):
+    write_frames(tmp_path / "JPEGImages/480p/bear", 3, "{:05d}.jpg", height=16, width=16)
+    write_masks(tmp_path / "Annotations/480p/bear", 3, 16, 16)
+    sample = DAVIS(tmp_path, masks=True, n_frames=2, size=16)[0]
+    assert sample["mask"].shape == (2, 16, 16) and sample["mask"][1, 4:8, 2:6].all() and sample["mask"].sum() == 32
+
+
 def test_drawn_clips():
     sample = DrawnClip(seed=2, n_frames=5)[0]
     assert sample["video"].shape == (5, 3, 16, 16) and sample["caption"] == "a pinkish ball moves in the snow"
     assert sample["sample_id"] == "drawn-2" and sample["centres"].shape == (5, 2)
+    assert torch.equal(sample["mask"], draw_clip(2, 5).masks) and sample["mask"].dtype == torch.bool
+    curved = DrawnClip(seed=2, n_frames=5, path="curved")[0]
+    assert torch.equal(curved["centres"], draw_clip(2, 5, "curved").centres)
 
 
 # ---------------------------------------------------------------------- LOVEU-TGVE-2023

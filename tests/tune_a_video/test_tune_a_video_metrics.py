@@ -31,7 +31,7 @@ from tune_a_video.metrics.scores import (
     text_alignment,
 )
 from tune_a_video.metrics.warp import visible, warp, warp_error
-from tune_a_video.standin import captions, draw_clip, make_tokenizer, measure, path_distances
+from tune_a_video.standin import captions, draw_clip, make_tokenizer, measure, motion, path_distances
 from tune_a_video.standin.folder import save_tiny_clip
 from tune_a_video.standin.networks import Judge, TinyCLIP, text_config
 
@@ -212,10 +212,14 @@ def test_drawn_scores_are_readings(standin):
     metric = DrawnScores(standin)
     metric.update(videos, centres, [c.caption for c in clips])
     figures = metric.compute()
-    assert set(figures) == {"path", "words", "agree", "joint", "jitter"} and figures["path"] < 0.25
-    by_hand = [measure(c.video, c.centres, c.words, metric.judge) for c in clips]
+    by_hand = [
+        {**measure(c.video, c.centres, c.words, metric.judge)._asdict(), **motion(c.video, c.centres)._asdict()}
+        for c in clips
+    ]
+    assert set(figures) == {"path", "words", "agree", "joint", "jitter", "motion_cosine", "speed_error"}
+    assert figures["path"] < 0.25 and figures["motion_cosine"] > 0.9
     for name, value in figures.items():
-        mean = sum(getattr(reading, name) for reading in by_hand) / 2
+        mean = sum(reading[name] for reading in by_hand) / 2
         assert value.item() == pytest.approx(mean, rel=1e-3), name
     # The frames that started from noise have a path of their own; a video without such frames does not count in it.
     shifted = videos.roll(2, dims=-1)
@@ -251,7 +255,7 @@ def test_an_evaluator_counts_every_edit_of_every_clip(standin, folder):
     drawn = {name: value.item() for name, value in alone.compute().items()}
     assert set(figures) == {"frame_consistency", "frame_accuracy", "pick_score", *drawn}
     assert {name: figures[name] for name in drawn} == pytest.approx(drawn) and figures["path"] < 0.3
-    assert alone.count.tolist() == [4] * 5 + [0]
+    assert alone.count.tolist() == [4] * 7 + [0]
     with pytest.raises(MetricError, match="not one sample"):
         evaluator.evaluate(2)
     with pytest.raises(MetricError, match="'video'"):

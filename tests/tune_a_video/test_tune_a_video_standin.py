@@ -28,6 +28,7 @@ from tune_a_video.standin import (
     make_tokenizer,
     make_unet,
     measure,
+    motion,
     parse_caption,
     path_distances,
     right_words,
@@ -98,6 +99,38 @@ def test_a_clip_is_a_function_of_its_seed():
         draw_clip(0, frames=0)
 
 
+def test_a_mask_holds_the_object_and_nothing_else():
+    for seed in range(4):
+        clip = draw_clip(seed)
+        plain = draw_clip(seed).video.median(dim=3).values.median(dim=2).values  # (f, 3) of the background
+        off = (clip.video - plain[..., None, None]).abs().amax(1)
+        assert off[~clip.masks].max() < 0.5, "nothing of the object lies outside"
+        grid = torch.arange(16) + 0.5
+        rows, columns = torch.meshgrid(grid, grid, indexing="ij")
+        for mask, (x, y) in zip(clip.masks, clip.centres, strict=True):
+            assert 12 < mask.sum() < 70
+            assert (columns[mask].mean() - x).abs() < 0.51 and (rows[mask].mean() - y).abs() < 0.51
+
+
+def test_curved_paths_bend_and_change_speed_and_size():
+    bends, speeds, sizes = [], [], []
+    for seed in range(6):
+        clip = draw_clip(seed, 16, "curved")
+        assert torch.equal(clip.centres[:9], draw_clip(seed, 9, "curved").centres)
+        assert clip.centres.min() >= 4 and clip.centres.max() <= 12
+        steps = clip.centres.diff(dim=0)
+        lengths = steps.norm(dim=1)
+        assert lengths.max() < 4
+        bends.append(torch.nn.functional.cosine_similarity(steps[1:], steps[:-1], dim=1).mean())
+        speeds.append(lengths.max() / lengths.min())
+        areas = clip.masks.sum((1, 2)).float()
+        sizes.append(areas.max() / areas.min())
+        assert clip.looks.tolist() == draw_clip(seed).looks.tolist(), "the words are those of the straight clip"
+    assert max(bends) < 0.95 and min(speeds) > 1.5 and min(sizes) > 1.1
+    with pytest.raises(ValueError, match="path='round'"):
+        draw_clip(0, path="round")
+
+
 def test_eight_edits_change_what_they_say():
     source = Words(2, 1, 0)
     found = edits(source)
@@ -160,6 +193,32 @@ def test_a_frame_without_an_object_counts_eight_pixels():
     assert distances[2] == 8 and distances[[0, 1, 3]].max() < 0.3
     with pytest.raises(ValueError, match="7 centres for 8 frames"):
         path_distances(video, clip.centres[:7])
+
+
+def test_motion_is_that_of_displacements_wherever_the_object_is():
+    clip = draw_clip(1, 12, "curved")
+    own = motion(clip.video, clip.centres)
+    assert own.motion_cosine > 0.97 and own.speed_error < 0.25
+    moved = motion(clip.video, clip.centres + torch.tensor([3.0, -2.0]))
+    assert moved == pytest.approx(own, abs=1e-5)  # an offset of the whole path does not count
+    back = motion(clip.video.flip(0), clip.centres)
+    assert back.motion_cosine < 0.6
+    # The opposite way: cosines turn, speeds stay.
+    turned = motion(clip.video, -clip.centres)
+    assert turned.motion_cosine == pytest.approx(-own.motion_cosine, abs=1e-5)
+    assert turned.speed_error == pytest.approx(own.speed_error, abs=1e-5)
+    faster = motion(clip.video, 0.5 * clip.centres)  # the source is half as fast
+    half = 0.5 * clip.centres.diff(dim=0).norm(dim=1).mean().item()
+    assert faster.speed_error == pytest.approx(half, abs=0.15)
+    video = clip.video.clone()
+    video[3] = 0.3  # no object: two displacements of cosine 0, and of 8 pixels' error
+    lost = motion(video, clip.centres)
+    assert own.motion_cosine - lost.motion_cosine == pytest.approx(2 / 11, abs=0.02)
+    assert lost.speed_error - own.speed_error == pytest.approx(16 / 11, abs=0.1)
+    with pytest.raises(ValueError, match="stands still"):
+        motion(clip.video, torch.full_like(clip.centres, 8.0))
+    with pytest.raises(ValueError, match="11 centres for 12 frames"):
+        motion(clip.video, clip.centres[:11])
 
 
 def test_agreement_words_and_joint_by_hand():
@@ -230,6 +289,8 @@ def test_what_is_there_is_left_alone(folder):
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "model_index.json"}
     note = json.loads((folder / "tiny_sd.json").read_text())
     assert note["settings"]["channels"] == [8, 16] and set(note["checks"]) >= {"colour", "shape", "clip_top1"}
+    shares = [note["checks"][f"gate_{head}"] for head in ("colour", "shape", "background")]
+    assert note["checks"]["gate"] == (min(shares) >= 0.98) and max(shares) < 0.9, "three steps teach no words"
     run_task("tune_a_video", "tiny_sd", [f"output={folder}", *SMALL])
     assert before == {p: p.stat().st_mtime_ns for p in before}
     with pytest.raises(ConfigError, match="give an empty output="):

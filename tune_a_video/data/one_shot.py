@@ -103,16 +103,18 @@ def read_sized(
 class DrawnClip(Dataset):
     """A clip of the stand-in's world (`tune_a_video.standin.draw_clip`) as a data set of one sample.
 
-    `video` (f, 3, 16, 16), `caption`, `sample_id`, and for measuring `centres` (f, 2) and `looks` (3,).
+    `video` (f, 3, 16, 16), `caption`, `sample_id`, and for measuring `centres` (f, 2), `looks` (3,) and `mask`
+    (f, 16, 16) bool, the object.
 
     Args:
         seed: of the clip.
         n_frames: f.
+        path: `straight` or `curved`, see `draw_clip`.
     """
 
-    def __init__(self, seed: int = 0, n_frames: int = 8) -> None:
+    def __init__(self, seed: int = 0, n_frames: int = 8, path: str = "straight") -> None:
         self.seed = seed
-        self.clip = draw_clip(seed, n_frames)
+        self.clip = draw_clip(seed, n_frames, path)
 
     def __len__(self) -> int:
         return 1
@@ -126,5 +128,6 @@ class DrawnClip(Dataset):
             "caption": clip.caption,
             "centres": clip.centres,
             "looks": clip.looks,
+            "mask": clip.masks,
             "sample_id": f"drawn-{self.seed}",
         }

@@ -253,7 +253,7 @@ class PickScore(TextAlignment):
 
 
 class DrawnScores(Means):
-    """Readings of edited clips of the drawn world: means of `path`, `words`, `agree`, `joint` and `jitter`.
+    """Readings of edited clips of the drawn world: means of those of `tune_a_video.standin.Reading` and `Motion`.
 
     Where only some frames started from noise, also `path_new`: the path of those alone.
 
@@ -262,9 +262,9 @@ class DrawnScores(Means):
     """
 
     def __init__(self, folder: str | os.PathLike, **options: Any) -> None:
-        from tune_a_video.standin import Reading, load_judge
+        from tune_a_video.standin import Motion, Reading, load_judge
 
-        super().__init__((*Reading._fields, "path_new"), **options)
+        super().__init__((*Reading._fields, *Motion._fields, "path_new"), **options)
         self.judge = load_judge(folder)
 
     def update(self, videos: Tensor, centres: Tensor, prompts: Sequence[str], from_noise: Tensor | None = None) -> None:
@@ -279,13 +279,15 @@ class DrawnScores(Means):
         Raises:
             ValueError: shapes or numbers do not fit, or a prompt is no caption of that world.
         """
-        from tune_a_video.standin import measure, parse_caption, path_distances
+        from tune_a_video.standin import measure, motion, parse_caption, path_distances
 
         check_videos(videos)
         new = torch.zeros(centres.shape[:2], dtype=torch.bool) if from_noise is None else from_noise
         for video, path, prompt, mask in zip(videos.float(), centres, prompts, new.to(centres.device), strict=True):
             frames = 2 * video.transpose(0, 1) - 1
             values = measure(frames, path, parse_caption(prompt), self.judge)._asdict()
+            if len(frames) > 1:
+                values |= motion(frames, path)._asdict()
             if mask.any() and not mask.all():
                 values["path_new"] = path_distances(frames[mask], path[mask]).mean()
             self.add(values)
@@ -301,7 +303,8 @@ class EditQuality(TorchMetrics):
 
     Gives the figures of `ClipScores`, and `pick_score`, `warp_error` (under the source's motion), `outside_psnr` and
     `outside_lpips` (of clips with a `mask` `(R, f, H, W)` of what is edited), and the drawn world's `path`, `words`,
-    `agree`, `joint`, `jitter` (and `path_new`): those for which a file or folder is given.
+    `agree`, `joint`, `jitter`, `motion_cosine`, `speed_error` (and `path_new`): those for which a file or folder is
+    given.
 
     Args:
         clip: folder of a CLIP, or of the stand-in.

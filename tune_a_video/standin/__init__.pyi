@@ -2,11 +2,14 @@
 
 from .folder import load_judge as load_judge
 from .folder import load_tiny_clip as load_tiny_clip
+from .measures import Motion as Motion
 from .measures import Reading as Reading
 from .measures import agreement as agreement
 from .measures import jitter as jitter
 from .measures import joint_frames as joint_frames
 from .measures import measure as measure
+from .measures import motion as motion
+from .measures import object_centres as object_centres
 from .measures import path_distances as path_distances
 from .measures import right_words as right_words
 from .networks import Judge as Judge

@@ -16,6 +16,7 @@ from tune_a_video.standin.world import Words, words_of_looks
 
 LOST = 8.0  # pixels that a frame without an object counts
 _FAINT = 0.15  # largest difference from the background, of [0, 1], below which there is no object
+_STILL = 0.5  # pixels a frame, below which a displacement has no direction
 _NEAR = 1.5  # pixels within which a frame is on its path
 
 
@@ -34,6 +35,17 @@ class Reading(NamedTuple):
     agree: float
     joint: float
     jitter: float
+
+
+class Motion(NamedTuple):
+    """How the object of an edited clip moves.
+
+    motion_cosine  mean cosine of its displacement from frame to frame and the source's, over the source's moves
+    speed_error    mean difference of the two displacements' lengths, in pixels a frame
+    """
+
+    motion_cosine: float
+    speed_error: float
 
 
 def measure(video: Tensor, centres: Tensor, words: Words, judge: Judge) -> Reading:
@@ -79,6 +91,21 @@ def object_weights(video: Tensor) -> tuple[Tensor, Tensor]:
     return difference * (difference > largest[:, None, None] / 2), largest >= _FAINT
 
 
+def object_centres(video: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the object of every frame is, (f, 2) in pixels, and whether there is one (f,).
+
+    Args:
+        video: (f, 3, H, W), -1 to 1.
+    """
+    weights, there = object_weights(video)
+    total = weights.sum((1, 2)).clamp(min=1e-12)
+    height, width = weights.shape[1:]
+    columns, rows = (torch.arange(n, device=video.device) + 0.5 for n in (width, height))
+    x = (weights.sum(1) * columns).sum(1) / total
+    y = (weights.sum(2) * rows).sum(1) / total
+    return torch.stack([x, y], dim=1), there
+
+
 def path_distances(video: Tensor, centres: Tensor) -> Tensor:
     """Distance of every frame's object to where it should be, in pixels (f,); 8 where there is none.
 
@@ -91,14 +118,34 @@ def path_distances(video: Tensor, centres: Tensor) -> Tensor:
     """
     if len(video) != len(centres):
         raise ValueError(f"{len(centres)} centres for {len(video)} frames: give one for each")
-    weights, there = object_weights(video)
-    total = weights.sum((1, 2)).clamp(min=1e-12)
-    height, width = weights.shape[1:]
-    columns, rows = (torch.arange(n, device=video.device) + 0.5 for n in (width, height))
-    x = (weights.sum(1) * columns).sum(1) / total
-    y = (weights.sum(2) * rows).sum(1) / total
-    distances = (torch.stack([x, y], dim=1) - centres.to(video.device)).norm(dim=1)
+    found, there = object_centres(video)
+    distances = (found - centres.to(video.device)).norm(dim=1)
     return torch.where(there, distances, torch.full_like(distances, LOST))
+
+
+def motion(video: Tensor, centres: Tensor) -> Motion:
+    """How the object's displacement from frame to frame compares with the source's; where it is does not count.
+
+    Args:
+        video: (f, 3, H, W), -1 to 1.
+        centres: where the object is in the source, (f, 2) in pixels.
+
+    Raises:
+        ValueError: another number of centres than frames, less than two frames, or a source that stands still.
+    """
+    if len(video) != len(centres) or len(video) < 2:
+        raise ValueError(f"{len(centres)} centres for {len(video)} frames: give one for each of at least two")
+    found, there = object_centres(video)
+    steps, source = found.diff(dim=0), centres.to(video.device).diff(dim=0)
+    length, wanted = steps.norm(dim=1), source.norm(dim=1)
+    moves = wanted > _STILL
+    if not moves.any():
+        raise ValueError("the source's object stands still: its displacement has no direction")
+    whole = there[1:] & there[:-1]
+    cosines = torch.where(whole, torch.nn.functional.cosine_similarity(steps, source, dim=1), 0.0)
+    # A frame without an object has no displacement: it is as wrong as one of the walls' distance.
+    errors = torch.where(whole, (length - wanted).abs(), torch.full_like(length, LOST))
+    return Motion(cosines[moves].mean().item(), errors.mean().item())
 
 
 def right_words(looks: Tensor, words: Words) -> Tensor:

@@ -24,6 +24,7 @@ _LEVELS = torch.tensor([0.12, 0.50, 0.88])
 _TINTS = torch.tensor([[0.08, -0.02, -0.06], [-0.06, 0.06, -0.02], [-0.04, -0.02, 0.08]])
 _WORD_SIZES = torch.tensor([3, 2, 3])  # looks that a word covers
 _WALLS = (4.0, 12.0)  # a moving object's centre turns back here
+PATHS = ("straight", "curved")
 
 
 class Words(NamedTuple):
@@ -58,12 +59,14 @@ class Clip(NamedTuple):
     words    of its caption
     looks    (3,) int64, the look of every head
     centres  (f, 2) float32, x and y of the object in pixels; the picture's left upper corner is (0, 0)
+    masks    (f, 16, 16) bool, whatever pixel the object touches
     """
 
     video: Tensor
     words: Words
     looks: Tensor
     centres: Tensor
+    masks: Tensor
 
     @property
     def caption(self) -> str:
@@ -124,6 +127,12 @@ def paint(looks: Tensor, colour: Tensor, background: Tensor, radius: Tensor, cen
     Returns:
         (B, 3, 16, 16) in [0, 1].
     """
+    covered = coverage(looks, radius, centres)[:, None]
+    return covered * colour[:, :, None, None] + (1 - covered) * background[:, :, None, None]
+
+
+def coverage(looks: Tensor, radius: Tensor, centres: Tensor) -> Tensor:
+    """How much of every pixel the object covers, (B, 16, 16) in [0, 1]; arguments as of `paint`."""
     grid = torch.arange(SIZE) + 0.5
     dx = grid[None, None, :] - centres[:, 0, None, None]
     dy = grid[None, :, None] - centres[:, 1, None, None]
@@ -134,8 +143,7 @@ def paint(looks: Tensor, colour: Tensor, background: Tensor, radius: Tensor, cen
     upright = torch.minimum(0.5 * r - dx.abs(), 1.35 * r - dy.abs())
     flat = torch.minimum(1.35 * r - dx.abs(), 0.5 * r - dy.abs())
     inside = torch.stack([disc, ring, upright, flat], dim=1)[torch.arange(len(looks)), looks[:, 1]]
-    coverage = (inside + 0.5).clamp(0, 1)[:, None]
-    return coverage * colour[:, :, None, None] + (1 - coverage) * background[:, :, None, None]
+    return (inside + 0.5).clamp(0, 1)
 
 
 def draw_looks(count: int, generator: torch.Generator, words: Words | None = None) -> Tensor:
@@ -182,31 +190,46 @@ def draw_pictures(count: int, generator: torch.Generator, words: Words | None = 
 
 
 # ---------------------------------------------------------------------- clips
-def draw_clip(seed: int, frames: int = 8) -> Clip:
-    """The clip of a seed: one look, one shade, an object on a straight path between walls.
+def draw_clip(seed: int, frames: int = 8, path: str = "straight") -> Clip:
+    """The clip of a seed: one look, one shade, an object on its path between walls.
 
     Args:
         seed: of the clip.
         frames: f; a longer clip of a seed takes the same path and goes on.
+        path: `straight`, which turns back at walls, 2 to 3 pixels a frame, the object's size the same; or `curved`, a
+            Lissajous figure, whose speed changes as the object's size does.
 
     Raises:
-        ValueError: less than one frame.
+        ValueError: less than one frame, or another path.
     """
     if frames < 1:
         raise ValueError(f"a clip of {frames} frames: at least 1")
+    if path not in PATHS:
+        raise ValueError(f"path={path!r}: use {', '.join(PATHS)}")
     generator = torch.Generator().manual_seed(7000 + seed)
     looks = draw_looks(1, generator)
     colour, background = draw_shades(looks, generator)
     radius = 3 + 0.4 * torch.rand(1, generator=generator)
-    start = 4 + 8 * torch.rand(2, generator=generator)
-    angle = 2 * math.pi * torch.rand(1, generator=generator)
-    speed = 2 + torch.rand(1, generator=generator)
-    step = speed * torch.cat([angle.cos(), angle.sin()])
-    centres = reflect(start + torch.arange(frames)[:, None] * step, *_WALLS)
-    still = paint(*(t.expand(frames, *t.shape[1:]) for t in (looks, colour, background, radius)), centres)
+    time = torch.arange(frames)
+    if path == "straight":
+        start = 4 + 8 * torch.rand(2, generator=generator)
+        angle = 2 * math.pi * torch.rand(1, generator=generator)
+        speed = 2 + torch.rand(1, generator=generator)
+        step = speed * torch.cat([angle.cos(), angle.sin()])
+        centres = reflect(start + time[:, None] * step, *_WALLS)
+        radius = radius.expand(frames)
+    else:
+        # Sines of x, y and size, 9 to 18 frames to a round: x and y reach 1.4 to 2.8 pixels a frame.
+        phase = 2 * math.pi * torch.rand(3, generator=generator)
+        rounds = 9 + 9 * torch.rand(3, generator=generator)
+        wave = (phase + 2 * math.pi * time[:, None] / rounds).sin()
+        centres = sum(_WALLS) / 2 + (_WALLS[1] - _WALLS[0]) / 2 * wave[:, :2]
+        radius = radius + 0.4 * wave[:, 2]  # 2.6 to 3.8, and 2.8 to 3.6 in training
+    covered = coverage(looks.expand(frames, 3), radius, centres)
+    still = paint(*(t.expand(frames, *t.shape[1:]) for t in (looks, colour, background)), radius, centres)
     video = still + 0.04 * torch.randn(still.shape, generator=generator)
     words = Words(*words_of_looks(looks)[0].tolist())
-    return Clip(2 * video - 1, words, looks[0], centres)
+    return Clip(2 * video - 1, words, looks[0], centres, covered > 0)
 
 
 def reflect(place: Tensor, low: float, high: float) -> Tensor:
