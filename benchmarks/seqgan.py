@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.config.command.cli import parse, run
 from core.profile.benchmarking import conditions, measure, publish
-from core.profile.measure import benchmark
+from core.profile.measure import Benchmark, benchmark
 from seqgan import (
     ARSampler,
     ARTransformer,
@@ -88,9 +88,12 @@ def timed(ways: dict[str, Callable[[], Any]], options: Options, warmup: int = 1)
     return benchmark(ways, device=options.device, repeats=options.rounds, warmup=warmup, threads=options.threads)
 
 
-def seconds(found: Any, ways: Iterable[str]) -> dict[str, float]:
-    """Median of each way."""
-    return {name: round(found.time(name).median, 4) for name in ways}
+def seconds(found: Any, ways: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Median of each way, and every round of each: rounds with one index were taken close together."""
+    return {
+        "seconds": {name: round(found.time(name).median, 5) for name in ways},
+        "rounds": {name: [round(one, 5) for one in found.seconds[name]] for name in ways},
+    }
 
 
 def sampling(sampler: Any, model: Any, label: Tensor, kept: dict[str, Tensor], name: str) -> Callable[[], None]:
@@ -114,7 +117,7 @@ def measure_sampling(options: Options) -> dict[str, Any]:
     if options.anew == "exact":
         found = timed(ways, options)
         figures: dict[str, Any] = {
-            "seconds": seconds(found, ways),
+            **seconds(found, ways),
             "cached_over_anew": round(found.speedup("cached", "anew").median, 2),
             "anew": "run",
         }
@@ -128,12 +131,12 @@ def measure_sampling(options: Options) -> dict[str, Any]:
 
         whole = timed({"cached": ways["cached"]}, options)
         single = timed({str(length): passes(length) for length in lengths}, options)
-        points = [single.time(str(length)).median for length in lengths]
-        total = float(np.interp(range(1, ar.length + 1), lengths, points).sum())
-        cached = whole.time("cached").median
+        rounds = zip(*(single.seconds[str(length)] for length in lengths), strict=True)
+        anew = [float(np.interp(range(1, ar.length + 1), lengths, points).sum()) for points in rounds]
+        found = Benchmark({"cached": whole.seconds["cached"], "anew": tuple(anew)})
         figures = {
-            "seconds": {"cached": round(cached, 4), "anew": round(total, 4)},
-            "cached_over_anew": round(total / cached, 2),
+            **seconds(found, ways),
+            "cached_over_anew": round(found.speedup("cached", "anew").median, 2),
             "anew": f"integrated over passes of {len(lengths)} lengths, {lengths[0]} to {lengths[-1]}; not run",
         }
         compared = ar.length = min(options.prefix, ar.length)  # samplers stop at the model's length
@@ -158,7 +161,7 @@ def measure_parallel(options: Options) -> dict[str, Any]:
             ways["parallel_of_one_class"] = sampling(one, nar, torch.zeros_like(label), drawn, "one")
         found = timed(ways, options)
         figures[f"batch {batch}"] = {
-            "seconds": seconds(found, ways),
+            **seconds(found, ways),
             "parallel_over_cached": round(found.speedup("parallel", "cached").median, 2),
         }
         if batch > 1:
@@ -197,14 +200,14 @@ def measure_training(options: Options) -> dict[str, Any]:
         }
         found = timed(ways, options)
         figures[name] = {
-            "seconds": seconds(found, ways),
+            **seconds(found, ways),
             "kept_over_encoder": round(found.speedup("kept_codes", "with_encoder").median, 2),
         }
     return figures
 
 
 def measure_upsampling(options: Options) -> dict[str, Any]:
-    """Milliseconds of both ways, and the ratios plain over one step."""
+    """Seconds of both ways, and the ratios plain over one step."""
     torch.manual_seed(0)
     up = UpsampleConv(options.channels).to(options.device)
     x = torch.randn(1, options.channels, options.size, options.size, device=options.device)
@@ -223,7 +226,7 @@ def measure_upsampling(options: Options) -> dict[str, Any]:
         ways = {"one_step": kind(up), "plain": kind(plain)}
         found = timed(ways, options, warmup=3)
         figures[name] = {
-            "milliseconds": {way: round(1e3 * found.time(way).median, 2) for way in ways},
+            **seconds(found, ways),
             "speedup": round(found.speedup("one_step", "plain").median, 2),
         }
     return figures

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from core.config.command.cli import parse, run
 from core.data import build_loader, to_device
 from core.profile.benchmarking import conditions, measure, publish
-from core.profile.measure import benchmark, peak_memory
+from core.profile.measure import Benchmark, benchmark, peak_memory
 from slot_walks import FeatureCache, SlotEncoder, SlotTrainer, SlotWalker, WalkLoss, dino_vits8
 from slot_walks.data import Flowers, Square
 from slot_walks.standin.blobworld import draw_scene
@@ -53,6 +53,11 @@ class Options:
     rounds: int = 7
     threads: int = 1
     output: str | None = None
+
+
+def rounds(timed: Benchmark) -> dict[str, list[float]]:
+    """Seconds of every round of each candidate; rounds with one index were taken close together."""
+    return {name: [round(one, 5) for one in each] for name, each in timed.seconds.items()}
 
 
 def loss_pass(impl: str, features: Tensor, slots: Tensor, grid: int) -> Callable[[], None]:
@@ -81,6 +86,7 @@ def measure_loss(options: Options) -> dict[str, Any]:
         "memory_ratio": round(peak["plain"] / peak["stream"], 2),
         "milliseconds": {name: round(1e3 * timed.time(name).median, 2) for name in passes},
         "speedup": round(timed.speedup("stream", "plain").median, 3),
+        "rounds": rounds(timed),
     }
 
 
@@ -110,6 +116,7 @@ def measure_step(options: Options) -> dict[str, Any]:
     return {
         "milliseconds": {name: round(1e3 * timed.time(name).median, 1) for name in passes},
         "times_walk": {name: round(timed.speedup("walk", name).median, 2) for name in passes if name != "walk"},
+        "rounds": rounds(timed),
     }
 
 
@@ -151,6 +158,7 @@ def measure_cache(options: Options) -> dict[str, Any]:
     return {
         "pictures_per_second": {name: round(options.batch / timed.time(name).median, 2) for name in ways},
         "times_pictures": {name: round(timed.speedup(name, "pictures").median, 2) for name in ways},
+        "rounds": rounds(timed),
         "steps_compared": steps,
         "largest_difference_of_losses": {
             name: max(abs(a / b - 1) for a, b in zip(losses[name], losses["pictures"], strict=False))

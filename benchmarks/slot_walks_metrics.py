@@ -122,6 +122,7 @@ def main(argv: list[str]) -> None:
         "times_faster_than_scikit_learn_ari_alone": round(statistics.median(ari), 1),
         "times_faster_than_all": round(statistics.median(both), 1),
         "times_faster_than_all_per_round": [round(r, 1) for r in both],
+        "seconds_per_round": {name: [round(one, 3) for one in values] for name, values in times.items()},
         "images": options.images,
         "size": options.size,
         **conditions(__file__, argv, options),

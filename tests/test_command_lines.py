@@ -36,6 +36,7 @@ def texts() -> dict[str, str]:
     """Whatever a reader copies commands from, by place."""
     found = {}
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / paper / "README.md" for paper in PAPERS)]
+    documents += sorted((ROOT / "results").glob("*.md"))
     for path in [*documents, *sorted(CONFIGS.rglob("*.yaml"))]:
         found[str(path.relative_to(ROOT))] = path.read_text()
     for package in PACKAGES:

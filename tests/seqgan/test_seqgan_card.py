@@ -1,81 +1,30 @@
-"""The figures of the card's claim are those of the stored results, to the digits that are printed."""
+"""The figures of the card and of results/SEQGAN.md are those of the stored results, to the digits that are printed."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-import seqgan
+from tests import cards
+from tests.cards import ROOT, agree, agree_interval, agree_mean, comparison, numbers, values
 
-CARD = (Path(seqgan.__file__).parent / "README.md").read_text()
-RESULTS = Path(seqgan.__file__).parents[1] / "results" / "claims"
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
-
-
-def stored(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+TEXT = "\n\n".join((ROOT / file).read_text() for file in ("seqgan/README.md", "results/SEQGAN.md"))
 
 
-def values(claim: dict[str, Any], row: str, metric: str, seeds: range | None = None) -> list[float]:
-    """Of every run of a row, in order of seeds."""
-    (found,) = (one for one in claim["rows"] if one["label"] == row)
-    runs = sorted(found["runs"], key=lambda run: run["seed"])
-    return [run["metrics"][metric] for run in runs if seeds is None or run["seed"] in seeds]
-
-
-def comparison(claim: dict[str, Any], better: str, than: str, metric: str) -> dict[str, Any]:
-    (found,) = (
-        one for one in claim["comparisons"] if (one["better"], one["than"], one["metric"]) == (better, than, metric)
-    )
-    return found
-
-
-def numbers(text: str) -> list[str]:
-    return re.findall(NUMBER, text)
-
-
-def agree(printed: str, value: float) -> None:
-    """Asserts that a number is the stored one rounded to as many digits."""
-    half = 0.5 * 10.0 ** -len(printed.partition(".")[2])
-    assert abs(float(printed.replace(",", "")) - value) <= half * (1 + 1e-9), (printed, value)
-
-
-def agree_mean(text: str, found: list[float]) -> None:
-    """`0.748 ± 0.009`, or the mean alone."""
-    mean, *deviation = numbers(text)
-    agree(mean, statistics.fmean(found))
-    for one in deviation:
-        agree(one, statistics.stdev(found))
-
-
-def agree_interval(text: str, found: dict[str, Any]) -> None:
-    """`0.107 to 0.182`; of factors `x 1.74 to x 6.06`."""
-    scale = math.exp if found["kind"] == "factor" else float
-    low, high = numbers(text)
-    agree(low, scale(found["interval95"][0]))
-    agree(high, scale(found["interval95"][1]))
+def stored(name: str) -> dict:
+    return cards.stored(f"claims/{name}")
 
 
 def table(first: str) -> list[list[str]]:
     """The cells of the rows below the header that begins with these cells."""
-    lines = CARD.split(f"| {first} |", 1)[1].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return cards.table(TEXT, first)[1]
 
 
 def sentence(pattern: str) -> re.Match[str]:
-    """Where the card says this; blanks stand for any white space, `#` for a number and what belongs to it."""
-    expression = r"\s+".join(
-        re.escape(word).replace(r"\#", rf"({NUMBER}(?:\s±\s{NUMBER})?)") for word in pattern.split()
-    )
-    found = re.search(expression, CARD)
-    assert found, f"the card no longer says: {pattern}"
-    return found
+    return cards.sentence(TEXT, pattern)
 
 
 FIRST = {

@@ -1,61 +1,45 @@
-"""The card's figures are those of the stored results, to the digits that are printed."""
+"""The figures of the card and of results/SLOT_WALKS.md are those of the stored results, to the digits printed."""
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import slot_walks
+from tests import cards
+from tests.cards import ROOT, agree, runs, table
 
-ROOT = Path(slot_walks.__file__).parents[1]
 CARD = (ROOT / "slot_walks" / "README.md").read_text()
 HISTORY = (ROOT / "results" / "SLOT_WALKS.md").read_text()
+TEXT = f"{CARD}\n\n{HISTORY}"
+WORDS = " ".join(TEXT.split())
 WORLDS = {"drawn scenes": ("both", "untrained"), "digits": ("digits",), "digits, learned features": ("digits_vit",)}
 ROWS = ["untrained slots", "both walks", "W-P-W alone", "P-W-P alone", "k-means of each image"]
 METRICS = ["mbo_i", "fg_ari", "segments_in_use", "background_pieces", "gradient_cosine"]
+CURVES = cards.stored("slot_walks_curves")["runs"]
 
 
 def stored(name: str = "") -> dict[str, Any]:
-    return json.loads((ROOT / "results" / "claims" / f"slot_walks{name and '_'}{name}.json").read_text())
-
-
-def runs(claim: dict[str, Any], label: str) -> list[dict[str, Any]]:
-    return next((row["runs"] for row in claim["rows"] if row["label"] == label), [])
+    return cards.stored(f"claims/slot_walks{name and '_'}{name}")
 
 
 def comparison(claim: dict[str, Any], better: str, than: str) -> dict[str, Any] | None:
     return next((one for one in claim["comparisons"] if (one["better"], one["than"]) == (better, than)), None)
 
 
-def table(text: str, first: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table whose header begins with a cell."""
-    lines = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()
-    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    return header, rows
-
-
-def agree(printed: str, value: float) -> None:
-    half = 0.5 * 10.0 ** -len(printed.partition(".")[2])
-    assert abs(float(printed) - value) <= half * (1 + 1e-9), (printed, value)
-
-
 def agree_mean(text: str, values: list[float]) -> None:
-    """`0.677 ± 0.044`, or the mean alone; an empty cell where there is nothing."""
+    """As `cards.agree_mean`; an empty cell where there is nothing."""
     assert bool(text) == bool(values)
-    printed = text.split(" ± ") if text else []
-    for one, figure in zip(printed, (statistics.fmean, statistics.stdev), strict=False):
-        agree(one, figure(values))
+    if text:
+        cards.agree_mean(text, values)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_tables_of_the_worlds(world: str) -> None:
     claims = [stored(name) for name in WORLDS[world]]
-    _, rows = table(CARD, world)
+    _, rows = table(TEXT, f"{world} | mBO")
     assert [row[0] for row in rows] == ROWS
     for label, *cells in rows:
         found = next(found for claim in claims if (found := runs(claim, label)))
@@ -65,7 +49,7 @@ def test_tables_of_the_worlds(world: str) -> None:
 
 
 def test_what_holds_and_what_does_not() -> None:
-    header, rows = table(CARD, "difference of mBO")
+    header, rows = table(TEXT, "difference of mBO")
     assert header[1:] == list(WORLDS) and len(rows) == 8
     for label, *cells in rows:
         better, than = label.split(" over ")
@@ -80,7 +64,7 @@ def test_what_holds_and_what_does_not() -> None:
 
 
 def test_walks_lift_untrained_slots_on_every_seed_of_every_world() -> None:
-    assert "on every one of seven fresh seeds (11 to 17) and in every world tried" in " ".join(CARD.split())
+    assert "on every one of seven fresh seeds (11 to 17) and in every world tried" in WORDS
     for name in ("untrained", "digits", "digits_vit"):
         for walks in ("both walks", "W-P-W alone", "P-W-P alone"):
             differences = comparison(stored(name), walks, "untrained slots")["differences"]
@@ -88,7 +72,7 @@ def test_walks_lift_untrained_slots_on_every_seed_of_every_world() -> None:
 
 
 def test_seconds_of_the_stored_trainings() -> None:
-    low, high = re.search(r"the stored runs took (\d+) to (\d+) seconds", " ".join(CARD.split())).groups()
+    low, high = re.search(r"The stored runs took (\d+) to (\d+) seconds", WORDS).groups()
     labels = ("both walks", "W-P-W alone", "P-W-P alone")
     seconds = [
         run["seconds"]
@@ -102,7 +86,7 @@ def test_seconds_of_the_stored_trainings() -> None:
 
 def test_table_of_decoders_and_their_curves() -> None:
     claim = stored()
-    _, rows = table(CARD, "trained by")
+    _, rows = table(TEXT, "trained by")
     assert [row[0] for row in rows] == [row["label"] for row in claim["rows"]]
     for label, mbo, fg_ari, slots, gap in rows:
         found = runs(claim, label)
@@ -114,56 +98,50 @@ def test_table_of_decoders_and_their_curves() -> None:
             mean, error = gap.split(" ± ")
             agree(mean, against["mean"])
             agree(error, against["standard_error"])
-    words = " ".join(CARD.split())
-    said = re.search(r"On each of the (\w+) seeds that were run both walks are better than every decoder", words)
+    said = re.search(r"On each of the (\w+) seeds that were run both walks are better than every decoder", WORDS)
     for one in claim["comparisons"]:
         assert len(one["differences"]) == ["zero", "one", "two", "three", "four", "five", "six", "seven"].index(said[1])
         assert min(one["differences"]) > 0
     said = (
         "MLP decoder at equal steps is worse than untrained slots, the transformer at equal seconds as good as they are"
     )
-    assert said in " ".join(CARD.split())
+    assert said in WORDS
     means = {row["label"]: statistics.fmean(run["metrics"]["mbo_i"] for run in row["runs"]) for row in claim["rows"]}
     untrained = means["untrained, masks of the attention"]
     assert means["MLP decoder, equal steps and seconds"] < untrained - 0.05
     assert abs(means["transformer decoder, equal seconds"] - untrained) < 0.01
-    kept = json.loads((ROOT / "results" / "slot_walks_curves.json").read_text())["runs"]
     for name, label in (("mlp", "MLP decoder, at its best"), ("transformer", "transformer decoder, at its best")):
         seeds = {run["seed"] for run in runs(claim, label)}
         curves = {f"slot_walks/blobworld_{name}, 1500 steps, seed {seed}" for seed in seeds}
-        assert curves and curves <= set(kept), "the loss of every decoder that was trained for long is kept"
-        assert all(any("loss_reconstruction" in record for record in kept[one]) for one in curves)
+        assert curves and curves <= set(CURVES), "the loss of every decoder that was trained for long is kept"
+        assert all(any("loss_reconstruction" in record for record in CURVES[one]) for one in curves)
 
 
 def test_what_is_said_of_the_losses() -> None:
     """How much less the losses are at step 1,500 than at step 750, over the seeds."""
-    kept = json.loads((ROOT / "results" / "slot_walks_curves.json").read_text())["runs"]
-    words = " ".join(CARD.split())
     for name, pattern in (
         ("mlp", r"\((\d+) to (\d+) % less from step 750 to 1,500\)"),
         ("transformer", r"still falls \((\d+) to (\d+) % there\)"),
     ):
         falls = []
-        for run, records in kept.items():
+        for run, records in CURVES.items():
             if run.startswith(f"slot_walks/blobworld_{name}, 1500 steps"):
                 loss = {one["step"]: one["loss_reconstruction"] for one in records if "loss_reconstruction" in one}
                 falls.append(100 * (1 - loss[1500] / loss[750]))
-        low, high = re.search(pattern, words).groups()
+        low, high = re.search(pattern, WORDS).groups()
         agree(low, min(falls))
         agree(high, max(falls))
 
 
 def test_the_two_trainings_that_went_on() -> None:
     """Highest mBO of validation scenes and last loss, and that of the walks on the same seed."""
-    kept = json.loads((ROOT / "results" / "slot_walks_curves.json").read_text())["runs"]
-    words = " ".join(CARD.split())
     said = re.search(
         r"MLP to 6,000 steps .*? at most ([\d.]+) with a loss of ([\d.]+) at the end; "
         r"transformer to 3,000: at most (\d\.\d+), (\d\.\d+)\. The walks' test scenes of that seed: (\d\.\d+)",
-        words,
+        WORDS,
     ).groups()
     for place, run in ((0, "mlp, 6000"), (2, "transformer, 3000")):
-        records = kept[f"slot_walks/blobworld_{run} steps, seed 11"]
+        records = CURVES[f"slot_walks/blobworld_{run} steps, seed 11"]
         agree(said[place], max(one["val/mbo_i"] for one in records if "val/mbo_i" in one))
         agree(said[place + 1], [one["loss_reconstruction"] for one in records if "loss_reconstruction" in one][-1])
     walks = next(run for run in runs(stored(), "both walks") if run["seed"] == 11)
