@@ -79,7 +79,7 @@ class Trainer(BaseModel):
     sanity_check: bool = True
     #: The submodule whose names the state dict's entries have, where a wrapper leaves its own out; None: this module.
     named_by: nn.Module | None = None
-    #: Whether `training_data` may keep what it derives on disk; the engine says no in a fast dev run.
+    #: Whether `training_data` and `evaluation_data` may keep what they derive; the engine says no in a fast dev run.
     keeps_data: bool = True
 
     def __init__(self, frozen: Sequence[str] = ()) -> None:
@@ -113,6 +113,13 @@ class Trainer(BaseModel):
         Called once, with the model on its device and in its precision, by every process. It sees the weights that the
         run began with; also in a run that goes on from a checkpoint, which is restored afterwards. Where `keeps_data`
         is false (a fast dev run), nothing is kept on disk.
+        """
+        return dataset
+
+    def evaluation_data(self, dataset: Any) -> Any:
+        """What is evaluated on in place of a data set of an evaluation: itself, or with what a frozen part makes of it.
+
+        Called once for each set, before its first evaluation, with the weights that are evaluated, by every process.
         """
         return dataset
 

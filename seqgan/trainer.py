@@ -296,6 +296,12 @@ class TransformerTrainer(Trainer):
             return dataset
         return self.cache.fill(dataset, self.tokenizer)
 
+    def evaluation_data(self, dataset: Dataset) -> Dataset:
+        """The codes beside the images of an evaluation, where the `cache` keeps them, too."""
+        if self.cache is None or not (self.cache.evaluation and self.keeps_data) or self.tokenizer is None:
+            return dataset
+        return self.cache.fill(dataset, self.tokenizer, beside=True)
+
     def check_tokenizer(self) -> None:
         """Holds the tokenizer against the one whose codes were learnt, where that is known.
 

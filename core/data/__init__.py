@@ -11,7 +11,7 @@ and on nothing else. Workers, ranks and interruptions change who does the work, 
     prefetch   batches travel to the device during the step before
     folder, image_zip, tar, imagenet, video_list   readers of what is on disk
     video, images, transforms, mix                 decoding, augmentation, mixing
-    cache, provenance                              what was derived from data, and from which
+    derived, cache, provenance                     what was derived from data, how it is stored, and from which
 
 Names are loaded when they are first used, so importing this package costs nothing.
 """

@@ -4,6 +4,9 @@ from .cache import CorruptCacheError as CorruptCacheError
 from .cache import DerivedCache as DerivedCache
 from .cache import IncompleteCacheError as IncompleteCacheError
 from .cache import StaleCacheError as StaleCacheError
+from .derived import Derived as Derived
+from .derived import DerivedData as DerivedData
+from .derived import network_origin as network_origin
 from .errors import DataFileError as DataFileError
 from .errors import MissingDataError as MissingDataError
 from .errors import SampleError as SampleError

@@ -81,8 +81,9 @@ class Building(MMRunner):
         cfg = dict(dataloader)
         trainer = unwrap(self.model)
         limited = limits(self.runtime)
-        if training and isinstance(trainer, Trainer):
+        if isinstance(trainer, Trainer):
             trainer.keeps_data = limited.fast is None
+        if training and isinstance(trainer, Trainer):
             with config_key("dataset"):
                 original = build(cfg["dataset"], DATASETS)
             cfg["dataset"] = trainer.training_data(original)

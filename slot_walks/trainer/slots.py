@@ -106,10 +106,17 @@ class SlotTrainer(Trainer):
     # ------------------------------------------------------------------ training
     def training_data(self, dataset: Dataset) -> Dataset:
         """The features of a data set's pictures where there is a `cache`, which is filled first."""
+        return self._kept(dataset)
+
+    def evaluation_data(self, dataset: Dataset) -> Dataset:
+        """Features beside the images of an evaluation, where the `cache` keeps them, too."""
+        return self._kept(dataset, beside=True) if self.cache is not None and self.cache.evaluation else dataset
+
+    def _kept(self, dataset: Dataset, beside: bool = False) -> Dataset:
         if self.cache is None or not self.keeps_data or self.network.backbone is None:
             return dataset
         self._look_at_backbone()
-        return self.cache.fill(dataset, self.network.backbone, self.autocast, precision=self.precision)
+        return self.cache.fill(dataset, self.network.backbone, self.autocast, beside, precision=self.precision)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_wpw`, `loss_pwp` (weighted) and `loss_reconstruction`, as the signal says, with what tells of progress.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from core.config import compose
+from core.engine.commands.evaluation import evaluate
 from core.engine.launch import run
 from core.errors import ConfigError
 from core.trainer import Trainer
@@ -93,3 +95,35 @@ def test_a_trained_part_whose_first_weights_are_gone_is_an_error(train):
     Path("first.pt").unlink()
     with pytest.raises(ConfigError, match=r"no longer those that the run began with \(head.weight, head.bias\)"):
         train("head", "run_dir=killed", "resume=auto")
+
+
+class Judged(Derived):
+    """Evaluates on what a frozen part makes of the points; says which weights that part had."""
+
+    asked: ClassVar[list] = []
+
+    def training_data(self, dataset):
+        return dataset
+
+    def evaluation_data(self, dataset):
+        self.asked.append((len(dataset), self.eye.weight.detach().clone()))
+        return Embedded(dataset, self.eye)
+
+    def predict(self, batch):
+        return {"logits": batch["image"], "label": batch["label"]}
+
+
+def test_evaluations_are_derived_once_from_the_weights_that_are_evaluated(user, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(user))
+    monkeypatch.chdir(tmp_path)
+    Judged.asked.clear()
+    words = ["experiment=mine/tiny", "runtime=cpu", "~model", "train_cfg.max_epochs=2", "run_dir=trained"]
+    words += [f"+model={{type: {__name__}.Judged, frozen: [eye]}}", "runtime.sanity_batches=0"]
+    cfg = compose(words, config_dir=user / "configs")
+    trained = run(cfg)["metrics"]
+    assert [size for size, _ in Judged.asked] == [21], "once, though two epochs were validated"
+    eye = Judged.asked.pop()[1]
+    cfg.seed = 5  # the model is built with other weights, and those of the checkpoint are loaded
+    found = evaluate(cfg, "trained", split="val")
+    assert len(Judged.asked) == 1 and torch.equal(Judged.asked[0][1], eye)
+    assert found["accuracy"] == trained["accuracy"]

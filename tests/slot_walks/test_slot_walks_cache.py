@@ -252,6 +252,21 @@ def test_an_experiment_trains_from_the_cache_by_default_as_without(flowers, tmp_
     assert len(kept) == 4 and kept == pytest.approx(live, rel=1e-5)
 
 
+def test_evaluations_read_kept_features_where_they_are_asked_to(flowers, tmp_path, monkeypatch) -> None:
+    """The figures are those of the images, and the backbone sees each of the two validation images once."""
+    passes = []
+    original = DinoViT.forward
+    monkeypatch.setattr(DinoViT, "forward", lambda self, image: passes.append(len(image)) or original(self, image))
+    figures, seen = {}, {}
+    for name, evaluation in (("live", "false"), ("kept", "true")):
+        options = [*overrides(flowers, tmp_path, name), "train_dataloader.batch_size=3", "runtime.sanity_batches=0"]
+        options += [f"+model.cache.evaluation={evaluation}", "train_cfg.val_every_epochs=1", "test_dataloader=null"]
+        figures[name] = run(compose([*options, "media=null"]))["metrics"]
+        seen[name], passes = sum(passes), []
+    assert figures["kept"] == pytest.approx(figures["live"], rel=1e-5)
+    assert seen["live"] >= 6 + 2 * 2 and seen["kept"] == 2
+
+
 @pytest.mark.parametrize("features", ["kept", "removed", "whole before"])
 @pytest.mark.parametrize("source", ["weights", "load_from"])
 def test_a_killed_run_goes_on_exactly(flowers, tmp_path, source, features) -> None:

@@ -14,9 +14,11 @@ from core.config.command.signals import Interrupted, StopRequest
 from core.config.registry import LOOPS
 from core.data.loading.batch import Batch
 from core.data.loading.prefetch import DevicePrefetcher
+from core.data.loading.seeded import SeededDataset
 from core.engine.state.randomness import fixed_randomness
 from core.errors import ConfigError
 from core.metrics.predictions import MetricError
+from core.trainer import Trainer, unwrap
 
 EVALUATION_SEED = 20230308  # any constant: evaluation that samples repeats from run to run
 
@@ -39,6 +41,7 @@ class EvalLoop(BaseLoop):
         self.evaluator = runner.build_evaluator(evaluator)
         self._prepare_metrics()
         self.split = split
+        self._derived = False
         self.metrics: dict[str, Any] = {}
         self.left_out: list[str] = []  # metrics that the last evaluation, a trial's, could not compute
 
@@ -73,6 +76,7 @@ class EvalLoop(BaseLoop):
     def _run_batches(self) -> int:
         """Every process takes equally many rounds, so that all of them agree on stopping after each."""
         runner, split = self.runner, self.split
+        self._derive_data()
         skipped, batch = 0, None
         batches = iter(self._batches())
         for index in range(self._rounds()):
@@ -93,6 +97,17 @@ class EvalLoop(BaseLoop):
         if next(batches, None) is not None:
             raise ConfigError(f"{split}_dataloader has more batches than the {len(self.dataloader)} that it says")
         return skipped
+
+    def _derive_data(self) -> None:
+        """Puts what the trainer derives in the data set's place, once: loops are built before weights are loaded."""
+        trainer, samples = unwrap(self.runner.model), getattr(self.dataloader, "dataset", None)
+        if self._derived or not isinstance(trainer, Trainer) or not isinstance(samples, SeededDataset):
+            return
+        self._derived = True
+        derived = trainer.evaluation_data(samples.dataset)
+        if derived is not samples.dataset:
+            samples.dataset = derived
+            self.dataloader.close()  # workers that were started before have the former one
 
     def _rounds(self) -> int:
         """Batches of the process that has most.
