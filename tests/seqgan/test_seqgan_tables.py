@@ -77,7 +77,7 @@ def test_configs_say_the_counted_cost() -> None:
         tokenizer = conv_tokenizer(entropy=UsageEntropy())  # whose distances are computed beside those of the search
         macs = figures(TokenizerTrainer(tokenizer, input_shape=(3, 256, 256)))("macs") / 1e9
     files = sorted((CONFIGS / "experiment" / "seqgan").glob("*_tokenizer.yaml"))
-    assert len(files) == 5 and all(f"# Costs: {macs:.1f} GMACs a picture" in file.read_text() for file in files)
+    assert len(files) == 5 and all(f"# Costs: {macs:.1f} GMACs an image" in file.read_text() for file in files)
 
 
 def test_what_the_tables_vary_is_declared_and_builds() -> None:
