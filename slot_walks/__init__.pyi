@@ -43,8 +43,8 @@ from .models import dino_vitb16 as dino_vitb16
 from .models import dino_vits8 as dino_vits8
 from .models import dino_vits16 as dino_vits16
 from .models import position_table as position_table
-from .models.draws import sample_noise as sample_noise
 from .standin.blobworld import Blobworld as Blobworld
 from .standin.digit_scenes import DigitScenes as DigitScenes
 from .trainer.clusters import PatchClusters as PatchClusters
 from .trainer.slots import SlotTrainer as SlotTrainer
+from .trainer.slots import sample_noise as sample_noise

@@ -132,7 +132,7 @@ def _lmdb(root):
 
 
 def _statistics(root):
-    from seqgan.metrics.fidelity import read_statistics
+    from core.metrics.frechet import read_statistics
 
     (root / "a.npz").write_bytes(b"PK\x03\x04")
     return lambda: read_statistics(root / "a.npz"), DataFileError, r"a\.npz' cannot be read.*mu and sigma"

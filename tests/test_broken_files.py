@@ -128,7 +128,7 @@ def _lmdb(root):
 
 
 def _statistics(root):
-    from seqgan.metrics.fidelity import read_statistics
+    from core.metrics.frechet import read_statistics
 
     np.savez(root / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32))
     return root / "a.npz", lambda: read_statistics(root / "a.npz")

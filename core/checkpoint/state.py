@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import nn
 from core.checkpoint.files import unusual
 from core.errors import VitrineError, close_names, one_line
 
-Rename = Callable[[str], str | None] | Mapping[str, str]
 _SHOWN = 12
 _LONGEST_NAME = 200  # of those that are compared in spelling, which takes the square of the length
 
@@ -144,7 +142,6 @@ def load_state(
     *,
     strict: bool = True,
     ignore: Iterable[str] = (),
-    rename: Rename | None = None,
 ) -> StateDiff:
     """Loads a state dict into a model, or raises before anything has changed.
 
@@ -154,22 +151,19 @@ def load_state(
         strict: every key of either side must find its match.
         ignore: shell patterns (``head.*``) of keys that may be missing, unknown or of another shape; a matching key is
             loaded where it fits.
-        rename: new name of each key of `state`: a function (None drops the key) or {regular expression: replacement},
-            applied in order.
 
     Returns:
         The difference, ignored keys included; with ``strict=False`` whatever fits was loaded.
 
     Raises:
         StateMismatch: the difference is not empty and `strict`, or nothing at all fits; the model is unchanged.
-        ValueError: two keys have the same name after `rename`.
     """
     name = type(model).__name__
     odd = next((k for k in state if not isinstance(k, str)), None)
     if odd is not None:
         what = f"'{_name(odd)}' ({type(odd).__name__})"
         raise StateMismatch(f"the state does not fit {name}: its key {what} is not a name of a parameter", StateDiff())
-    state = _renamed(state, rename) if rename is not None else dict(state)
+    state = dict(state)
     diff = diff_state(model, state)
     counted = diff.without(list(ignore))
     if strict and counted:
@@ -179,24 +173,6 @@ def load_state(
         raise StateMismatch(f"no key of the state fits {name}; nothing was loaded.\n{diff}", diff)
     _load_whole(model, fitting)
     return diff
-
-
-def _renamed(state: Mapping[str, Any], rename: Rename) -> dict[str, Any]:
-    renamed: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for key, value in state.items():
-        new: str | None = key
-        if callable(rename):
-            new = rename(key)
-        else:
-            for pattern, replacement in rename.items():
-                new = re.sub(pattern, replacement, new)
-        if new is None:
-            continue
-        if new in renamed:
-            raise ValueError(f"both '{origin[new]}' and '{key}' are renamed to '{new}'")
-        renamed[new], origin[new] = value, key
-    return renamed
 
 
 def _load_whole(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from core.config.registry import METRICS, build
 from core.errors import ConfigError, nearest
+from core.layers.precision import full_precision
 from core.metrics.predictions import (
     MetricError,
     NanCount,
@@ -55,6 +56,9 @@ class TorchMetrics(BaseMetric):
         activations: name -> ``softmax`` (over axis 1) or ``sigmoid``, applied to its first argument. Metrics of scores
             (AUROC, average precision, calibration) want it for logits: by themselves they judge from the values of each
             batch whether it holds logits or probabilities, so that small batches may be judged differently.
+        names: makes the figures of a metric that gives several stand under their own names, without the metric's in
+            front; ``metric/figure`` -> name for those that are to be called otherwise. A deviation, ``figure_std``, is
+            called as its figure is.
         prefix: in front of all names (``prefix/name``).
         check_size: more samples than the data set has are an error.
         allow_nan: a figure that is NaN is passed on instead of being an error.
@@ -72,6 +76,7 @@ class TorchMetrics(BaseMetric):
         target: str | None = "label",
         inputs: Mapping[str, Sequence[str]] | None = None,
         activations: Mapping[str, Literal["softmax", "sigmoid"]] | None = None,
+        names: Mapping[str, str] | None = None,
         prefix: str = "",
         check_size: bool = True,
         allow_nan: bool = False,
@@ -89,6 +94,7 @@ class TorchMetrics(BaseMetric):
         for name, activation in self.activations.items():
             if activation not in _ACTIVATIONS:
                 raise ConfigError(f"core.metrics.TorchMetrics: activations.{name}={activation}: softmax or sigmoid")
+        self.names = names
         self.check_size, self.allow_nan = check_size, allow_nan
         self._seen = 0
         self._nans = NanCount()
@@ -100,7 +106,7 @@ class TorchMetrics(BaseMetric):
 
     def may_report(self, figure: str) -> bool:
         """Whether some samples may give a figure of this name, as ``accuracy/3``, one of a vector over the classes."""
-        if type(self).evaluate is not TorchMetrics.evaluate:  # it may give them other names
+        if self.names is not None or type(self).evaluate is not TorchMetrics.evaluate:  # it may give them other names
             return True
         name = figure.removeprefix(f"{self.prefix}/") if self.prefix else figure
         for measure, metric in self.measures.items():
@@ -126,7 +132,9 @@ class TorchMetrics(BaseMetric):
             checked: set[str] = set()
             for name, metric in self.measures.items():
                 keys = self.inputs[name]
-                values = [_single(read(key, predicted, data_batch)) for key in keys]
+                values = [read(key, predicted, data_batch) for key in keys]
+                # In float32, so that softmax and thresholds do not round half-precision predictions a second time.
+                values = [full_precision(v) if isinstance(v, torch.Tensor) else v for v in values]
                 if not checked:
                     self._seen += count_samples(values, predicted)
                 for key, value in zip(keys, values, strict=True):
@@ -174,7 +182,7 @@ class TorchMetrics(BaseMetric):
             for name, metric in self.measures.items():
                 with warnings.catch_warnings():  # a process without samples has not updated, and need not have
                     warnings.filterwarnings("ignore", "The ``compute`` method of metric")
-                    figures.update(_spread(name, metric.compute()))
+                    figures.update({self._name(key): value for key, value in _spread(name, metric.compute()).items()})
         finally:
             self._seen = 0
             self._nans.take()
@@ -187,6 +195,13 @@ class TorchMetrics(BaseMetric):
                 "(allow_nan=true passes it on)"
             )
         return {f"{self.prefix}/{name}" if self.prefix else name: value for name, value in figures.items()}
+
+    def _name(self, key: str) -> str:
+        metric, _, figure = key.partition("/")
+        if self.names is None or not figure:
+            return key
+        plain = figure.removesuffix("_std")
+        return self.names.get(f"{metric}/{plain}", plain) + figure[len(plain) :]
 
     def _each(self) -> Iterator[tuple[str, Metric]]:
         for name, metric in self.measures.items():
@@ -231,13 +246,6 @@ def _built(name: str, metric: Any) -> Metric | MetricCollection:
             "({type: torchmetrics.classification.MulticlassAccuracy, num_classes: ...})"
         )
     return built
-
-
-def _single(value: Any) -> Any:
-    """Half-precision predictions in float32, so that softmax and thresholds are not rounded a second time."""
-    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-        return value.float()
-    return value
 
 
 def _spread(name: str, value: Any) -> dict[str, float]:

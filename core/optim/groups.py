@@ -178,21 +178,6 @@ def _new_group(tag: str, scale: float, decay: float | None, lr: float | None) ->
     return group
 
 
-def layer_decay_groups(
-    named_parameters: NamedParameters,
-    layer_ids: Mapping[str, int],
-    *,
-    decay: float,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    no_decay: Collection[str] = (),
-    last: int | None = None,
-) -> list[dict[str, Any]]:
-    """Optimizer groups with layer-wise learning rates; see `layer_scales` and `parameter_groups`."""
-    scales = layer_scales(layer_ids, decay, last=last)
-    return parameter_groups(named_parameters, lr=lr, weight_decay=weight_decay, no_decay=no_decay, lr_scales=scales)
-
-
 def model_layer_scales(model: nn.Module, decay: float, ids: str | Callable | None = None) -> dict[str, float]:
     """Learning-rate factors of a model's parameters by name (without what torch.compile and the like put into names).
 

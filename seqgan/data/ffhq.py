@@ -11,13 +11,12 @@ from torch.utils.data import Dataset
 
 from core.config.files import read_lines
 from core.data import MissingDataError, data_root, load_image
-from core.data.sources.files import files_below
+from core.data.sources.files import IMAGE_EXTENSIONS, files_below
 from seqgan.data.transforms import TokenizerTransform
 
 SPLITS = ("train", "val", "all")
 _LAYOUT = """root/00000/00000.png ... root/69000/69999.png   folders of a thousand, as published
 root/00000.png ... root/69999.png               or one folder"""
-_FILES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class FFHQ(Dataset):
@@ -88,7 +87,7 @@ class FFHQ(Dataset):
 def _pictures(root: Path) -> dict[str, str]:
     """Names relative to the root by stem, in order of their numbers."""
     found: dict[str, str] = {}
-    for name in files_below(root, _FILES):
+    for name in files_below(root, IMAGE_EXTENSIONS):
         stem = Path(name).stem
         if stem in found:
             raise MissingDataError(

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data import MissingDataError, PackedStrings, data_root, load_image
-from core.data.sources.files import files_below
+from core.data.sources.files import IMAGE_EXTENSIONS, files_below
 from seqgan.data.lmdb import LMDBError, LMDBReader
 from seqgan.data.transforms import TokenizerTransform
 
@@ -19,7 +19,6 @@ from seqgan.data.transforms import TokenizerTransform
 CATEGORIES = {"church": "church_outdoor", "bedroom": "bedroom", "cat": "cat"}
 _SINGLE = ("cat",)
 SPLITS = ("train", "val")
-_FILES = (".webp", ".jpg", ".jpeg", ".png")
 
 
 class LSUN(Dataset):
@@ -71,7 +70,7 @@ class LSUN(Dataset):
                 lengths.append(length)
             self._names, self._starts, self._lengths = PackedStrings(keys), np.array(starts), np.array(lengths)
         else:
-            self._names = PackedStrings(files_below(self.path, _FILES))
+            self._names = PackedStrings(files_below(self.path, IMAGE_EXTENSIONS))
         total = len(self._names)
         if total == 0:
             raise MissingDataError(f"LSUN: {self.path} holds no picture; unpack or download it again")

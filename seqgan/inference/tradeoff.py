@@ -18,6 +18,7 @@ import numpy as np
 from core.config.command.cli import parse, run
 from core.config.files import read_json
 from core.errors import ConfigError
+from core.output.figure import figure_pixels, save_png
 
 #: What is drawn against alpha: name of the figure, its title.
 PANELS = {
@@ -58,11 +59,9 @@ def curve(path: Path) -> dict[float, list[dict[str, float]]]:
 
 def draw(points: dict[float, list[dict[str, float]]]) -> np.ndarray:
     """The picture `(H, W, 3)` uint8: mean over seeds, every run as a dot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.0 * len(PANELS), 2.6), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         means = [statistics.fmean(one[name] for one in runs) for runs in points.values()]
         axes.plot(list(points), means, color="C0", marker="o", ms=4)
@@ -72,19 +71,14 @@ def draw(points: dict[float, list[dict[str, float]]]) -> np.ndarray:
         axes.title.set_fontsize(9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure_pixels(figure)
 
 
 def main(argv: list[str]) -> Any:
     """Reads the results and writes the picture."""
     options, _ = parse(argv, Options, doc=__doc__)
     points = curve(Path(options.results))
-    from PIL import Image
-
-    target = Path(options.output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(draw(points)).save(target, optimize=True)
+    target = save_png(draw(points), options.output)
     runs = ", ".join(f"alpha {alpha:g}: {len(found)}" for alpha, found in points.items())
     print(f"{target}: runs of {runs}")
 

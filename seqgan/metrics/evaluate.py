@@ -126,8 +126,9 @@ def evaluate(options: Options) -> dict[str, Any]:
         ConfigError: sources that are not there or do not fit.
     """
     from core.engine.runner import pick_device
+    from core.metrics.frechet import read_statistics, write_statistics
     from seqgan.metrics.evaluators import ImageScores
-    from seqgan.metrics.fidelity import Inception, read_statistics, write_statistics
+    from seqgan.metrics.fidelity import Inception
 
     device = pick_device(options.device)
     made, real = Pictures(Path(options.samples), "samples"), Pictures(Path(options.reference), "reference")

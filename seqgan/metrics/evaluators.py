@@ -24,17 +24,10 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from core.config.registry import METRICS
 from core.errors import ConfigError
 from core.metrics import TorchMetrics
+from core.metrics.frechet import Statistics, frechet_distance, read_statistics, statistics
 from seqgan.losses.perceptual import LPIPS, SemanticPerceptualLoss
 from seqgan.metrics.diagnostics import code_histogram, codebook_usage
-from seqgan.metrics.fidelity import (
-    Inception,
-    Statistics,
-    frechet_distance,
-    inception_score,
-    precision_recall,
-    read_statistics,
-    statistics,
-)
+from seqgan.metrics.fidelity import Inception, inception_score, precision_recall
 
 
 # ---------------------------------------------------------------------- metrics of tensors
@@ -290,20 +283,8 @@ class PerceptualTerms(Metric):
 
 
 # ---------------------------------------------------------------------- evaluators
-class _Named(TorchMetrics):
-    """Figures under their own names, without the metric's in front."""
-
-    renamed: Mapping[str, str] = {}
-
-    def evaluate(self, size: int | None = None) -> dict[str, float]:
-        """See `core.metrics.TorchMetrics`."""
-        lead = f"{self.prefix}/" if self.prefix else ""
-        last = {name.rsplit("/", 1)[-1]: value for name, value in super().evaluate(size).items()}
-        return {lead + self.renamed.get(name, name): value for name, value in last.items()}
-
-
 @METRICS.register_module()
-class TokenizerQuality(_Named):
+class TokenizerQuality(TorchMetrics):
     """Of reconstructions: `psnr`, `ssim`, `l1`, with weights `rfid` and `lpips`; of codes: see `CodebookUse`.
 
     Args:
@@ -319,8 +300,6 @@ class TokenizerQuality(_Named):
     Raises:
         ConfigError: a file that is not there.
     """
-
-    renamed: Mapping[str, str] = {"fid": "rfid"}
 
     def __init__(
         self,
@@ -354,11 +333,12 @@ class TokenizerQuality(_Named):
                 f"probe_{name}": [key, "label", "sample_id"]
                 for name, key in (("codes", "indices"), ("features", "features"))
             }
-        super().__init__(metrics, prediction="reconstruction", target="image", inputs=inputs, prefix=prefix)
+        names = {"images/fid": "rfid"}
+        super().__init__(metrics, "reconstruction", "image", inputs, names=names, prefix=prefix)
 
 
 @METRICS.register_module()
-class CodePredictability(_Named):
+class CodePredictability(TorchMetrics):
     """`bits_per_code`, `top1` and `bits_per_pixel` of codes under a transformer, see `CodeBits`.
 
     Args:
@@ -367,11 +347,12 @@ class CodePredictability(_Named):
     """
 
     def __init__(self, pixels: int | None = None, prefix: str = "") -> None:
-        super().__init__({"codes": CodeBits(pixels)}, inputs={"codes": ["nll", "right", "mask"]}, prefix=prefix)
+        inputs = {"codes": ["nll", "right", "mask"]}
+        super().__init__({"codes": CodeBits(pixels)}, inputs=inputs, names={}, prefix=prefix)
 
 
 @METRICS.register_module()
-class SampleQuality(_Named):
+class SampleQuality(TorchMetrics):
     """Of samples against images: `gfid`, `inception_score` with its deviation, `precision` and `recall`.
 
     Reads `sample` of a `TransformerTrainer` with `sample_evaluation=true`, one for each sample of the data set, and
@@ -389,8 +370,6 @@ class SampleQuality(_Named):
     Raises:
         ConfigError: a reference without statistics.
     """
-
-    renamed: Mapping[str, str] = {"fid": "gfid"}
 
     def __init__(
         self,
@@ -414,4 +393,4 @@ class SampleQuality(_Named):
             neighbours = 0 if reference is not None else neighbours
             metrics["images"] = ImageScores(network, found, splits, neighbours)
             inputs["images"] = ["sample"] if reference is not None else ["sample", "image"]
-        super().__init__(metrics, inputs=inputs, prefix=prefix)
+        super().__init__(metrics, inputs=inputs, names={"images/fid": "gfid"}, prefix=prefix)

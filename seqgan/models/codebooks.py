@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from core.layers.clusters import kmeans as kmeans
 from core.layers.precision import no_autocast
 from seqgan.models.quantizer import Quantized, VectorQuantizer
 
@@ -159,21 +160,6 @@ class RestartQuantizer(VectorQuantizer):
         weight = self.embedding.weight
         weight.copy_(torch.where(old[:, None], _from_first(drawn), weight))
         self.idle.masked_fill_(old, 0)
-
-
-def kmeans(features: Tensor, size: int, iterations: int) -> Tensor:
-    """Centres `(size, C)` of features `(N, C)`; begins at features drawn at random, and empty clusters stay there."""
-    count = len(features)
-    start = torch.randperm(count, device=features.device) if count >= size else None
-    if start is None:
-        start = torch.randint(count, (size,), device=features.device)
-    centres = features[start[:size]].clone()
-    for _ in range(iterations):
-        chosen = torch.cdist(features, centres).argmin(dim=1)
-        counts = torch.zeros_like(centres[:, 0]).index_add_(0, chosen, torch.ones_like(features[:, 0]))
-        sums = torch.zeros_like(centres).index_add_(0, chosen, features)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
-    return centres
 
 
 class UnitQuantizer(VectorQuantizer):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from core.checkpoint import load, save_atomic
 from core.data import derive_seed, preserved_random_state
+from core.metrics.frechet import frechet_distance, gaussian
 from core.output.progress import Progress
 from seqgan.losses.perceptual import SemanticPerceptualLoss, TappedNetwork
-from seqgan.metrics.fidelity import Statistics, frechet_distance
 from seqgan.standin.networks import LOSS_TAPS, LOW, SEMANTIC, JudgeNetwork, LossNetwork
 from seqgan.standin.shape_glyphs import ShapeGlyphs
 
@@ -162,7 +162,7 @@ class TemplateJudge:
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Frechet distance of Gaussians fitted to features `(N, C)` and `(M, C)`, in float64."""
-    return float(frechet_distance(*(Statistics(x.mean(dim=0), torch.cov(x.T)) for x in (a.double(), b.double()))))
+    return float(frechet_distance(gaussian(a), gaussian(b)))
 
 
 def pooled_pixels(image: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from core.config.command.cli import parse, run
 from core.config.registry import DATASETS, build
 from core.errors import ConfigError
+from core.output.figure import figure_pixels, save_png
 from seqgan.inference.pictures import to_pixels
 from seqgan.standin.trainer import TwoDecoderTransformer
 
@@ -69,13 +70,11 @@ def draw(image: np.ndarray, found: dict[str, dict[str, np.ndarray]]) -> np.ndarr
         image: uint8 `(B, H, W, 3)`.
         found: title of a run -> what `rows` gave.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = {title: {"test images": image, **made} for title, made in found.items()}
     names = list(next(iter(lines.values())))
     figure = Figure(figsize=(5.2 * len(lines), 0.66 * len(names)), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(len(names), len(lines), squeeze=False)
     for column, (title, made) in enumerate(lines.items()):
         for line, name in enumerate(names):
@@ -85,8 +84,7 @@ def draw(image: np.ndarray, found: dict[str, dict[str, np.ndarray]]) -> np.ndarr
             axes.set_title(f"{title}: {name}" if line == 0 else name, fontsize=8, loc="left", pad=2)
             for side in axes.spines.values():
                 side.set_visible(False)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure_pixels(figure)
 
 
 def main(argv: list[str]) -> Any:
@@ -112,11 +110,7 @@ def main(argv: list[str]) -> Any:
                 f"runs: {folder} was tested on {data}, the first on {shared}: they cannot share a picture"
             )
         found[title] = rows(trainer, image)
-    from PIL import Image
-
-    target = Path(options.output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(draw(to_pixels(image), found)).save(target, optimize=True)
+    target = save_png(draw(to_pixels(image), found), options.output)
     print(f"{target}: {', '.join(f'{t} from {f}' for t, f in zip(titles, options.runs, strict=True))}")
 
 

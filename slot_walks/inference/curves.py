@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from core.config.command.cli import parse, run
-from core.config.files import read_json, read_text, read_yaml
+from core.config.files import read_json, read_yaml
 from core.errors import ConfigError
+from core.output.figure import figure_pixels, save_png
+from core.output.log import read_log
 
 #: What is drawn, in this order, where a log has it; scores of evaluations follow.
 CURVES = {
@@ -42,35 +44,6 @@ class Options:
     output: str = field(default="curves.png", metadata={"help": "PNG file that is written"})
     figures: list[str] | None = field(default=None, metadata={"help": "names of what is drawn; null: all there is"})
     keep: str | None = field(default=None, metadata={"help": "JSON file that keeps what is drawn"})
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's log, in order.
-
-    Args:
-        path: a run's folder, a folder of runs (the newest is taken), or a log file.
-
-    Raises:
-        ConfigError: there is no log, or nothing in it.
-    """
-    if path.is_dir():
-        logs = sorted(path.glob("log.jsonl")) or sorted(path.glob("*/log.jsonl"))
-        if not logs:
-            raise ConfigError(f"run={path}: no log.jsonl in it; give the folder of a run")
-        path = logs[-1]
-    if not path.is_file():
-        raise ConfigError(f"run={path}: no such folder or log")
-    records = []
-    for line in read_text(path).splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # the last line of a run that was killed
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    if not records:
-        raise ConfigError(f"run={path}: the log has no records; does the run write JSON lines (logger=local)?")
-    return records
 
 
 def run_name(folder: Path) -> str:
@@ -149,8 +122,6 @@ def draw(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     Raises:
         ConfigError: none of the figures is in any log.
     """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     runs = {name: series(records) for name, records in logs.items()}
@@ -164,7 +135,6 @@ def draw(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     count = len(panels) + bool(single)
     rows, columns = -(-count // _COLUMNS), min(count, _COLUMNS)
     figure = Figure(figsize=(3.0 * columns, 2.4 * rows + 0.22 * len(runs)), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     grid = list(figure.subplots(rows, columns, squeeze=False).ravel())
     handles: dict[str, Any] = {}
     groups = {label: label.partition(", seed ")[0] for label in runs}  # seeds of one experiment share a colour
@@ -202,8 +172,7 @@ def draw(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     for axes in grid[count:]:
         axes.set_axis_off()
     figure.legend(handles.values(), handles.keys(), loc="outside upper left", fontsize=8, frameon=False)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure_pixels(figure)
 
 
 def main(argv: list[str]) -> None:
@@ -215,16 +184,11 @@ def main(argv: list[str]) -> None:
     if options.figures or options.keep:
         runs = {name: chosen(records, options.figures) for name, records in runs.items()}
     picture = draw(runs)
-    from PIL import Image
-
     if options.keep:
         from core.checkpoint import write_text_atomic
 
         write_text_atomic(json.dumps({"runs": runs}, indent=None) + "\n", Path(options.keep))
-
-    target = Path(options.output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(target, optimize=True)
+    target = save_png(picture, options.output)
     print(f"{target}: {picture.shape[1]} x {picture.shape[0]} pixels")
 
 

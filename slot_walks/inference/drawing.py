@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from core.output.figure import figure_pixels
+
 #: Colours of the first slots, apart in hue and in lightness.
 _COLOURS = (
     (230, 60, 50),
@@ -210,12 +212,9 @@ def walk_picture(
 def matrix(values: np.ndarray, side: int = 256) -> np.ndarray:
     """A row-stochastic matrix `(K, K)` as a square picture, from row to column, with the slots' colours beside it."""
     count = len(values)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Without pyplot no display and no global state is touched.
     figure = Figure(figsize=(side / 120, side / 120), dpi=120, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.11, 0.02, 0.87, 0.87))
     axes.imshow(values, vmin=0, vmax=1, cmap="Greys", extent=(0, count, count, 0))
     if count <= 12:
@@ -234,8 +233,7 @@ def matrix(values: np.ndarray, side: int = 256) -> np.ndarray:
         axes.add_patch(_square((-0.11 * count / 0.87, slot), 0.09 * count / 0.87, 0.94, colour))
         axes.add_patch(_square((slot, -0.11 * count / 0.87), 0.94, 0.09 * count / 0.87, colour))
     axes.set_axis_off()
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure_pixels(figure)
 
 
 def scenes(columns: Sequence[Sequence[np.ndarray]], names: Sequence[str]) -> np.ndarray:

@@ -64,11 +64,8 @@ class ForegroundExtraction(TorchMetrics):
         check_size: bool = True,
     ) -> None:
         scores = GroupingScores(("iou", "dice", "ari"), protocol, aggregate, draws=draws)
-        super().__init__({"foreground": scores}, prediction, target, prefix=prefix, check_size=check_size)
-
-    def evaluate(self, size: int | None = None) -> dict[str, float]:
-        """See `core.metrics.TorchMetrics`."""
-        return _renamed(super().evaluate(size), self.prefix, {"foreground": {}})
+        metrics = {"foreground": scores}
+        super().__init__(metrics, prediction, target, names={}, prefix=prefix, check_size=check_size)
 
 
 @METRICS.register_module()
@@ -121,26 +118,11 @@ class ObjectDiscovery(TorchMetrics):
         for key in means:
             metrics[key], inputs[key] = MeanMetric(), [key]
         self.void = void
-        super().__init__(metrics, inputs=inputs, prefix=prefix, check_size=check_size)
+        names = {"instances/mbo": "mbo_i", "classes/mbo": "mbo_c"}
+        super().__init__(metrics, inputs=inputs, names=names, prefix=prefix, check_size=check_size)
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         """Takes one batch, see `core.metrics.TorchMetrics`."""
         for predicted in batches(data_samples):
             known = self.void in predicted or (isinstance(data_batch, Mapping) and self.void in data_batch)
             super().process(data_batch, predicted if known else {**predicted, self.void: None})
-
-    def evaluate(self, size: int | None = None) -> dict[str, float]:
-        """See `core.metrics.TorchMetrics`."""
-        names = {"instances": {"mbo": "mbo_i"}, "classes": {"mbo": "mbo_c"}}
-        return _renamed(super().evaluate(size), self.prefix, names)
-
-
-def _renamed(figures: Mapping[str, float], prefix: str, names: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
-    """`prefix/metric/figure` as `prefix/name`, where `names[metric]` has the figures with another name."""
-    renamed = {}
-    for key, value in figures.items():
-        metric, _, figure = key.removeprefix(f"{prefix}/").partition("/")
-        plain = figure.removesuffix("_std")
-        name = names[metric].get(plain, plain) + figure[len(plain) :] if figure else metric
-        renamed[f"{prefix}/{name}" if prefix else name] = value
-    return renamed

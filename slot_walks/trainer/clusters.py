@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import ConfigError
+from core.layers.clusters import spherical_kmeans
 from core.trainer import Batch, Trainer
 from slot_walks.losses.walks import segments
-from slot_walks.metrics.semantic import spherical_kmeans
 
 
 class PatchClusters(Trainer):

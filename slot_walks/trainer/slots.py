@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from core.checkpoint import load
 from core.engine.state.randomness import own_rows
+from core.layers.noise import sample_noise as sample_noise
 from core.layers.precision import full_precision
 from core.trainer import Batch, Inference, Trainer
 from slot_walks.data.feature_cache import FeatureCache
@@ -25,7 +26,6 @@ from slot_walks.losses.walks import region_vectors, segments, transitions
 from slot_walks.metrics.diagnostics import effective_slots, pair_shares, token_labels, usage_entropy
 from slot_walks.models import SlotWalker, WalkerOutput
 from slot_walks.models import weights as weight_files
-from slot_walks.models.draws import sample_noise
 from slot_walks.models.weights import untrained
 
 weight_files.read_file = load  # models import nothing of the engine
@@ -253,7 +253,7 @@ class SlotTrainer(Trainer):
         if "noise" in batch and draw == 0:
             return batch["noise"]
         count = encoder.num_slots if self.num_slots is None else self.num_slots
-        noise = sample_noise(batch["sample_id"], count, encoder.dim, self.noise_seed, draw)
+        noise = sample_noise(batch["sample_id"], count, encoder.dim, seed=self.noise_seed, draw=draw)
         return noise.to(self.device, non_blocking=True)
 
     def _size(self, batch: Batch, grid: tuple[int, int]) -> tuple[int, int]:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from core.output.figure import figure_pixels
+
 # Lightness of the assignment's colours; dark enough for white panels, bright enough for black digits.
 _SATURATION, _VALUE = 0.75, 1.0
 
@@ -66,7 +68,6 @@ def token_picture(
     Returns:
         `(height, width, 3)` uint8.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rgb = to_rgb(images.detach().cpu())
@@ -83,7 +84,6 @@ def token_picture(
     width = left + panel * (columns + 2 * lines + 0.4) + 0.1
     height = top + batch * (panel * lines + 0.06) + 0.06
     figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
 
     def place(picture: np.ndarray, x: float, y: float, side: float, edge: object = None) -> None:
         axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
@@ -123,8 +123,7 @@ def token_picture(
             place(
                 heat[row, token], maps_at + column * panel, y + line * panel, panel * 0.92, edge=tuple(colours[token])
             )
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure_pixels(figure)
 
 
 def _regions(rgb: Tensor, maps: Tensor, colours: np.ndarray) -> np.ndarray:
@@ -147,14 +146,3 @@ def _heat(rgb: Tensor, maps: Tensor) -> np.ndarray:
     grey = rearrange(rgb.mean(dim=1), "b h w -> b 1 h w 1").numpy()
     weight = peak.sqrt().numpy()[..., None]
     return np.clip(weight * coloured + (1 - weight) * (0.45 * grey), 0, 1)
-
-
-def save_png(picture: np.ndarray, path: object) -> None:
-    """Write `(H, W, 3)` uint8 as an optimised PNG; folders are made."""
-    from pathlib import Path
-
-    from PIL import Image
-
-    target = Path(str(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(target, optimize=True)

@@ -97,18 +97,6 @@ def test_ignored_keys_may_differ_and_the_others_may_not():
     assert set(caught.value.diff.unexpected) == {"head.extra"} and not caught.value.diff.mismatched
 
 
-def test_renaming_by_pattern_and_by_function():
-    model, other = _model(), _model()
-    state = {f"module.net.{k}": v for k, v in other.state_dict().items()}
-    assert not load_state(model, state, rename={r"^module\.": "", r"^net\.": ""})
-    model = _model()
-    state["module.queue"] = torch.zeros(3)
-    assert not load_state(model, state, rename=lambda k: None if "queue" in k else k.removeprefix("module.net."))
-    assert _same(model, other.state_dict())
-    with pytest.raises(ValueError, match=r"'a' and 'b' are renamed to 'x'"):
-        load_state(model, {"a": torch.zeros(1), "b": torch.zeros(1)}, rename=lambda k: "x")
-
-
 def test_a_failure_in_a_modules_own_loading_puts_everything_back():
     class Late(nn.Module):
         def get_extra_state(self) -> dict:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.errors import ConfigError
 from core.optim.groups import (
     OptimConstructor,
-    layer_decay_groups,
+    layer_scales,
     matches,
     model_layer_scales,
     norm_parameters,
@@ -114,7 +114,9 @@ def test_layer_decay_of_maes_fine_tuning() -> None:
     model = ViT(depth=3)
     _, plain = split_decay(model.named_parameters(), names=["pos_embed", "cls_token"])
     ids = vit_layer_ids(n for n, _ in model.named_parameters())
-    groups = layer_decay_groups(model.named_parameters(), ids, decay=0.65, weight_decay=0.05, no_decay=plain)
+    groups = parameter_groups(
+        model.named_parameters(), weight_decay=0.05, no_decay=plain, lr_scales=layer_scales(ids, 0.65)
+    )
     scale = {n: g["lr_scale"] for g in groups for n in g["param_names"]}
     decay = {n: g["weight_decay"] for g in groups for n in g["param_names"]}
     assert scale["cls_token"] == scale["pos_embed"] == scale["patch_embed.weight"] == pytest.approx(0.17850625)
@@ -134,7 +136,11 @@ def test_layer_ids_can_be_overridden_as_for_predictors() -> None:
     ]
     ids = vit_layer_ids(names) | {"score_predictor.1.weight": 6}
     parameters = [(n, nn.Parameter(torch.zeros(2, 2))) for n in names]
-    scale = {n: g["lr_scale"] for g in layer_decay_groups(parameters, ids, decay=0.75) for n in g["param_names"]}
+    scale = {
+        n: g["lr_scale"]
+        for g in parameter_groups(parameters, lr_scales=layer_scales(ids, 0.75))
+        for n in g["param_names"]
+    }
     assert scale["score_predictor.1.weight"] == pytest.approx(0.13348388671875)
     assert scale["patch_embed.weight"] == pytest.approx(0.023757264018058777)
     assert scale["norm.weight"] == 1.0

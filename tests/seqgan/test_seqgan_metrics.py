@@ -16,6 +16,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as library
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from core.errors import ConfigError, VitrineError
+from core.metrics.frechet import Statistics, frechet_distance
 from core.metrics.predictions import MetricError
 from seqgan.inference.pictures import grid
 from seqgan.losses.perceptual import SemanticPerceptualLoss, TappedNetwork
@@ -29,7 +30,7 @@ from seqgan.metrics.evaluators import (
     TokenizerQuality,
     as_bytes,
 )
-from seqgan.metrics.fidelity import Inception, Statistics, frechet_distance, inception_score, precision_recall
+from seqgan.metrics.fidelity import Inception, inception_score, precision_recall
 from seqgan.models import ARTransformer, conv_tokenizer
 from seqgan.trainer import TokenizerTrainer, TransformerTrainer
 

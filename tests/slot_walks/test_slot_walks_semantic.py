@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from core.errors import ConfigError
+from core.layers.clusters import spherical_kmeans
 from core.metrics import ClusterMIoU
-from slot_walks.metrics.semantic import SemanticSegmentation, cluster_table, spherical_kmeans
+from slot_walks.metrics.semantic import SemanticSegmentation, cluster_table
 from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]

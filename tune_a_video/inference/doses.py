@@ -30,6 +30,7 @@ from core.config import build, compose
 from core.config.command.cli import parse, run
 from core.config.files import read_json
 from core.errors import ConfigError
+from core.output.figure import figure_pixels, save_png
 from core.tables.claim_file import Claim, load_claim
 from core.tables.paired import Paired
 from core.tables.runs import Results
@@ -155,12 +156,9 @@ def differences(clips: Mapping[str, Any], tuned: str, untuned: str) -> dict[str,
 
 def draw(record: Mapping[str, Any]) -> Any:
     """The curves of a record, one panel for each reading: uint8 `(H, W, 3)`."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     doses = list(record["doses"])
     for axes, name in zip(figure.subplots(2, 3).flat, READINGS, strict=True):
         for side in ("tuned", "untuned"):
@@ -172,8 +170,7 @@ def draw(record: Mapping[str, Any]) -> Any:
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure_pixels(figure)
 
 
 def main(argv: list[str]) -> None:
@@ -198,9 +195,7 @@ def main(argv: list[str]) -> None:
             sides = f"{one['tuned']:7.3f} {one['untuned']:7.3f} {one['difference']:+7.3f}"
             print(f"{dose:5} {name:14} {sides} [{low:+.3f}, {high:+.3f}]")
     if options.picture:
-        from PIL import Image
-
-        Image.fromarray(draw(record)).save(options.picture, optimize=True)
+        save_png(draw(record), options.picture)
 
 
 if __name__ == "__main__":

@@ -350,9 +350,4 @@ class EditQuality(TorchMetrics):
                 "EditQuality: give clip=, pick_score=, raft= or drawn=, a file or folder, or outside=true"
             )
         # A clip with several edits gives several samples.
-        super().__init__(metrics, inputs=inputs, prefix=prefix, check_size=False)
-
-    def evaluate(self, size: int | None = None) -> dict[str, float]:
-        """See `core.metrics.TorchMetrics`; figures have their own names."""
-        lead = f"{self.prefix}/" if self.prefix else ""
-        return {lead + name.rsplit("/", 1)[-1]: value for name, value in super().evaluate(size).items()}
+        super().__init__(metrics, inputs=inputs, names={}, prefix=prefix, check_size=False)

@@ -89,6 +89,13 @@ def alone() -> Iterator[None]:
         dist.group.WORLD = joint
 
 
+def collective_device() -> str:
+    """Where tensors have to lie for all processes to reach them."""
+    import torch.distributed as dist
+
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
 def total(number: int) -> int:
     """The sum of a count over all processes. Collective: every process has to call it."""
     return _over_all(number, "SUM")
@@ -105,8 +112,7 @@ def _over_all(number: int, operation: str) -> int:
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return number
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor([number], device=device)
+    shared = torch.tensor([number], device=collective_device())
     dist.all_reduce(shared, op=getattr(dist.ReduceOp, operation))
     return int(shared.item())
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from core.config.files import replacing
 from core.data.errors import data_root
-from core.data.sources.files import IMAGE_EXTENSIONS, files_below, is_folder, listed, read_arrays
+from core.data.sources.files import IMAGE_EXTENSIONS, files_below, is_folder, listed
 from core.data.sources.images import load_image, to_uint8
-from core.data.sources.packed import PackedStrings
+from core.data.sources.packed import PackedStrings, load_index, save_index
 from core.errors import MissingDataError, nearest
 
 _INDEX_VERSION = 1
@@ -128,28 +127,22 @@ def _scan(root: Path, classes: Sequence[str], extensions: tuple[str, ...]) -> di
 
 def _save_index(path: str | os.PathLike, index: dict[str, Any], classes: Sequence[str], extensions: tuple) -> None:
     packed = {"classes": PackedStrings(classes), "folders": PackedStrings(index["folders"]), "files": index["files"]}
-    arrays = {f"{key}_{part}": getattr(value, part) for key, value in packed.items() for part in ("data", "offsets")}
-    with replacing(path) as file:
-        np.savez(
-            file,
-            version=np.array(_INDEX_VERSION),
-            extensions=np.array(" ".join(extensions)),
-            labels=index["labels"],
-            changed=np.array(list(index["folders"].values()), dtype=np.int64),
-            **arrays,
-        )
+    save_index(
+        path,
+        packed,
+        version=np.array(_INDEX_VERSION),
+        extensions=np.array(" ".join(extensions)),
+        labels=index["labels"],
+        changed=np.array(list(index["folders"].values()), dtype=np.int64),
+    )
 
 
 def _load_index(
     path: str | os.PathLike | None, root: Path, classes: Sequence[str], extensions: tuple[str, ...]
 ) -> dict[str, Any] | None:
     """The kept file list; None when there is none, or when it is not that of these folders as they are now."""
-    arrays = None if path is None else read_arrays(path)
     try:
-        unpacked = {
-            key: PackedStrings.from_arrays(arrays[f"{key}_data"], arrays[f"{key}_offsets"])
-            for key in ("classes", "folders", "files")
-        }
+        unpacked, arrays = load_index(path, ("classes", "folders", "files"))
         same = int(arrays["version"]) == _INDEX_VERSION and str(arrays["extensions"]) == " ".join(extensions)
         if not same or list(unpacked["classes"]) != list(classes) or len(unpacked["files"]) != len(arrays["labels"]):
             return None

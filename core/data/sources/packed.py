@@ -1,8 +1,12 @@
-"""Many short strings in two arrays."""
+"""Many short strings in two arrays, and index files that hold such arrays."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+
+from core.config.files import replacing
+from core.data.sources.files import read_arrays
 
 
 class PackedStrings:
@@ -36,3 +40,25 @@ class PackedStrings:
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
+
+
+def save_index(path: str | os.PathLike, strings: Mapping[str, PackedStrings], **arrays: np.ndarray) -> None:
+    """Writes an ``.npz`` file that saves a later run from looking through a data set.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    parts = {f"{key}_{part}": getattr(value, part) for key, value in strings.items() for part in ("data", "offsets")}
+    with replacing(path) as file:
+        np.savez(file, **arrays, **parts)
+
+
+def load_index(path: str | os.PathLike | None, strings: Sequence[str]) -> tuple[dict, dict[str, np.ndarray]]:
+    """The strings of these names and all arrays of such a file.
+
+    Raises:
+        KeyError: there is no file, or a broken one.
+    """
+    arrays = (None if path is None else read_arrays(path)) or {}
+    unpacked = {key: PackedStrings.from_arrays(arrays[f"{key}_data"], arrays[f"{key}_offsets"]) for key in strings}
+    return unpacked, arrays

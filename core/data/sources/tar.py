@@ -19,10 +19,10 @@ import numpy as np
 from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
-from core.config.files import reading, replacing
-from core.data.sources.files import IMAGE_EXTENSIONS, FilePool, read_arrays
+from core.config.files import reading
+from core.data.sources.files import IMAGE_EXTENSIONS, FilePool
 from core.data.sources.images import load_image
-from core.data.sources.packed import PackedStrings
+from core.data.sources.packed import PackedStrings, load_index, save_index
 from core.errors import MissingDataError
 
 _INDEX_VERSION = 1
@@ -238,24 +238,18 @@ def _is_meta(name: str) -> bool:
 
 def _save_index(path: Path, stamp: np.ndarray, index: dict[str, Any]) -> None:
     packed = {key: index[key] for key in ("keys", "extensions")}
-    arrays = {f"{key}_{part}": getattr(value, part) for key, value in packed.items() for part in ("data", "offsets")}
     try:
-        with replacing(path) as file:
-            np.savez(file, stamp=stamp, members=index["members"], bounds=index["bounds"], **arrays)
+        save_index(path, packed, stamp=stamp, members=index["members"], bounds=index["bounds"])
     except OSError as error:
         # Shared data sets are often read-only, and an index is only a shortcut.
         print_log(f"{path} is not kept ({error}): the shard is indexed anew in every run", "current", logging.WARNING)
 
 
 def _load_index(path: Path | None, stamp: np.ndarray) -> dict[str, Any] | None:
-    arrays = None if path is None else read_arrays(path)
     try:
+        unpacked, arrays = load_index(path, ("keys", "extensions"))
         if not np.array_equal(arrays["stamp"], stamp):
             return None
-        unpacked = {
-            key: PackedStrings.from_arrays(arrays[f"{key}_data"], arrays[f"{key}_offsets"])
-            for key in ("keys", "extensions")
-        }
         return {**unpacked, "members": arrays["members"], "bounds": arrays["bounds"]}
     except (KeyError, TypeError):  # no index, or a broken one
         return None
