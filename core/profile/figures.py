@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.config.kinds import Count
 from core.errors import ConfigError, nearest
 
 BuildTrainer = Callable[..., Any]
@@ -109,9 +110,9 @@ def _macs(trainer: Any) -> dict[str, int]:
 class MeasureSettings:
     """How timings are taken: samples per call, rounds, CPU threads, device."""
 
-    batch: int = 32
-    repeats: int = 15
-    threads: int | None = None
+    batch: Count = 32
+    repeats: Count = 15
+    threads: Count | None = None
     device: str = "auto"
 
     def where(self) -> str:

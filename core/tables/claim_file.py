@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from core.config.fingerprint import digest
+from core.config.kinds import Whole
 from core.profile.figures import MeasureSettings
 from core.tables.paired import Paired
-from core.tables.table_file import Reader, table_id
+from core.tables.table_file import Overrides, Reader, table_id
 
 CLAIM = "claim"
-ROLES = ("ours", "baseline", "ablation", "control")
+Direction = Literal["higher", "lower"]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
 
@@ -32,9 +33,9 @@ class ClaimRow:
     """One thing that is trained: a label, what part it plays, and its experiment."""
 
     label: str
-    role: str
+    role: Literal["ours", "baseline", "ablation", "control"]
     experiment: str
-    overrides: tuple[str, ...] = ()
+    overrides: Overrides = ()
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Claim:
     id: str
     statement: str
     metric: str
-    direction: str
-    seeds: tuple[int, ...]
+    direction: Direction
+    seeds: tuple[Whole, ...]
     rows: tuple[ClaimRow, ...]
     comparisons: tuple[Comparison, ...]
     setting: tuple[str, ...] = ()
@@ -121,9 +122,6 @@ class Claim:
 def is_claim(path: Path) -> bool:
     """Whether a file in ``tables/`` is a claim: ``claim.yaml`` or ``claim_NAME.yaml``; all others are tables."""
     return path.stem == CLAIM or path.stem.startswith(f"{CLAIM}_")
-
-
-_KEYS = ("statement", "metric", "direction", "seeds", "rows", "comparisons", "setting", "report", "profile")
 
 
 def load_claim(path: str | Path) -> Claim:
@@ -154,89 +152,44 @@ def load_claim(path: str | Path) -> Claim:
     path = Path(path)
     reader = Reader(path)
     data = reader.load()
-    reader.keys(data, "", _KEYS, required=("statement", "metric", "direction", "seeds", "rows", "comparisons"))
-    metric = reader.text(data["metric"], "metric")
-    direction = reader.choice(data["direction"], "direction", ("higher", "lower"))
-    seeds = tuple(reader.whole(s, f"seeds[{i}]") for i, s in enumerate(reader.list(data["seeds"], "seeds")))
-    if len(set(seeds)) != len(seeds) or len(seeds) < 2:
+    names = [one.name for one in fields(Claim) if one.name not in ("path", "id")]
+    reader.keys(data, "", names, required=("comparisons",))
+    pairs = data.pop("comparisons")
+    claim = reader.fill(Claim, data, "", path=path, id=table_id(path), comparisons=())
+    if len(set(claim.seeds)) != len(claim.seeds) or len(claim.seeds) < 2:
         raise reader.error("seeds", "at least two different seeds are needed for a standard error (three are usual)")
-    rows = _rows(reader, reader.list(data["rows"], "rows"))
-    labels = [row.label for row in rows]
-    comparisons = tuple(
-        _comparison(reader, entry, f"comparisons[{i}]", labels, metric, direction)
-        for i, entry in enumerate(reader.list(data["comparisons"], "comparisons"))
-    )
+    labels = [row.label for row in claim.rows]
+    for index, label in enumerate(labels):
+        if label in labels[:index]:
+            raise reader.error(f"rows[{index}]", f"an earlier row is called '{label}' too")
+    comparisons = [
+        _comparison(reader, reader.mapping(entry, f"comparisons[{i}]"), f"comparisons[{i}]", claim)
+        for i, entry in enumerate(reader.value(pairs, tuple[Any, ...], "comparisons"))
+    ]
     if not comparisons:
         raise reader.error("comparisons", "a claim compares something")
-    return Claim(
-        path=path,
-        id=table_id(path),
-        statement=reader.text(data["statement"], "statement"),
-        metric=metric,
-        direction=direction,
-        seeds=seeds,
-        rows=rows,
-        comparisons=comparisons,
-        setting=_texts(reader, data.get("setting"), "setting"),
-        report=_texts(reader, data.get("report"), "report"),
-        profile=reader.settings(data.get("profile"), "profile"),
-    )
+    return replace(claim, comparisons=tuple(comparisons))
 
 
-def _texts(reader: Reader, data: Any, where: str) -> tuple[str, ...]:
-    lines = data if isinstance(data, list) else [] if data is None else [data]
-    return tuple(reader.text(line, f"{where}[{i}]") for i, line in enumerate(lines))
-
-
-def _rows(reader: Reader, data: Sequence[Any]) -> tuple[ClaimRow, ...]:
-    rows: list[ClaimRow] = []
-    for index, entry in enumerate(data):
-        where = f"rows[{index}]"
-        entry = reader.mapping(entry, where)
-        reader.keys(
-            entry, where, ("label", "role", "experiment", "overrides"), required=("label", "role", "experiment")
-        )
-        label = reader.text(entry["label"], f"{where}.label")
-        if any(row.label == label for row in rows):
-            raise reader.error(where, f"an earlier row is called '{label}' too")
-        rows.append(
-            ClaimRow(
-                label=label,
-                role=reader.choice(entry["role"], f"{where}.role", ROLES),
-                experiment=reader.text(entry["experiment"], f"{where}.experiment"),
-                overrides=reader.overrides(entry.get("overrides"), f"{where}.overrides"),
-            )
-        )
-    return tuple(rows)
-
-
-def _comparison(
-    reader: Reader, entry: Any, where: str, labels: Sequence[str], metric: str, direction: str
-) -> Comparison:
-    entry = reader.mapping(entry, where)
+def _comparison(reader: Reader, entry: Mapping[str, Any], where: str, claim: Claim) -> Comparison:
     kinds = ("by", "within", "factor")
     reader.keys(entry, where, ("better", "than", "metric", "direction", *kinds), required=("better", "than"))
     for side in ("better", "than"):
-        reader.known(reader.text(entry[side], f"{where}.{side}"), f"{where}.{side}", labels, "row")
+        reader.known(str(entry[side]), f"{where}.{side}", [row.label for row in claim.rows], "row")
     if entry["better"] == entry["than"]:
         raise reader.error(where, "a row is compared with itself")
     given = [kind for kind in kinds if entry.get(kind) is not None]
     if len(given) > 1:
         raise reader.error(where, f"{' and '.join(given)} exclude each other")
     kind = given[0] if given else "by"
-    margin = float(reader.number(entry[kind], f"{where}.{kind}")) if given else 0.0
+    margin = float(reader.value(entry[kind], float, f"{where}.{kind}")) if given else 0.0
     if margin < 0 or (kind == "factor" and margin == 0):
         raise reader.error(f"{where}.{kind}", f"{margin:g} has to be positive")
-    if "metric" in entry and "direction" not in entry and entry["metric"] != metric:
+    if "metric" in entry and "direction" not in entry and entry["metric"] != claim.metric:
         raise reader.error(where, f"direction (higher | lower) of '{entry['metric']}' is missing")
-    return Comparison(
-        better=str(entry["better"]),
-        than=str(entry["than"]),
-        metric=reader.text(entry.get("metric", metric), f"{where}.metric"),
-        direction=reader.choice(entry.get("direction", direction), f"{where}.direction", ("higher", "lower")),
-        kind=kind,
-        margin=margin,
-    )
+    said = {key: entry.get(key, getattr(claim, key)) for key in ("metric", "direction")}
+    sides = {side: str(entry[side]) for side in ("better", "than")}
+    return reader.fill(Comparison, said | sides, where, kind=kind, margin=margin)
 
 
 def overall(verdicts: Sequence[str]) -> str:

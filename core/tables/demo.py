@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.config.composition import compose
 from core.errors import ConfigError, nearest
-from core.tables.table_file import Reader, TableSpec, read_table
+from core.tables.table_file import Overrides, Reader, TableSpec, read_table
 
 if TYPE_CHECKING:
     from core.tables.table import Evaluation
@@ -39,7 +39,7 @@ class Preparation:
     task: str
     makes: str
     minutes: float
-    arguments: tuple[str, ...] = ()
+    arguments: Overrides = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Demo:
     prepare: tuple[Preparation, ...] = ()
     images: tuple[Shown, ...] = ()
     next: tuple[str, ...] = ()
-    quick: tuple[str, ...] = ()
+    quick: Overrides = ()
 
 
 @dataclass
@@ -85,34 +85,11 @@ def load_demo(path: str | Path) -> Demo:
     reader = Reader(Path(path))
     data = reader.load()
     said = reader.mapping(data.pop("demo", None), "demo")
-    table = read_table(reader, data)
-    keys = ("says", "minutes", "prepare", "images", "next", "quick")
-    reader.keys(said, "demo", keys, required=("says", "minutes"))
-
-    def entries(key: str, needed: Sequence[str], allowed: Sequence[str]) -> list[dict[str, Any]]:
-        found = []
-        for index, entry in enumerate(reader.list(said.get(key) or [], f"demo.{key}")):
-            where = f"demo.{key}[{index}]"
-            reader.keys(reader.mapping(entry, where), where, (*needed, *allowed), required=needed)
-            found.append(entry)
-        return found
-
-    labels = [row.label for row in table.rows]
-    for index, entry in enumerate(entries("images", ("files", "output", "shows"), ("row",))):
-        if entry.get("row") is not None:
-            reader.known(entry["row"], f"demo.images[{index}].row", labels, "row")
-    return Demo(
-        table=table,
-        says=reader.text(said["says"], "demo.says"),
-        minutes=reader.number(said["minutes"], "demo.minutes"),
-        prepare=tuple(
-            Preparation(**{**entry, "arguments": reader.overrides(entry.get("arguments"), "demo.prepare.arguments")})
-            for entry in entries("prepare", ("task", "makes", "minutes"), ("arguments",))
-        ),
-        images=tuple(Shown(**entry) for entry in entries("images", ("files", "output", "shows"), ("row",))),
-        next=tuple(reader.text(line, "demo.next") for line in reader.list(said.get("next") or [], "demo.next")),
-        quick=reader.overrides(said.get("quick"), "demo.quick"),
-    )
+    demo = reader.fill(Demo, said, "demo", table=read_table(reader, data))
+    for index, image in enumerate(demo.images):
+        if image.row is not None:
+            reader.known(image.row, f"demo.images[{index}].row", [row.label for row in demo.table.rows], "row")
+    return demo
 
 
 def show(demo: Demo, options: Options, overrides: Sequence[str] = ()) -> None:

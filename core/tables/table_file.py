@@ -6,11 +6,14 @@ See `load_table` for the format. Every error names the file, the place in it and
 from __future__ import annotations
 
 import io
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from core.config.kinds import Range, Whole
 from core.errors import ConfigError, nearest
 from core.profile.figures import MeasureSettings
 
@@ -28,9 +31,9 @@ MARKS = {
     "counted": "counted on the official model",
     "measured": "measured on the official model",
 }
-BETTER = ("higher", "lower", "none")
-NEEDS = ("none", "data", "gpu")
-RELATIONS = ("change", "ratio", "difference")
+#: Hydra overrides, ``key=value`` or ``~key``, as a field of a schema.
+Overrides = Annotated[tuple[str, ...], "overrides"]
+S = TypeVar("S")
 
 _PREFIXES = {"K": 1e-3, "M": 1e-6, "G": 1e-9, "T": 1e-12}
 
@@ -42,6 +45,18 @@ class PaperFigure:
     value: int | float | str | None
     footnote: str = ""
 
+    @classmethod
+    def read(cls, reader: Reader, data: Any, where: str) -> PaperFigure:
+        """From a number, the paper's own words, or ``{value, mark, text}``."""
+        if not isinstance(data, dict):
+            return cls(_figure(reader, data, where))
+        reader.keys(data, where, ("value", "mark", "text"), required=("value",))
+        marks = data.get("mark") or []
+        marks = marks if isinstance(marks, list) else [marks]
+        origin = ", ".join(MARKS[reader.choice(mark, f"{where}.mark", tuple(MARKS))] for mark in marks)
+        text = reader.value(data.get("text") or "", str, f"{where}.text")
+        return cls(_figure(reader, data["value"], f"{where}.value"), ": ".join(filter(None, (origin, text))))
+
 
 @dataclass(frozen=True)
 class ColumnSpec:
@@ -50,15 +65,15 @@ class ColumnSpec:
     key: str
     label: str
     unit: str = ""
-    better: str = "none"
-    needs: str = "data"
-    digits: int | None = None
+    better: Literal["higher", "lower", "none"] = "none"
+    needs: Literal["none", "data", "gpu"] = "data"
+    digits: Whole | None = None
     of: str = ""
     scale: float | None = None
     relative_to: str | None = None
-    relation: str | None = None
+    relation: Literal["change", "ratio", "difference"] | None = None
     mean_of: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
+    overrides: Overrides = ()
 
     @property
     def factor(self) -> float:
@@ -70,26 +85,29 @@ class ColumnSpec:
 
 
 @dataclass(frozen=True)
+class CellSpec:
+    """Experiment and overrides behind a cell that is not fed by its row's."""
+
+    experiment: str
+    overrides: Overrides = ()
+
+
+@dataclass(frozen=True)
 class RowSpec:
     """A row of a table file; see `load_table`."""
 
     label: str
     experiment: str | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: Overrides = ()
     paper: Mapping[str, PaperFigure] = field(default_factory=dict)
     section: str = ""
     relative_to: str | None = None
-    cells: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    cells: Mapping[str, CellSpec] = field(default_factory=dict)
 
     def source(self, column: ColumnSpec) -> tuple[str, tuple[str, ...]] | None:
         """Experiment and overrides behind this row's cell of a column; None where only the paper has the row."""
-        if column.key in self.cells:
-            experiment, overrides = self.cells[column.key]
-        elif self.experiment is not None:
-            experiment, overrides = self.experiment, self.overrides
-        else:
-            return None
-        return experiment, (*overrides, *column.overrides)
+        behind = self.cells.get(column.key, self)
+        return None if behind.experiment is None else (behind.experiment, (*behind.overrides, *column.overrides))
 
 
 @dataclass(frozen=True)
@@ -99,9 +117,9 @@ class TableSpec:
     path: Path
     id: str
     title: str
-    source: str
     columns: tuple[ColumnSpec, ...]
     rows: tuple[RowSpec, ...]
+    source: str = ""
     profile: MeasureSettings = field(default_factory=MeasureSettings)
     notes: tuple[str, ...] = ()
 
@@ -160,38 +178,6 @@ class Reader:
             raise self.error(where, f"'{value}'{nearest(str(value), allowed)} (choose one of {', '.join(allowed)})")
         return value
 
-    def text(self, value: Any, where: str) -> str:
-        """`value`, if it is text (a number is taken as text)."""
-        if isinstance(value, dict | list | bool) or value is None:
-            raise self.error(where, f"text is needed here, not {value!r}")
-        return str(value)
-
-    def number(self, value: Any, where: str) -> float:
-        """`value`, if it is a number."""
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(where, f"a number is needed here, not {value!r}")
-        return value
-
-    def whole(self, value: Any, where: str, *, least: int = 0) -> int:
-        """`value`, if it is a whole number from `least` on."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.error(where, f"a whole number from {least} on is needed here, not {value!r}")
-        return value
-
-    def list(self, value: Any, where: str) -> list[Any]:
-        """`value`, if it is a list."""
-        if not isinstance(value, list):
-            raise self.error(where, f"a list is needed here, not {value!r}")
-        return value
-
-    def overrides(self, value: Any, where: str) -> tuple[str, ...]:
-        """Hydra overrides: a list of ``key=value``."""
-        items = [self.text(item, f"{where}[{i}]") for i, item in enumerate(self.list(value or [], where))]
-        for index, item in enumerate(items):
-            if "=" not in item and not item.startswith("~"):
-                raise self.error(f"{where}[{index}]", f"'{item}' is no override (key=value)")
-        return tuple(items)
-
     def known(self, name: str, where: str, choices: Iterable[str], what: str) -> str:
         """`name`, if it is among the choices."""
         choices = list(choices)
@@ -199,14 +185,71 @@ class Reader:
             raise self.error(where, f"no {what} '{name}'{nearest(name, choices)} (there are: {', '.join(choices)})")
         return name
 
-    def settings(self, data: Any, where: str) -> MeasureSettings:
-        """``profile:``: how measured figures are taken."""
-        data = self.mapping(data or {}, where)
-        self.keys(data, where, ("batch", "repeats", "threads", "device"))
-        for key in ("batch", "repeats", "threads"):
-            if data.get(key) is not None:
-                self.whole(data[key], f"{where}.{key}", least=1)
-        return MeasureSettings(**{key: value for key, value in data.items() if value is not None})
+    def fill(self, schema: type[S], data: Any, where: str, **given: Any) -> S:
+        """A dataclass of a mapping whose keys are its fields; those without a default have to be there.
+
+        Args:
+            schema: the dataclass; the hint of a field says what suits its key.
+            data: the mapping.
+            where: its place in the file.
+            given: fields that are not read from the file.
+        """
+        data = self.mapping(data, where)
+        hints = typing.get_type_hints(schema, include_extras=True)
+        read = {f.name: f for f in fields(schema) if f.name not in given}
+        required = [name for name, f in read.items() if f.default is MISSING and f.default_factory is MISSING]
+        self.keys(data, where, read, required)
+        dot = f"{where}." if where else ""
+        values = {k: self.value(data[k], hints[k], f"{dot}{k}") for k in read if data.get(k) is not None}
+        return schema(**values, **given)
+
+    def value(self, value: Any, hint: Any, where: str) -> Any:
+        """`value`, if it suits a field's hint, in the form that the field has."""
+        inner = typing.get_args(hint)
+        origin = typing.get_origin(hint)
+        if origin in (typing.Union, types.UnionType):  # with None, which means that the key is left out
+            return self.value(value, inner[0], where)
+        if hint is Any:
+            return value
+        if hint == Overrides:
+            return self._overrides(value, where)
+        if origin is Literal:
+            return self.choice(value, where, inner)
+        if origin is tuple:
+            if inner[0] is str and isinstance(value, str):
+                value = [value]  # a single line
+            if not isinstance(value, list):
+                raise self.error(where, f"a list is needed here, not {value!r}")
+            return tuple(self.value(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value))
+        if origin is Mapping:
+            return {str(k): self.value(v, inner[1], f"{where}.{k}") for k, v in self.mapping(value, where).items()}
+        if hasattr(hint, "read"):
+            return hint.read(self, value, where)
+        if is_dataclass(hint):
+            return self.fill(hint, value, where)
+        return self._plain(value, hint, where)
+
+    def _plain(self, value: Any, hint: Any, where: str) -> Any:
+        bounds = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Range)), None)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if bounds is not None:
+            if not number or not isinstance(value, int) or value < bounds.low:
+                raise self.error(where, f"a whole number from {bounds.low} on is needed here, not {value!r}")
+        elif hint is float:
+            if not number:
+                raise self.error(where, f"a number is needed here, not {value!r}")
+        elif isinstance(value, dict | list | bool) or value is None:
+            raise self.error(where, f"text is needed here, not {value!r}")
+        return str(value) if hint is str else value
+
+    def _overrides(self, value: Any, where: str) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            raise self.error(where, f"a list is needed here, not {value!r}")
+        items = self.value(value, tuple[str, ...], where)
+        for index, item in enumerate(items):
+            if "=" not in item and not item.startswith("~"):
+                raise self.error(f"{where}[{index}]", f"'{item}' is no override (key=value)")
+        return items
 
 
 def load_table(path: str | Path) -> TableSpec:
@@ -258,41 +301,18 @@ def load_table(path: str | Path) -> TableSpec:
 
 def read_table(reader: Reader, data: Mapping[str, Any]) -> TableSpec:
     """A table from the content of its file, see `load_table`."""
-    reader.keys(
-        data, "", ("title", "source", "columns", "rows", "notes", "profile"), required=("title", "columns", "rows")
-    )
+    keys = ("title", "source", "columns", "rows", "notes", "profile")
+    reader.keys(data, "", keys, required=("title", "columns", "rows"))
     columns = _columns(reader, reader.mapping(data["columns"], "columns"))
-    rows = _rows(reader, reader.list(data["rows"], "rows"), columns)
-    return TableSpec(
-        path=reader.path,
-        id=table_id(reader.path),
-        title=reader.text(data["title"], "title"),
-        source=reader.text(data["source"], "source") if data.get("source") is not None else "",
-        columns=tuple(columns.values()),
-        rows=rows,
-        profile=reader.settings(data.get("profile"), "profile"),
-        notes=tuple(reader.text(n, f"notes[{i}]") for i, n in enumerate(reader.list(data.get("notes") or [], "notes"))),
-    )
+    rows = _rows(reader, data["rows"], columns)
+    rest = {key: value for key, value in data.items() if key not in ("columns", "rows")}
+    place = {"path": reader.path, "id": table_id(reader.path)}
+    return reader.fill(TableSpec, rest, "", columns=tuple(columns.values()), rows=rows, **place)
 
 
 def table_id(path: Path) -> str:
     """``PAPER/NAME`` of ``PAPER/tables/NAME.yaml``."""
     return f"{path.resolve().parents[1].name}/{path.stem}"
-
-
-_COLUMN_KEYS = (
-    "label",
-    "unit",
-    "better",
-    "needs",
-    "digits",
-    "of",
-    "scale",
-    "relative_to",
-    "relation",
-    "mean_of",
-    "overrides",
-)
 
 
 def _columns(reader: Reader, data: Mapping[str, Any]) -> dict[str, ColumnSpec]:
@@ -302,72 +322,35 @@ def _columns(reader: Reader, data: Mapping[str, Any]) -> dict[str, ColumnSpec]:
         if key == "label":
             raise reader.error(where, "'label' is the row's own name: choose another key")
         entry = reader.mapping(entry or {}, where)
-        reader.keys(entry, where, _COLUMN_KEYS)
-        mean_of = [reader.text(part, f"{where}.mean_of") for part in reader.list(entry.get("mean_of") or [], where)]
-        for part in mean_of:
+        column = reader.fill(ColumnSpec, {"label": key, "of": key, **entry}, where, key=str(key))
+        for part in column.mean_of:
             reader.known(part, f"{where}.mean_of", columns, "earlier column")
-        relation = entry.get("relation")
-        if relation is None and entry.get("relative_to") is not None:
-            relation = "change"
-        if mean_of and ("needs" in entry or "of" in entry):
-            raise reader.error(where, "mean_of takes needs and of from its parts: leave them out")
-        needs = columns[mean_of[0]].needs if mean_of else entry.get("needs", "data")
-        columns[str(key)] = ColumnSpec(
-            key=str(key),
-            label=reader.text(entry.get("label", key), f"{where}.label"),
-            unit=reader.text(entry.get("unit", ""), f"{where}.unit"),
-            better=reader.choice(entry.get("better", "none"), f"{where}.better", BETTER),
-            needs=reader.choice(needs, f"{where}.needs", NEEDS),
-            digits=None if entry.get("digits") is None else reader.whole(entry["digits"], f"{where}.digits"),
-            of=reader.text(entry.get("of", key), f"{where}.of"),
-            scale=None if entry.get("scale") is None else reader.number(entry["scale"], f"{where}.scale"),
-            relative_to=entry.get("relative_to"),
-            relation=None if relation is None else reader.choice(relation, f"{where}.relation", RELATIONS),
-            mean_of=tuple(mean_of),
-            overrides=reader.overrides(entry.get("overrides"), f"{where}.overrides"),
-        )
+        if column.relation is None and column.relative_to is not None:
+            column = replace(column, relation="change")
+        if column.mean_of:
+            if "needs" in entry or "of" in entry:
+                raise reader.error(where, "mean_of takes needs and of from its parts: leave them out")
+            column = replace(column, needs=columns[column.mean_of[0]].needs)
+        columns[column.key] = column
     return columns
 
 
-_ROW_KEYS = ("label", "experiment", "overrides", "paper", "section", "relative_to", "cells")
-
-
-def _rows(reader: Reader, data: Sequence[Any], columns: Mapping[str, ColumnSpec]) -> tuple[RowSpec, ...]:
+def _rows(reader: Reader, data: Any, columns: Mapping[str, ColumnSpec]) -> tuple[RowSpec, ...]:
     rows: list[RowSpec] = []
+    if not isinstance(data, list):
+        raise reader.error("rows", f"a list is needed here, not {data!r}")
     for index, entry in enumerate(data):
-        where = f"rows[{index}]"
-        entry = reader.mapping(entry, where)
-        reader.keys(entry, where, _ROW_KEYS, required=("label",))
-        label = reader.text(entry["label"], f"{where}.label")
-        where = f"rows[{index}] ({label})"
-        if any(row.label == label for row in rows):
+        label = entry.get("label") if isinstance(entry, dict) else None
+        where = f"rows[{index}]" + ("" if label is None else f" ({label})")
+        for key in ("paper", "cells") if isinstance(entry, dict) else ():
+            for name in reader.mapping(entry.get(key) or {}, f"{where}.{key}"):
+                reader.known(str(name), f"{where}.{key}", columns, "column")
+        row = reader.fill(RowSpec, entry, where)
+        if any(other.label == row.label for other in rows):
             raise reader.error(where, "an earlier row has this label: labels must differ (add a section's name to it)")
-        paper = {}
-        for key, figure in reader.mapping(entry.get("paper") or {}, f"{where}.paper").items():
-            reader.known(str(key), f"{where}.paper", columns, "column")
-            paper[str(key)] = _figure(reader, figure, f"{where}.paper.{key}")
-        cells = {}
-        for key, cell in reader.mapping(entry.get("cells") or {}, f"{where}.cells").items():
-            reader.known(str(key), f"{where}.cells", columns, "column")
-            cell = reader.mapping(cell, f"{where}.cells.{key}")
-            reader.keys(cell, f"{where}.cells.{key}", ("experiment", "overrides"), required=("experiment",))
-            overrides = reader.overrides(cell.get("overrides"), f"{where}.cells.{key}.overrides")
-            cells[str(key)] = (reader.text(cell["experiment"], f"{where}.cells.{key}.experiment"), overrides)
-        experiment = entry.get("experiment")
-        overrides = reader.overrides(entry.get("overrides"), f"{where}.overrides")
-        if experiment is None and overrides:
+        if row.experiment is None and row.overrides:
             raise reader.error(where, "overrides without an experiment change nothing")
-        rows.append(
-            RowSpec(
-                label=label,
-                experiment=None if experiment is None else reader.text(experiment, f"{where}.experiment"),
-                overrides=overrides,
-                paper=paper,
-                section=reader.text(entry.get("section", ""), f"{where}.section"),
-                relative_to=entry.get("relative_to"),
-                cells=cells,
-            )
-        )
+        rows.append(row)
     _check_bases(reader, rows, columns)
     return tuple(rows)
 
@@ -386,20 +369,7 @@ def _check_bases(reader: Reader, rows: Sequence[RowSpec], columns: Mapping[str, 
             raise reader.error(where, f"relation: {column.relation} to what? give relative_to here or in the rows")
 
 
-def _figure(reader: Reader, data: Any, where: str) -> PaperFigure:
-    if not isinstance(data, dict):
-        return PaperFigure(_value(reader, data, where))
-    reader.keys(data, where, ("value", "mark", "text"), required=("value",))
-    marks = data.get("mark") or []
-    marks = marks if isinstance(marks, list) else [marks]
-    for mark in marks:
-        reader.choice(mark, f"{where}.mark", tuple(MARKS))
-    origin = ", ".join(MARKS[mark] for mark in marks)
-    text = reader.text(data["text"], f"{where}.text") if data.get("text") is not None else ""
-    return PaperFigure(_value(reader, data["value"], f"{where}.value"), ": ".join(filter(None, (origin, text))))
-
-
-def _value(reader: Reader, value: Any, where: str) -> int | float | str | None:
+def _figure(reader: Reader, value: Any, where: str) -> int | float | str | None:
     if isinstance(value, bool | list | dict):
         raise reader.error(where, f"a number or the paper's own words are needed here, not {value!r}")
     return value
