@@ -11,11 +11,13 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -41,31 +43,73 @@ def run(words: list[str], cwd: Path | str, env: dict[str, str], processes: int =
     Returns:
         Exit status, standard output and errors; those of several processes are one text each.
     """
+    return begin(words, cwd, env, processes).done()
+
+
+def begin(
+    words: list[str], cwd: Path | str, env: dict[str, str], processes: int = 0, largest: int | None = None
+) -> Begun:
+    """As `run`, without waiting for it.
+
+    Args:
+        words, cwd, env, processes: of `run`.
+        largest: bytes of the largest file that it may write, as on a disk that is full; None: any.
+    """
     costs.note("child", "a forked program")
     nursery = _started(env)
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        for file in (out, err):
-            file.touch()
-        request = {
-            "words": words,
-            "cwd": str(cwd),
-            "env": env,
-            "processes": processes,
-            "out": str(out),
-            "err": str(err),
-        }
-        nursery.stdin.write(json.dumps(request) + "\n")
-        nursery.stdin.flush()
-        group = int(nursery.stdout.readline())
+    folder = tempfile.TemporaryDirectory()
+    out, err = Path(folder.name, "out"), Path(folder.name, "err")
+    for file in (out, err):
+        file.touch()
+    request = {
+        "words": words,
+        "cwd": str(cwd),
+        "env": env,
+        "processes": processes,
+        "largest": largest,
+        "out": str(out),
+        "err": str(err),
+        "status": str(Path(folder.name, "status")),
+    }
+    nursery.stdin.write(json.dumps(request) + "\n")
+    nursery.stdin.flush()
+    return Begun(words, int(nursery.stdout.readline()), folder)
+
+
+class Begun:
+    """A forked program that may still be there; with several processes, `pid` is their launcher's.
+
+    Args:
+        words: the script's path and its arguments.
+        pid: of the process, which leads a group of its own.
+        folder: where it writes.
+    """
+
+    def __init__(self, words: list[str], pid: int, folder: tempfile.TemporaryDirectory[str]) -> None:
+        self.words, self.pid, self._folder = words, pid, folder
+
+    def poll(self) -> int | None:
+        """The exit status; None while it is there."""
+        status = Path(self._folder.name, "status")
+        return int(status.read_text()) if status.exists() else None
+
+    def send_signal(self, number: int) -> None:
+        """As of `subprocess.Popen`."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def done(self) -> subprocess.CompletedProcess[str]:
+        """Waits for it: exit status, standard output and errors."""
         try:
-            status = int(nursery.stdout.readline())
+            while (status := self.poll()) is None:
+                time.sleep(0.005)
         except BaseException:  # a limit of time: the program must not outlive its test
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-            nursery.stdout.readline()
+                os.killpg(self.pid, signal.SIGKILL)
             raise
-        return subprocess.CompletedProcess(words, status, out.read_text(), err.read_text())
+        out, err = (Path(self._folder.name, name).read_text() for name in ("out", "err"))
+        self._folder.cleanup()
+        return subprocess.CompletedProcess(self.words, status, out, err)
 
 
 def pair(work: Callable[..., None], *args: Any) -> None:
@@ -96,18 +140,30 @@ def _serve() -> None:
     os.dup2(2, 1)
     _import_heavy()
     path = [entry for entry in sys.path if entry]
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
     for line in sys.stdin:
-        request = json.loads(line)
-        agent = os.fork()
-        if agent == 0:
-            os.setsid()
-            answers.close()
-            _enter(request, path)
-            count = request["processes"]
-            status = _several(request["words"], count) if count else _program(request["words"])
-            os._exit(status)
-        print(agent, file=answers, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1]), file=answers, flush=True)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _keep(json.loads(line), answers, path)
+            os._exit(0)
+
+
+def _keep(request: dict[str, Any], answers: Any, path: list[str]) -> None:
+    """Starts a program and writes its exit status where it was asked for."""
+    agent = os.fork()
+    if agent == 0:
+        os.setsid()
+        answers.close()
+        _enter(request, path)
+        count = request["processes"]
+        status = _several(request["words"], count) if count else _program(request["words"])
+        os._exit(status)
+    print(agent, file=answers, flush=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1])
+    with contextlib.suppress(FileNotFoundError):  # a test that failed has not waited
+        half = Path(request["status"] + "_half")
+        half.write_text(str(status))
+        half.rename(request["status"])
 
 
 def _import_heavy() -> None:
@@ -131,6 +187,8 @@ def _enter(request: dict[str, Any], path: list[str]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    if request["largest"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
     more = request["env"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [str(Path(request["words"][0]).resolve().parent), *filter(None, more), *path]
 

@@ -67,10 +67,21 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
         return draws(sampler)
 
     assert epoch(1, 3) == epoch(1, 3)
-    assert epoch(1, 3) != epoch(1, 4)
-    # With seed + epoch these two would be the same.
-    assert epoch(0, 1) != epoch(1, 0)
+    # Orders differ, not only the seeds of samples; with seed + epoch the last two would be the same.
+    for one, other in (((1, 3), (1, 4)), ((0, 1), (1, 0))):
+        (first, first_seeds), (second, second_seeds) = (zip(*epoch(*place), strict=True) for place in (one, other))
+        assert first != second and not set(first_seeds) & set(second_seeds)
     assert sorted(index for index, _ in epoch(1, 3)) == list(range(50))
+
+
+@pytest.mark.parametrize("options", [{}, {"infinite": True}, {"drop_last": True}, {"repeats": 3}])
+def test_every_process_goes_on_behind_what_it_has_drawn(options):
+    for rank in range(3):
+        sampler = TrainSampler(range(17), seed=3, rank=rank, world_size=3, **options)
+        whole = draws(sampler, 5)
+        for start in range(5):
+            sampler.skip(start)
+            assert draws(sampler, 5 - start) == whole[start:]
 
 
 def test_uneven_lengths_are_filled_from_the_beginning_or_cut():

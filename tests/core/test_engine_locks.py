@@ -3,12 +3,11 @@
 import os
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from tiny_experiment import command_line, environment, losses
+from tiny_experiment import begin, losses, train
 
 from core.checkpoint.locks import FileLock, Locked
 from core.config import compose
@@ -86,24 +85,15 @@ def test_a_run_that_fails_leaves_no_lock_and_no_empty_folder(tiny, monkeypatch):
 @pytest.mark.child
 def test_a_killed_process_does_not_block(user, tmp_path):
     words = ["run_dir=dead_holder", "train_dataloader.num_workers=2", "log_every=1", "train_cfg.max_epochs=100000"]
-    process = subprocess.Popen(
-        command_line(*words), cwd=user, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = begin(user, *words)
     deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline and not (user / "dead_holder" / "log.jsonl").exists():
         time.sleep(0.02)
-    refused = subprocess.run(
-        command_line("run_dir=dead_holder", "resume=auto", *words[1:]),
-        cwd=user,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    refused = train(user, "run_dir=dead_holder", "resume=auto", *words[1:], check=False)
     assert process.poll() is None
     assert refused.returncode == 2 and f"process {process.pid} on {socket.gethostname()}" in refused.stderr
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.done()
     lock = FileLock(user / "dead_holder" / ".lock", "dead_holder")
     lock.acquire()  # at once, while its workers may still be there
     lock.release()

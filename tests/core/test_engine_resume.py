@@ -1,14 +1,12 @@
 """Exact resume: killed anywhere, a run ends with the same weights and the same log as one that was left alone."""
 
 import random
-import resource
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
-from tiny_experiment import command_line, environment, losses, train
+from tiny_experiment import begin, losses, train
 
 from core.checkpoint.run_folder import find_checkpoint
 
@@ -23,18 +21,6 @@ SETTINGS = [
     "train_cfg.val_every_steps=7",
     "log_every=3",
 ]
-
-
-def start(user, *overrides):
-    return subprocess.Popen(
-        command_line(*SETTINGS, *overrides),
-        cwd=user,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def wait_for_step(run, step, process):
@@ -67,15 +53,14 @@ def assert_same(one, other):
 
 @pytest.mark.child
 def test_killed_at_random_moments(user, undisturbed):
-    chance = random.Random(time.time_ns())
-    for step in sorted(chance.sample(range(1, 38), 3)):
-        process = start(user, "run_dir=killed", "resume=auto")
+    # Drawn once: other moments, as many as one likes, are tried by `python -m tests.kills`.
+    left = []
+    for step in sorted(random.Random(0).sample(range(1, 30), 3)):
+        process = begin(user, *SETTINGS, "run_dir=killed", "resume=auto")
         wait_for_step(user / "killed", step, process)
-        time.sleep(chance.uniform(0, 0.3))
-        try:
-            process.send_signal(signal.SIGKILL)
-        finally:
-            process.communicate()
+        process.send_signal(signal.SIGKILL)
+        left.append(process.done().returncode)
+    assert left[0] == -signal.SIGKILL  # the last may be done before the signal comes
     done = train(user, *SETTINGS, "run_dir=killed", "resume=auto")
     assert "resumed from" in done.stdout + done.stderr + (user / "killed" / "run.log").read_text()
     assert_same(undisturbed, user / "killed")
@@ -85,11 +70,12 @@ def test_killed_at_random_moments(user, undisturbed):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_leaves(user, undisturbed, number):
     name = f"stopped_{number}"
-    process = start(user, f"run_dir={name}")
+    process = begin(user, *SETTINGS, f"run_dir={name}")
     wait_for_step(user / name, 6, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 2
+    done = process.done()
+    errors = done.stderr
+    assert done.returncode == 2
     assert "saved" in errors and "resume=auto" in errors
     stopped = torch.load(find_checkpoint(user / name), weights_only=True)["step"]
     assert f"step {stopped}; saved" in errors  # the very step (evaluated or not), not an older checkpoint
@@ -102,22 +88,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(user):
     train(user, "run_dir=full", "train_cfg.max_epochs=1")
     before = find_checkpoint(user / "full")
     content = before.read_bytes()
-
-    def limit():
-        """No file may grow as large as the checkpoint that is there."""
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) - 1, resource.RLIM_INFINITY))
-
-    words = command_line(
-        "run_dir=full",
-        f"resume={before}",
-        "train_cfg.max_epochs=2",
-        "checkpoint.every_steps=5",
-        "visualizer.vis_backends=[]",
-    )
     (user / "full" / "result.json").unlink()
-    done = subprocess.run(
-        words, cwd=user, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=600
-    )
+    words = ("run_dir=full", f"resume={before}", "train_cfg.max_epochs=2", "checkpoint.every_steps=5")
+    # No file may grow as large as the checkpoint that is there.
+    done = begin(user, *words, "visualizer.vis_backends=[]", largest=len(content) - 1).done()
     log = (user / "full" / "run.log").read_text()
     assert "checkpoint of step 15 not written" in log and str(before) in log  # went on, and said what there is
     assert done.returncode == 2 and "step_00000020.pt" in done.stderr  # the last state must be written

@@ -153,11 +153,15 @@ param_scheduler: {type: core.Schedule, kind: warmup_cosine, by_epoch: false, war
 
 def train(folder, *overrides, torchrun=0, check=True, tool="train.py"):
     """Runs tools/train.py in `folder`; returns the finished process. `torchrun`: how many processes at once."""
-    script, *words = command_line(*overrides, tool=tool)[1:]
-    done = forked.run([script, *words], folder, environment(), torchrun)
+    done = begin(folder, *overrides, torchrun=torchrun, tool=tool).done()
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
+
+
+def begin(folder, *overrides, torchrun=0, tool="train.py", largest=None):
+    """As `train`, without waiting for it. `largest`: bytes of a file that may be written."""
+    return forked.begin(command_line(*overrides, tool=tool)[1:], folder, environment(), torchrun, largest)
 
 
 def command_line(*overrides, torchrun=0, tool="train.py"):
