@@ -159,3 +159,45 @@ def test_mbo_of_every_seed() -> None:
                 assert bool(text) == (seed in found)
                 if text:
                     agree(text, found[seed])
+
+
+def agree_ratio(text: str, ours: list[float], others: list[float]) -> None:
+    """`10.7 (10.4 to 11.2)`: median and range of the rounds' ratios."""
+    ratios = [other / one for one, other in zip(ours, others, strict=True)]
+    for printed, value in zip(cards.numbers(text), (statistics.median(ratios), min(ratios), max(ratios)), strict=True):
+        agree(printed, value)
+
+
+def test_what_a_step_of_each_signal_takes() -> None:
+    measured = cards.stored("tables/slot_walks_decoders")["measured"]
+    rates, memory = measured["train_throughput"]["rows"], measured["train_memory"]["rows"]
+    _, rows = table(HISTORY, "signal | parameters")
+    assert len(rows) == len(rates) == 4
+    for label, _, _, rate, times, megabytes in rows:
+        key = next(name for name in rates if name.startswith(label))
+        agree(rate, rates[key]["median"])
+        agree(cards.numbers(megabytes)[0], memory[key]["median"] / 1e6)
+        if label != "walks":
+            agree_ratio(times, rates[key]["rounds"], rates["walks"]["rounds"])
+
+
+def test_table_of_speed() -> None:
+    _, rows = table(HISTORY, "what | command")
+    kept = [cards.stored(f"benchmarks/slot_walks_{name}") for name in ("cache", "loss", "metrics")]
+    cache, loss, metrics = kept[0]["cache"], kept[1]["loss"], kept[2]["seconds_per_round"]
+    both = [ari + mbo for ari, mbo in zip(metrics["ari"], metrics["mbo"], strict=True)]
+    pairs = [
+        (cache["rounds"]["float32"], cache["rounds"]["pictures"]),
+        (loss["rounds"]["stream"], loss["rounds"]["plain"]),
+        (metrics["ours"], both),
+    ]
+    for (_, command, times, text), record, (ours, others) in zip(rows, kept, pairs, strict=True):
+        assert record["command"] == f"python {command.strip('`')}"
+        agree_ratio(times, ours, others)
+        first, second = cards.numbers(text)[:2]
+        agree(first, statistics.median(ours))
+        agree(second, statistics.median(others))
+    small, large, ratio = cards.numbers(rows[1][-1])[2:5]
+    agree(small, loss["megabytes"]["stream"])
+    agree(large, loss["megabytes"]["plain"])
+    agree(ratio, loss["memory_ratio"])

@@ -75,6 +75,32 @@ def test_table_of_the_claim_for_dense_tasks() -> None:
         agree(numbers(macs)[0], claim["figures"]["macs"]["rows"][label]["value"] / 1e6)
 
 
+def of_table(name: str, experiment: str) -> list[dict]:
+    found = [run for run in stored(f"tables/stvit_{name}")["runs"] if run["name"] == f"stvit/{experiment}"]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+def test_speed_on_digits() -> None:
+    _, rows = table(CARD, "model | tokens")
+    kept = stored("tables/stvit_digits")["measured"]["throughput"]["rows"]
+    rounds = {label: kept[label]["rounds"] for label, *_ in rows}
+    for label, *_, rate, _ in rows:
+        agree(rate, statistics.median(rounds[label]))
+    ratios = [ours / full for ours, full in zip(rounds["STViT"], rounds["full ViT"], strict=True)]
+    for one, value in zip(numbers(rows[1][-1]), (statistics.median(ratios), min(ratios), max(ratios)), strict=True):
+        agree(one, value)
+
+
+def test_video() -> None:
+    said = sentence(CARD, "reach # % at 45.7 million MACs a clip, all tokens # % at")
+    found = [of_table("moving_glyphs", name) for name in ("moving_glyphs", "moving_glyphs_full")]
+    assert [[run["seed"] for run in runs_] for runs_ in found] == [[0], [0]]
+    tops = [100 * runs_[0]["metrics"]["top1"] for runs_ in found]
+    for text, value in zip(said.groups(), tops, strict=True):
+        agree(text, value)
+    agree(sentence(CARD, "Semantic tokens were # points below")[1], tops[1] - tops[0])
+
+
 SPEED = {
     "STViT-DeiT-T": "deit_tiny",
     "STViT-DeiT-S": "deit_small",
