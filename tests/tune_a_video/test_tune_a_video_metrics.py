@@ -216,7 +216,7 @@ def test_drawn_scores_are_readings(standin):
         {**measure(c.video, c.centres, c.words, metric.judge)._asdict(), **motion(c.video, c.centres)._asdict()}
         for c in clips
     ]
-    assert set(figures) == {"path", "words", "agree", "joint", "jitter", "motion_cosine", "speed_error"}
+    assert set(figures) == {"path", "words", "agree", "agree_right", "joint", "jitter", "motion_cosine", "speed_error"}
     assert figures["path"] < 0.25 and figures["motion_cosine"] > 0.9
     for name, value in figures.items():
         mean = sum(reading[name] for reading in by_hand) / 2
@@ -255,7 +255,7 @@ def test_an_evaluator_counts_every_edit_of_every_clip(standin, folder):
     drawn = {name: value.item() for name, value in alone.compute().items()}
     assert set(figures) == {"frame_consistency", "frame_accuracy", "pick_score", *drawn}
     assert {name: figures[name] for name in drawn} == pytest.approx(drawn) and figures["path"] < 0.3
-    assert alone.count.tolist() == [4] * 7 + [0]
+    assert alone.count.tolist() == [4] * 8 + [0]
     with pytest.raises(MetricError, match="not one sample"):
         evaluator.evaluate(2)
     with pytest.raises(MetricError, match="'video'"):

@@ -225,6 +225,8 @@ def test_agreement_words_and_joint_by_hand():
     looks = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 3], [1, 1, 2]])
     assert agreement(looks) == pytest.approx(1 / 6)
     assert agreement(looks[:2]) == 1 and agreement(looks[:1]) == 1
+    assert agreement(looks, torch.tensor([True, True, False, True])) == pytest.approx(1 / 6)
+    assert agreement(looks, torch.tensor([True, False, True, True])) == 0  # the pair that agrees lacks its words
     assert right_words(looks, Words(0, 0, 0)).tolist() == [True, True, False, True]
     distances = torch.tensor([0.1, 1.6, 0.1, 0.1])
     assert joint_frames(distances, looks, Words(0, 0, 0)).tolist() == [True, False, False, False]
@@ -246,7 +248,8 @@ def test_measure_reads_what_a_judge_sees():
     clip = draw_clip(1)
     right = measure(clip.video, clip.centres, Words(1, 1, 2), Fixed())
     assert (right.words, right.agree, right.joint) == (1, 1, 1) and right.path < 0.25
-    assert measure(clip.video, clip.centres, clip.words, Fixed()).words == 0
+    wrong = measure(clip.video, clip.centres, clip.words, Fixed())
+    assert (wrong.words, wrong.agree, wrong.agree_right) == (0, 1, 0) and right.agree_right == 1
     assert measure(clip.video, clip.centres + 5, Words(1, 1, 2), Fixed()).joint == 0
 
 

@@ -9,9 +9,9 @@ The rows' finished runs are found below `runs_dir`; nothing is trained, one tuni
 keeps the readings of every clip, and of each dose and reading both means and the paired difference, tuned minus
 untuned, with its t interval. What the file holds is not sampled again; `picture` draws it.
 
-  path, words, agree, motion_cosine   as `tune_a_video.standin` reads them
-  kept                                share of frames' looks that an edit leaves alone and that are the source's
-  outside_psnr                        dB of the pixels outside the object, of edits that keep the background's word
+  path, motion_cosine, words, agree, agree_right   as `tune_a_video.standin` reads them
+  kept           share of frames' looks that an edit leaves alone and that are the source's
+  outside_psnr   dB of the pixels outside the object, of edits that keep the background's word
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tune_a_video.standin import Judge, edits, load_judge, measure, motion, pars
 if TYPE_CHECKING:
     from tune_a_video.trainer import TuneAVideoTrainer
 
-READINGS = ("path", "words", "agree", "motion_cosine", "kept", "outside_psnr")
+READINGS = ("path", "motion_cosine", "kept", "outside_psnr", "words", "agree", "agree_right")
 
 
 @dataclass
@@ -94,7 +94,7 @@ def read_dose(trainer: TuneAVideoTrainer, sample: Mapping[str, Any], dose: float
     for one, video in zip(asked, made.videos.float(), strict=True):
         frames = 2 * video.transpose(0, 1) - 1
         found = measure(frames, sample["centres"], one.words, judge)
-        for name in ("path", "words", "agree"):
+        for name in ("path", "words", "agree", "agree_right"):
             read[name].append(getattr(found, name))
         read["motion_cosine"].append(motion(frames, sample["centres"]).motion_cosine)
         same = torch.tensor(one.words) == source
@@ -158,9 +158,10 @@ def draw(record: Mapping[str, Any]) -> Any:
     """The curves of a record, one panel for each reading: uint8 `(H, W, 3)`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     doses = list(record["doses"])
-    for axes, name in zip(figure.subplots(2, 3).flat, READINGS, strict=True):
+    *panels, corner = figure.subplots(2, 4).flat
+    for axes, name in zip(panels, READINGS, strict=True):
         for side in ("tuned", "untuned"):
             axes.plot(
                 [float(d) for d in doses], [record["doses"][d][name][side] for d in doses], "o-", ms=4, label=side
@@ -169,7 +170,8 @@ def draw(record: Mapping[str, Any]) -> Any:
         axes.set_xlabel("dose of noise", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    corner.set_axis_off()
+    corner.legend(*axes.get_legend_handles_labels(), loc="center", fontsize=9, frameon=False)
     return figure_pixels(figure)
 
 

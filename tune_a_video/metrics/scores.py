@@ -303,8 +303,8 @@ class EditQuality(TorchMetrics):
 
     Gives the figures of `ClipScores`, and `pick_score`, `warp_error` (under the source's motion), `outside_psnr` and
     `outside_lpips` (of clips with a `mask` `(R, f, H, W)` of what is edited), and the drawn world's `path`, `words`,
-    `agree`, `joint`, `jitter`, `motion_cosine`, `speed_error` (and `path_new`): those for which a file or folder is
-    given.
+    `agree`, `agree_right`, `joint`, `jitter`, `motion_cosine`, `speed_error` (and `path_new`): those for which a file
+    or folder is given.
 
     Args:
         clip: folder of a CLIP, or of the stand-in.

@@ -231,10 +231,10 @@ def gate(folder: Path, steps: int = 25, scale: float = 2.0, seed: int = 1) -> di
         seed: of latents.
 
     Returns:
-        `gate_colour`, `gate_shape`, `gate_background`: share of 360 sampled pictures (20 per caption) whose word the
-        judge reads right; `gate`: 1 where each is at least `GATE`, else 0.
+        `gate_colour`, `gate_shape`, `gate_background`: share of 180 sampled pictures (ten per caption) whose word
+        the judge reads right; `gate`: 1 where each is at least `GATE`, else 0.
     """
-    _, shares = _shown(folder, load_judge(folder), 20, steps, scale, torch.Generator().manual_seed(seed))
+    _, shares = _shown(folder, load_judge(folder), 10, steps, scale, torch.Generator().manual_seed(seed))
     named = dict(zip(("gate_colour", "gate_shape", "gate_background"), shares, strict=True))
     return {**named, "gate": float(min(shares) >= GATE)}
 

@@ -23,16 +23,18 @@ _NEAR = 1.5  # pixels within which a frame is on its path
 class Reading(NamedTuple):
     """What one edited clip scores.
 
-    path    mean distance to the source's path in pixels
-    words   share of frames with the three words asked for
-    agree   share of pairs of frames with the same three looks
-    joint   share of frames that have the words, are near the path and have the clip's most frequent looks
-    jitter  100 x deviation of the object's colour over the frames
+    path         mean distance to the source's path in pixels
+    words        share of frames with the three words asked for
+    agree        share of pairs of frames with the same three looks
+    agree_right  the same of frames that have their words: one that draws the source whatever is asked agrees, too
+    joint        share of frames that have the words, are near the path and have the clip's most frequent looks
+    jitter       100 x deviation of the object's colour over the frames
     """
 
     path: float
     words: float
     agree: float
+    agree_right: float
     joint: float
     jitter: float
 
@@ -62,10 +64,12 @@ def measure(video: Tensor, centres: Tensor, words: Words, judge: Judge) -> Readi
     """
     distances = path_distances(video, centres)
     looks = judge.looks(video)
+    right = right_words(looks, words)
     return Reading(
         path=distances.mean().item(),
-        words=right_words(looks, words).float().mean().item(),
+        words=right.float().mean().item(),
         agree=agreement(looks),
+        agree_right=agreement(looks, right),
         joint=joint_frames(distances, looks, words).float().mean().item(),
         jitter=jitter(video),
     )
@@ -153,13 +157,19 @@ def right_words(looks: Tensor, words: Words) -> Tensor:
     return (words_of_looks(looks) == torch.tensor(words, device=looks.device)).all(1)
 
 
-def agreement(looks: Tensor) -> float:
-    """Share of pairs of frames with the same three looks, from looks (f, 3); 1 for a single frame."""
+def agreement(looks: Tensor, right: Tensor | None = None) -> float:
+    """Share of pairs of frames with the same three looks, from looks (f, 3); of a single frame 1, or whether it counts.
+
+    Args:
+        looks: (f, 3).
+        right: which frames count, (f,) bool: pairs with another are not the same. None: all.
+    """
     frames = len(looks)
+    counts = torch.ones(frames, dtype=torch.bool, device=looks.device) if right is None else right
     if frames < 2:
-        return 1.0
-    same = (looks[:, None] == looks[None]).all(2)
-    return (same.sum().item() - frames) / (frames * (frames - 1))
+        return float(counts.all())
+    same = (looks[:, None] == looks[None]).all(2) & counts[:, None] & counts[None]
+    return (same.sum().item() - counts.sum().item()) / (frames * (frames - 1))
 
 
 def joint_frames(distances: Tensor, looks: Tensor, words: Words) -> Tensor:
