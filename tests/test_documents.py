@@ -54,11 +54,7 @@ def spelled_out(name: str) -> list[str]:
     return [f"{before}{one}{after}" for one in inner.split(",")] if brace else [name]
 
 
-# A card that is still in its former form; it goes from here with its next revision.
-FORMER = {"tune_a_video"}
-
-
-@pytest.mark.parametrize("paper", [paper for paper in CARDS if paper not in FORMER])
+@pytest.mark.parametrize("paper", CARDS)
 def test_form_of_a_card(paper: str) -> None:
     assert not problems((ROOT / paper / "README.md").read_text(), paper)
 
