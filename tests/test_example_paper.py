@@ -104,17 +104,17 @@ def test_the_walk_uses_every_tool():
     assert used == {path.stem for path in (ROOT / "tools").glob("*.py")} - {"demo", "__init__"}
 
 
-def test_it_trains_tests_and_leaves_pictures(walked):
+def test_it_trains_tests_and_leaves_images(walked):
     first = results(walked, "discs")[0]
-    assert first["status"] == "finished" and first["metrics"]["psnr"] > 22  # the damaged pictures have 18
+    assert first["status"] == "finished" and first["metrics"]["psnr"] > 22  # the damaged images have 18
     folder = walked / first["run_dir"]
-    assert len(list((folder / "media").glob("pictures_*.png"))) == 4
+    assert len(list((folder / "media").glob("images_*.png"))) == 4
     losses = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert {"loss_l1", "loss_adversarial", "loss_critic", "lr_restorer", "lr_critic"} <= losses[-2].keys()
 
 
 def test_it_infers_on_files(walked):
-    records = json.loads((walked / "pictures" / "results.json").read_text())
+    records = json.loads((walked / "images" / "results.json").read_text())
     assert len(records) == 16 and all(0 < record["difference"] < 0.1 for record in records)
     assert all((walked / path).is_file() for record in records for path in record["pictures"].values())
 
@@ -150,7 +150,7 @@ def test_components_table_and_claim(walked):
     ablation = json.loads((walked / "runs" / "ablations" / "retouch" / "discs" / "table.json").read_text())
     assert "paste" in json.dumps(ablation) and "critic" in json.dumps(ablation)
     claim = (walked / "claim.md").read_text()
-    assert "The claim holds" in claim and "whole picture" in claim
+    assert "The claim holds" in claim and "whole image" in claim
 
 
 def test_every_key_of_paramwise_is_explained():

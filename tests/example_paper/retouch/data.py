@@ -1,4 +1,4 @@
-"""Pictures in a folder, each with a hole."""
+"""Images in a folder, each with a hole."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 from core.data import MissingDataError, load_image
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """The PNG files of `root/split`; a square of a quarter of the height and of the width is black.
 
     Args:
         root: folder of the data set.
         split: train or val.
-        random_holes: a hole in another place every time; else one that hangs on the picture's number alone.
+        random_holes: a hole in another place every time; else one that hangs on the image's number alone.
 
     Raises:
         MissingDataError: there are no PNG files.
@@ -33,7 +33,7 @@ class Pictures(Dataset):
         if not self.files:
             raise MissingDataError(
                 f"no PNG files in {Path(root) / split}: "
-                f"tools/prepare_data.py paper=retouch task=retouch_pictures output={root} draws some"
+                f"tools/prepare_data.py paper=retouch task=retouch_images output={root} draws some"
             )
 
     def __len__(self) -> int:

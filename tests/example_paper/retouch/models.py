@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 class Restorer(nn.Module):
-    """A picture without its hole: `depth` convolutions of 3 x 3 over the picture and the hole's mask.
+    """An image without its hole: `depth` convolutions of 3 x 3 over the image and the hole's mask.
 
     Args:
         width: channels.
         depth: layers before the head.
-        paste: only the hole is painted; else the whole picture.
+        paste: only the hole is painted; else the whole image.
     """
 
     def __init__(self, width: int = 16, depth: int = 3, paste: bool = True) -> None:
@@ -22,7 +22,7 @@ class Restorer(nn.Module):
         self.paste = paste
 
     def forward(self, damaged: Tensor, hole: Tensor) -> Tensor:
-        """The restored picture, of `damaged` `(B, 3, H, W)` in [0, 1] and `hole` `(B, 1, H, W)`, 1 inside of it."""
+        """The restored image, of `damaged` `(B, 3, H, W)` in [0, 1] and `hole` `(B, 1, H, W)`, 1 inside of it."""
         x = torch.cat([damaged, hole], dim=1)
         for layer in self.layers:
             x = layer(x).relu()
@@ -31,7 +31,7 @@ class Restorer(nn.Module):
 
 
 class Critic(nn.Module):
-    """How real every patch of a picture is: logits `(B, 1, H/4, W/4)`.
+    """How real every patch of an image is: logits `(B, 1, H/4, W/4)`.
 
     Args:
         width: channels.

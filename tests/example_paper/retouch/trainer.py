@@ -17,11 +17,11 @@ from retouch.losses import critic_loss, generator_loss
 
 
 class RetouchTrainer(Trainer):
-    """Restores pictures with holes, by L1 and a critic.
+    """Restores images with holes, by L1 and a critic.
 
     Args:
-        restorer: gives a picture without its hole.
-        critic: tells real from restored pictures.
+        restorer: gives an image without its hole.
+        critic: tells real from restored images.
         adversarial_weight: of the critic's opinion in the restorer's loss.
         input_shape: `(3, H, W)`, for profiles.
         frozen: see `core.Trainer`.
@@ -67,7 +67,7 @@ class RetouchTrainer(Trainer):
     def media(self, batch: Batch) -> dict[str, Any]:
         shown = self.predict(batch)
         rows = [batch["damaged"], shown["restored"], shown["image"]]  # each (B, 3, H, W)
-        return {"pictures": to_pixels(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))}
+        return {"images": to_pixels(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))}
 
     def infer(self, file: Path) -> Inference:
         image = to_tensor(load_image(file))
@@ -82,8 +82,8 @@ class RetouchTrainer(Trainer):
         return self.restorer
 
     def example_inputs(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        picture = torch.zeros(batch_size, *self.input_shape, device=device)
-        return picture, picture[:, :1]
+        image = torch.zeros(batch_size, *self.input_shape, device=device)
+        return image, image[:, :1]
 
     def example_batch(self, batch_size: int, device: torch.device | str) -> Batch:
         damaged, hole = self.example_inputs(batch_size, device)
