@@ -3,7 +3,7 @@
   python tools/table.py                                          all tables of all papers
   python tools/table.py stvit/imagenet_deit                      paper and ours; data-free figures computed on the spot
   python tools/table.py stvit/imagenet_deit format=md output=table.md
-  python tools/table.py stvit/imagenet_deit run=true seeds=3 runtime=ddp     train what is missing
+  python tools/table.py stvit/imagenet_deit run=true seeds=3 runtime=bf16_compiled   train what is missing
   python tools/table.py stvit/imagenet_deit measure=true         measure throughput and memory columns here
   python tools/table.py stvit/claim run=true                     train the claim's rows, judge, store results/claims/
   python tools/table.py stvit/claim run=true only='random tokens'

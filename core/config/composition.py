@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ _EITHER_OR = (("max_epochs", "max_steps"), ("val_every_epochs", "val_every_steps
 _LENGTHS = tuple(key for pair in _EITHER_OR for key in pair)
 
 
+# Choices by their former names, for one version.
+_FORMER = {"runtime=ddp": "runtime=bf16_compiled"}
 # Where an override that adds a hook to a list waits until `with_overrides` appends it: Hydra appends to no list.
 _APPENDED = "appended_hooks"
 
@@ -77,6 +80,11 @@ def spelled_out(overrides: Iterable[str], config_dir: str | Path | None = None) 
         overrides = [re.sub(r"^\+custom_hooks\.(?=[^.=]*[^.=\d][^.=]*=)", f"+{_APPENDED}.", text) for text in overrides]
     written: list[str] = []
     for text in overrides:
+        if text in _FORMER:
+            warnings.warn(
+                f"{text} is now {_FORMER[text]}: it says precision and compilation", FutureWarning, stacklevel=3
+            )
+            text = _FORMER[text]
         name, equals, value = text.partition("=")
         given: Any = None
         if name == "train_cfg" and value.startswith("{"):

@@ -12,8 +12,8 @@ from .errors import MissingDataError as MissingDataError
 from .errors import SampleError as SampleError
 from .errors import SampleFault as SampleFault
 from .errors import data_root as data_root
-from .loading.batch import Batch as Batch
 from .loading.batch import Collate as Collate
+from .loading.batch import LoadedBatch as LoadedBatch
 from .loading.batch import collate as collate
 from .loading.batching import ResumableBatchSampler as ResumableBatchSampler
 from .loading.loader import Loader as Loader

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Start = Literal["kmeans++", "random"]
+KMeansStart = Literal["kmeans++", "random"]
 
 
 def kmeans(features: Tensor, size: int, iterations: int) -> Tensor:
@@ -30,7 +30,7 @@ def spherical_kmeans(
     vectors: Tensor,
     clusters: int,
     seed: int = 0,
-    init: Start = "kmeans++",
+    init: KMeansStart = "kmeans++",
     restarts: int = 10,
     iterations: int = 300,
 ) -> tuple[Tensor, Tensor]:

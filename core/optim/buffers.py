@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.config.command.processes import collective_device
+from core.config.command.processes import backend_device
 from core.optim.dtensor import is_sharded
 
 STATISTICS = ("running_mean", "running_var")
@@ -65,7 +65,7 @@ def _average(buffers: list[Tensor]) -> None:
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     """One vector where the process group can reach it."""
-    return torch.cat([tensor.detach().reshape(-1).to(collective_device()) for tensor in tensors])
+    return torch.cat([tensor.detach().reshape(-1).to(backend_device()) for tensor in tensors])
 
 
 def _put_back(tensors: list[Tensor], values: Tensor) -> None:

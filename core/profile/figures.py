@@ -142,7 +142,7 @@ class Measured:
         return cls(spread.median, spread.low, spread.high, tuple(rounds))
 
 
-def measure(
+def measure_figures(
     configs: Mapping[str, Any], names: Sequence[str], settings: MeasureSettings, build_trainer: BuildTrainer
 ) -> dict[str, dict[str, Measured]]:
     """Measures figures of several configs side by side in this process, interleaved round by round.

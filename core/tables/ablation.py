@@ -22,7 +22,7 @@ from core.config.composition import Compose, composer
 from core.errors import ConfigError, VitrineError, nearest
 from core.output.render import Cell, Column, Row, Table, emit, plot_differences, resolve_format
 from core.tables.paired import Paired, mean_and_deviation
-from core.tables.runs import Results, Runner, launcher
+from core.tables.runs import Launch, Results, launcher
 
 BASE = "base"
 
@@ -220,7 +220,7 @@ class Ablation:
         """Where table and plot are kept."""
         return Path(self.options.runs_dir) / "ablations" / self.options.experiment
 
-    def train(self, runner: Runner) -> None:
+    def train(self, runner: Launch) -> None:
         """Runs what is missing, seed by seed; a run that fails is remembered and does not stop the next.
 
         Raises:
@@ -368,7 +368,7 @@ def _selecting(cfg: Any) -> dict[str, str]:
 
 
 def ablate(
-    options: Options, overrides: Sequence[str], *, runner: Runner | None = None, compose: Compose | None = None
+    options: Options, overrides: Sequence[str], *, runner: Launch | None = None, compose: Compose | None = None
 ) -> tuple[Table, list[str]]:
     """Runs an ablation as far as it is not done, and writes its table and plot.
 

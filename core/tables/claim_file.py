@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from core.checkpoint.selection import Direction
 from core.config.fingerprint import digest
 from core.config.kinds import Whole
 from core.profile.figures import MeasureSettings
@@ -24,7 +25,6 @@ from core.tables.paired import Paired
 from core.tables.table_file import Overrides, Reader, table_id
 
 CLAIM = "claim"
-Direction = Literal["higher", "lower"]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
 

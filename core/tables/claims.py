@@ -14,12 +14,12 @@ from core.config.composition import Compose
 from core.config.fingerprint import fingerprint, fingerprints
 from core.errors import ConfigError, VitrineError, nearest
 from core.output.render import Column, Row, Table
-from core.profile.figures import MEASURED, Figures, measure
+from core.profile.figures import MEASURED, Figures, measure_figures
 from core.tables.claim_file import OPEN, Claim, ClaimRow, Comparison, is_claim, load_claim, overall
 from core.tables.claim_report import comparison_columns, comparison_record, comparison_row, rows_table, verdicts_table
 from core.tables.claim_store import ClaimStore, run_record
 from core.tables.paired import Paired
-from core.tables.runs import Results, Runner, launcher
+from core.tables.runs import Launch, Results, launcher
 
 if TYPE_CHECKING:
     from core.tables.table import Options
@@ -90,7 +90,7 @@ class Evidence:
         """Rows and seeds that are not trained."""
         return [key for key in self.configs if key not in self.runs]
 
-    def train(self, runner: Runner, *, only: str | None = None, save: Callable[[], Any]) -> list[str]:
+    def train(self, runner: Launch, *, only: str | None = None, save: Callable[[], Any]) -> list[str]:
         """Trains what is missing, one run after the other, and saves after each.
 
         Returns:
@@ -125,7 +125,7 @@ class Evidence:
         for name in dict.fromkeys([*self.claim.report, *(c.metric for c in self.claim.comparisons)]):
             if name in MEASURED:
                 if measured and name not in self.figures:
-                    found = measure(first, [name], self.claim.profile, build)[name]
+                    found = measure_figures(first, [name], self.claim.profile, build)[name]
                     rows = {label: asdict(value) for label, value in found.items()}
                     self.figures[name] = {"rows": rows, "on": self.claim.profile.where()}
             elif name != self.claim.metric and not any(name in run["metrics"] for run in self.runs.values()):
@@ -188,7 +188,7 @@ def show_claim(
     overrides: Sequence[str],
     *,
     compose: Compose,
-    runner: Runner,
+    runner: Launch,
     build: Callable[..., Any],
 ) -> tuple[list[Table], list[str]]:
     """``tools/table.py PAPER/claim``: trains what is missing if asked, judges, and stores with ``run=true``.

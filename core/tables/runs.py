@@ -18,10 +18,10 @@ from core.config.fingerprint import fingerprint, fingerprints, first_difference,
 from core.engine.run.sweep import contained
 from core.errors import ConfigError, VitrineError
 
-Runner = Callable[[Any], dict[str, Any]]
+Launch = Callable[[Any], dict[str, Any]]
 
 
-def launcher(run: Runner, *, resume: bool = True, tool: str = "table") -> Runner:
+def launcher(run: Launch, *, resume: bool = True, tool: str = "table") -> Launch:
     """A runner for tools: goes on from an interrupted run of the same config, and keeps standard output clean.
 
     Whatever fails in a run is raised as one of the project's errors, so that the runs to come are not lost with it. A

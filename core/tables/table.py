@@ -19,11 +19,11 @@ from core.config.composition import Compose, composer
 from core.config.fingerprint import fingerprint
 from core.errors import ConfigError, VitrineError, nearest
 from core.output.render import Cell, Column, Row, Table, emit, resolve_format
-from core.profile.figures import MEASURED, Figures, Measured, measure
+from core.profile.figures import MEASURED, Figures, Measured, measure_figures
 from core.tables.claim_file import is_claim, load_claim
 from core.tables.claim_store import run_record
 from core.tables.paired import mean_and_deviation
-from core.tables.runs import Result, Results, Runner, launcher
+from core.tables.runs import Launch, Result, Results, launcher
 from core.tables.table_file import ColumnSpec, RowSpec, TableSpec, load_table, table_id
 from core.tables.table_store import TableStore
 
@@ -277,7 +277,7 @@ def measure_table(evaluation: Evaluation, build_trainer: Callable[..., Any]) -> 
     """Measures the table's throughput, latency and memory columns, all rows in turn in this process."""
     measured: dict[str, dict[str, Measured]] = {}
     for name, configs in evaluation.to_measure().items():
-        measured |= measure(configs, [name], evaluation.spec.profile, build_trainer)
+        measured |= measure_figures(configs, [name], evaluation.spec.profile, build_trainer)
     return measured
 
 
@@ -346,7 +346,7 @@ def _our_cell(values: Values) -> Cell:
 
 
 def train_missing(
-    evaluation: Evaluation, seeds: Sequence[int], runner: Runner, *, only: str | None = None
+    evaluation: Evaluation, seeds: Sequence[int], runner: Launch, *, only: str | None = None
 ) -> list[str]:
     """Trains what the table lacks, one run after the other; a row that fails does not stop the next.
 
@@ -389,7 +389,7 @@ def show_table(
     overrides: Sequence[str],
     *,
     compose: Compose,
-    runner: Runner,
+    runner: Launch,
     build: Callable[..., Any],
 ) -> tuple[Table, list[str]]:
     """A table as the tool prints it, and what failed while training for it."""

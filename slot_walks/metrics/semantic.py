@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.config.registry import METRICS
 from core.errors import ConfigError
-from core.layers.clusters import Start, spherical_kmeans
+from core.layers.clusters import KMeansStart, spherical_kmeans
 from core.metrics.contingency import class_iou, contingency, match_clusters
 from core.metrics.grouping import as_segments
 from core.metrics.predictions import MetricError, NanCount, batches, check_counts, gather, read
@@ -72,7 +72,7 @@ class SemanticSegmentation(BaseMetric):
         target: str = "mask",
         ignore: int = 255,
         match: Literal["auto", "hungarian", "majority"] = "auto",
-        init: Start = "kmeans++",
+        init: KMeansStart = "kmeans++",
         restarts: int = 10,
         seeds: int = 5,
         seed: int = 0,

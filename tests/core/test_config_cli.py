@@ -268,3 +268,12 @@ def test_options_that_cannot_be_meant(words, message):
 def test_no_tool_needs_the_working_directory_to_be_the_repository(tmp_path):
     done = call(str(ROOT / "tools/train.py"), "--list", cwd=tmp_path, env={**environment(), "PYTHONPATH": ""})
     assert done.returncode == 0 and os.listdir(tmp_path) == []
+
+
+def test_a_runtime_by_its_former_name_warns_and_is_the_same():
+    words = ["experiment=stvit/digits"]
+    with pytest.warns(FutureWarning, match="runtime=ddp is now runtime=bf16_compiled"):
+        former = compose([*words, "runtime=ddp"])
+    present = compose([*words, "runtime=bf16_compiled"])
+    assert former.runtime == present.runtime
+    assert (present.runtime.precision, present.runtime.compile, present.runtime.channels_last) == ("bf16", True, True)

@@ -9,7 +9,7 @@ from mmengine.structures import InstanceData, PixelData
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from core.data import Batch, Collate, DevicePrefetcher, collate, to_device
+from core.data import Collate, DevicePrefetcher, LoadedBatch, collate, to_device
 from core.data.loading.tree import map_tensors, tensors
 
 
@@ -153,7 +153,7 @@ def batches(count, events=None, fail_at=None):
             events.append(("load", i))
         if i == fail_at:
             raise RuntimeError(f"batch {i}")
-        yield Batch({"i": torch.tensor(i)}, [f"error {i}"])
+        yield LoadedBatch({"i": torch.tensor(i)}, [f"error {i}"])
 
 
 def test_the_copy_of_the_next_batch_is_under_way_when_a_batch_is_handed_out():
@@ -203,13 +203,13 @@ def test_an_error_waits_for_its_turn(fail_at):
 
 
 def test_a_batch_without_samples_passes_through():
-    (batch,) = DevicePrefetcher([Batch(None, ["all left out"])], "cpu")
+    (batch,) = DevicePrefetcher([LoadedBatch(None, ["all left out"])], "cpu")
     assert batch == (None, ["all left out"])
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def test_batches_arrive_whole_while_the_device_is_busy(device):
-    host = [Batch({"x": torch.randn(64, 64, 64)}, []) for _ in range(6)]
+    host = [LoadedBatch({"x": torch.randn(64, 64, 64)}, []) for _ in range(6)]
     host = [batch.pin_memory() for batch in host] if device == "cuda" else host
     for moved, batch in zip(DevicePrefetcher(host, device), host, strict=True):
         # Work that keeps the stream busy while the next batch arrives in memory that the allocator may hand out again.

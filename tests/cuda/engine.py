@@ -16,7 +16,7 @@ from mmengine.hooks import Hook
 from core.checkpoint import load
 from core.checkpoint.run_folder import find_checkpoint
 from core.config import compose
-from core.data.loading.batch import Batch
+from core.data.loading.batch import LoadedBatch
 from core.data.loading.prefetch import DevicePrefetcher
 from core.data.loading.tree import pin
 from core.engine.launch import run
@@ -147,14 +147,14 @@ class Batches:
     """Batches in page-locked memory, as the loader's pinning thread hands them over."""
 
     def __init__(self, count: int, megabytes: int, pinned: bool) -> None:
-        made = Batch({"image": torch.rand(megabytes * 2**18)}, [])
-        self.batch = Batch(pin(made.data), []) if pinned else made
+        made = LoadedBatch({"image": torch.rand(megabytes * 2**18)}, [])
+        self.batch = LoadedBatch(pin(made.data), []) if pinned else made
         self.count = count
 
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         return iter([self.batch] * self.count)
 
 

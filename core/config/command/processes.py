@@ -89,7 +89,7 @@ def alone() -> Iterator[None]:
         dist.group.WORLD = joint
 
 
-def collective_device() -> str:
+def backend_device() -> str:
     """Where tensors have to lie for all processes to reach them."""
     import torch.distributed as dist
 
@@ -112,7 +112,7 @@ def _over_all(number: int, operation: str) -> int:
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return number
-    shared = torch.tensor([number], device=collective_device())
+    shared = torch.tensor([number], device=backend_device())
     dist.all_reduce(shared, op=getattr(dist.ReduceOp, operation))
     return int(shared.item())
 

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 from typing import ClassVar
 
 from core.config.command.messages import first_process
-from core.config.command.processes import collective_device
+from core.config.command.processes import backend_device
 from core.errors import VitrineError
 
 _SAME_REQUEST = 0.1  # seconds: a launcher passes on what the terminal has sent to every process already
@@ -108,7 +108,7 @@ class StopRequest:
             return False
         now = time.monotonic()
         seconds = _AGREEMENT if afresh else (now - self._agreed) / self._calls
-        agreed = torch.tensor([float(StopRequest._signal is not None), seconds], device=collective_device())
+        agreed = torch.tensor([float(StopRequest._signal is not None), seconds], device=backend_device())
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         stop, seconds = agreed.tolist()
         self._calls, self._agreed = 0, now

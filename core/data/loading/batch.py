@@ -14,7 +14,7 @@ from core.data.errors import SampleError, SampleFault
 from core.data.loading.tree import pin
 
 
-class Batch(NamedTuple):
+class LoadedBatch(NamedTuple):
     """What a loader yields.
 
     data    the collated samples; None when evaluation left all of them out
@@ -24,9 +24,9 @@ class Batch(NamedTuple):
     data: Any
     errors: list[SampleFault]
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "LoadedBatch":
         """The same batch in page-locked memory (called by the loader's pinning thread)."""
-        return Batch(pin(self.data), self.errors)
+        return LoadedBatch(pin(self.data), self.errors)
 
 
 class Fetched(NamedTuple):
@@ -103,18 +103,18 @@ def collate(samples: Sequence[Any]) -> Any:
 
 
 class CollateFetched:
-    """Turn what :class:`core.data.SeededDataset` hands over into a :class:`Batch`."""
+    """Turn what :class:`core.data.SeededDataset` hands over into a :class:`LoadedBatch`."""
 
     def __init__(self, inner: Callable[[list[Any]], Any]) -> None:
         self.inner = inner
 
-    def __call__(self, fetched: list[Fetched]) -> Batch | FailedBatch:
+    def __call__(self, fetched: list[Fetched]) -> LoadedBatch | FailedBatch:
         for item in fetched:
             if item.failure is not None:
                 return FailedBatch(item.failure)
         errors = [error for item in fetched for error in item.errors]
         samples = [item.sample for item in fetched if item.sample is not None]
-        return Batch(self.inner(samples) if samples else None, errors)
+        return LoadedBatch(self.inner(samples) if samples else None, errors)
 
 
 def _names(samples: Sequence[Mapping]) -> list[str]:

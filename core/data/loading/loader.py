@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from core.config.command.processes import total
 from core.config.key import config_key
-from core.data.loading.batch import Batch, CollateFetched, FailedBatch, collate
+from core.data.loading.batch import CollateFetched, FailedBatch, LoadedBatch, collate
 from core.data.loading.batching import ResumableBatchSampler
 from core.data.loading.sampling import EvalSampler, TrainSampler
 from core.data.loading.seeded import SeededDataset
@@ -42,7 +42,7 @@ _KEYS = (
 
 
 class Loader(DataLoader):
-    """torch's DataLoader, yielding :class:`core.data.Batch`; made by :func:`build_loader`.
+    """torch's DataLoader, yielding :class:`core.data.LoadedBatch`; made by :func:`build_loader`.
 
     It draws nothing from the global random generators, so how often a loader is iterated does not show in a run.
 
@@ -79,14 +79,14 @@ class Loader(DataLoader):
         iterator, self._iterator = self._iterator, None
         _end(iterator)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         sampler = self.batch_sampler
         self.generator.manual_seed(derive_seed(sampler.seed, sampler.epoch, sampler.rank, 0))
         batches = super().__iter__()
         _RUNNING.add(batches)
         return self._opened(batches)
 
-    def _opened(self, batches: Iterator[Batch | FailedBatch]) -> Iterator[Batch]:
+    def _opened(self, batches: Iterator[LoadedBatch | FailedBatch]) -> Iterator[LoadedBatch]:
         try:
             for batch in batches:
                 if isinstance(batch, FailedBatch):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from core.data.loading.batch import Batch
+from core.data.loading.batch import LoadedBatch
 from core.data.loading.tree import tensors, to_device
 
 
@@ -42,7 +42,7 @@ class DevicePrefetcher:
     when it is its turn, after batch i.
 
     Args:
-        loader: yields :class:`core.data.Batch`.
+        loader: yields :class:`core.data.LoadedBatch`.
         device: where to.
         enabled: False moves each batch when it is asked for, on CUDA too.
         transfer: in place of CUDA's (another accelerator's), with `start` and `finish`, see `CudaTransfer`.
@@ -50,7 +50,7 @@ class DevicePrefetcher:
 
     def __init__(
         self,
-        loader: Iterable[Batch],
+        loader: Iterable[LoadedBatch],
         device: torch.device | str,
         enabled: bool = True,
         transfer: Any = None,
@@ -63,32 +63,32 @@ class DevicePrefetcher:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         batches = iter(self.loader)
         if self.enabled and (self._transfer is not None or self.device.type == "cuda"):
             return self._ahead(batches)
         return self._plain(batches)
 
-    def _plain(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _plain(self, batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
         for batch in batches:
-            yield Batch(to_device(batch.data, self.device), batch.errors)
+            yield LoadedBatch(to_device(batch.data, self.device), batch.errors)
 
-    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _ahead(self, batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
         if self._transfer is None:
             self._transfer = CudaTransfer(self.device)
         upcoming, failure = self._load(batches)
         while upcoming is not None:
-            batch = Batch(self._transfer.finish(upcoming.data), upcoming.errors)
+            batch = LoadedBatch(self._transfer.finish(upcoming.data), upcoming.errors)
             # The finished batch waits for its own copy only, since the next one is queued behind that.
             upcoming, failure = self._load(batches)
             yield batch
         if failure is not None:
             raise failure
 
-    def _load(self, batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
+    def _load(self, batches: Iterator[LoadedBatch]) -> tuple[LoadedBatch | None, Exception | None]:
         try:
             batch = next(batches)
-            return Batch(self._transfer.start(batch.data), batch.errors), None
+            return LoadedBatch(self._transfer.start(batch.data), batch.errors), None
         except StopIteration:
             return None, None
         except Exception as error:

@@ -12,7 +12,7 @@ from mmengine.runner import BaseLoop
 from core.config.command.processes import largest, total
 from core.config.command.signals import Interrupted, StopRequest
 from core.config.registry import LOOPS
-from core.data.loading.batch import Batch
+from core.data.loading.batch import LoadedBatch
 from core.data.loading.prefetch import DevicePrefetcher
 from core.data.loading.seeded import SeededDataset
 from core.engine.state.randomness import fixed_randomness
@@ -80,7 +80,7 @@ class EvalLoop(BaseLoop):
         skipped, batch = 0, None
         batches = iter(self._batches())
         for index in range(self._rounds()):
-            fetched = next(batches, Batch(None, []))
+            fetched = next(batches, LoadedBatch(None, []))
             for error in fetched.errors:
                 skipped += 1
                 runner.logger.warning(f"sample left out of the evaluation ({skipped} so far): {error}")
