@@ -7,15 +7,14 @@ if __name__ == "__main__":  # before the imports: stopped meanwhile, it ends wit
 
     end_quietly()
 
-import contextlib
-import io
 import os
 import sys
 import traceback
+from string import Template
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from core.config.command.cli import run as run_tool
 from core.config.command.cli import stop
@@ -24,6 +23,7 @@ from core.config.composition import (
     CANNOT_COMPOSE,
     CONFIGS,
     broken_file,
+    choices,
     command_line,
     experiments,
     explain_overrides,
@@ -71,14 +71,12 @@ def _list(argv: list[str]) -> None:
     print(listing(experiments(_config_dir(argv))))
 
 
-def _help() -> None:
-    """Hydra's help, in the terminal's width."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            train()
-    finally:
-        print("\n".join(folded(line) for line in said.getvalue().splitlines()))
+def _help(argv: list[str]) -> None:
+    """Hydra's help in the terminal's width, without Hydra, which reads every file for it."""
+    template = Template(OmegaConf.load(CONFIGS / "train.yaml").hydra.help.template)
+    listed = "".join(f"{group}: {', '.join(names)}\n" for group, names in choices(_config_dir(argv)).items())
+    said = template.safe_substitute(APP_CONFIG_GROUPS=listed)
+    print("\n".join(folded(line) for line in said.splitlines()))
 
 
 def _complete_experiment(argv: list[str]) -> bool:
@@ -110,7 +108,7 @@ def main(argv: list[str]) -> None:
     if _complete_experiment(argv):
         return
     if "--help" in argv or "-h" in argv:
-        _help()
+        _help(argv)
         return
     flags, overrides = command_line(argv, _config_dir(argv))
     if rerun.asked(overrides):

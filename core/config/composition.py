@@ -187,6 +187,16 @@ def experiments(config_dir: str | Path | None = None) -> dict[str, str]:
     return found
 
 
+def choices(config_dir: str | Path | None = None) -> dict[str, list[str]]:
+    """Every group of configs, the inner ones apart (``experiment/stvit``), and its options."""
+    found: dict[str, list[str]] = {}
+    for group in sorted(_groups(config_dir)):
+        for option in _options(group, config_dir):
+            inner, _, name = f"{group}/{option}".rpartition("/")
+            found.setdefault(inner, []).append(name)
+    return found
+
+
 def _purpose(path: Path) -> str:
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         text = line.lstrip("# ").strip()

@@ -35,13 +35,13 @@ def test_help_teaches_by_example_without_heavy_imports(tool):
 
 @pytest.mark.child
 @pytest.mark.parametrize("flag", ["--help", "--list"])
-def test_answers_within_two_seconds(flag):
+def test_answers_at_once(flag):
     # Time of the processor: that of the clock is the neighbours' on a busy machine.
     spent = [sum(os.times()[2:4])]
     for _ in range(3):
         assert call("tools/train.py", flag).returncode == 0
         spent.append(sum(os.times()[2:4]))
-    assert min(after - before for before, after in itertools.pairwise(spent)) < 2, spent
+    assert min(after - before for before, after in itertools.pairwise(spent)) < 0.6, spent
 
 
 @pytest.mark.child
