@@ -48,7 +48,6 @@ class Runner(Building, Placement, RunState):
     def __init__(self, cfg: dict[str, Any], test: dict[str, Any] | None = None) -> None:
         runtime = cfg["runtime"]
         self.device = pick_device(runtime["device"])
-        self.prefetch = bool(runtime["prefetch"])
         self.sharded = False
         self.runtime = runtime
         self.settings = cfg

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from core.checkpoint import load
 from core.config.key import config_key
+from core.data.loading.prefetch import DevicePrefetcher
 from core.engine.detection import networks
 from core.engine.state.initial_weights import Beginning, derives_data
 from core.errors import ConfigError
@@ -103,16 +105,12 @@ class Placement(MMRunner):
             return contextlib.nullcontext()
         return autocast(self.runtime["precision"], self.device.type)
 
-    def place(self, batch: Any) -> Any:
-        """A batch that the prefetcher has brought to the device, in the run's memory format."""
-        if not self.runtime["channels_last"] or not isinstance(batch, dict):
-            return batch
-        return {
-            key: value.contiguous(memory_format=torch.channels_last)
-            if isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point()
-            else value
-            for key, value in batch.items()
-        }
+    def prefetcher(self, loader: Iterable[Any]) -> DevicePrefetcher:
+        """A loader's batches on this process's device, in the run's memory format."""
+        runtime = self.runtime
+        return DevicePrefetcher(
+            loader, self.device, enabled=bool(runtime["prefetch"]), channels_last=bool(runtime["channels_last"])
+        )
 
 
 def pick_device(name: str) -> torch.device:

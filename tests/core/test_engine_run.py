@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from tiny_experiment import losses
 from core.checkpoint.run_folder import find_checkpoint
 from core.checkpoint.weights import model_state
 from core.config import compose
+from core.data import LoadedBatch
 from core.engine.commands.evaluation import evaluate
 from core.engine.hooks.finite import NonFiniteLoss
 from core.engine.launch import build_trainer
+from core.engine.loops import train as train_loop
 from core.errors import ConfigError
 
 
@@ -278,3 +281,26 @@ def test_initial_weights_into_a_part_and_a_mismatch_lists_what_differs(tiny):
     assert all(torch.equal(v, weights(second)[k]) for k, v in weights(first).items())
     with pytest.raises(Exception, match=r"stem\.weight"):
         tiny(f"load_from={path}", "model.network.width=8")
+
+
+def test_a_batch_passes_eight_files_of_core_from_loader_to_loss_and_back(tiny):
+    """Whose functions are called with the batch, hooks that look on aside; the training loop lists the same files."""
+    root, seen = Path(train_loop.__file__).parents[2], set()
+
+    def look(frame, event, arg):
+        file = Path(frame.f_code.co_filename)
+        if event != "call" or root not in file.parents or frame.f_code.co_name.startswith(("before_", "after_", "<")):
+            return
+        for value in frame.f_locals.values():
+            data = getattr(value, "data", None) if isinstance(value, LoadedBatch) else value
+            if isinstance(data, dict) and isinstance(data.get("image"), torch.Tensor) and data["image"].ndim == 2:
+                seen.add("core." + ".".join(file.relative_to(root).with_suffix("").parts))
+
+    sys.setprofile(look)
+    try:
+        tiny("train_cfg.max_epochs=1", "runtime.sanity_batches=0", "val_dataloader=null", "val_evaluator=null")
+    finally:
+        sys.setprofile(None)
+    listed = re.findall(r"^\d\. (core\.[\w.]+)", train_loop.__doc__, flags=re.M)
+    assert len(listed) <= 8 and seen <= set(listed), seen - set(listed)
+    assert {"core.data.loading.prefetch", "core.engine.loops.train", "core.trainer"} <= seen

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from core.data.loading import tree
 from core.data.loading.batch import LoadedBatch
-from core.data.loading.tree import tensors, to_device
 
 
 class CudaTransfer:
@@ -22,13 +22,13 @@ class CudaTransfer:
     def start(self, data: Any) -> Any:
         """Queue the copies on the side stream."""
         with torch.cuda.stream(self.stream):
-            return to_device(data, self.device, non_blocking=True)
+            return tree.to_device(data, self.device, non_blocking=True)
 
     def finish(self, data: Any) -> Any:
         """Let the current stream wait, and tell the allocator that it uses the memory."""
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
-        for tensor in tensors(data):
+        for tensor in tree.tensors(data):
             if tensor.is_cuda:
                 tensor.record_stream(current)
         return data
@@ -45,6 +45,7 @@ class DevicePrefetcher:
         loader: yields :class:`core.data.LoadedBatch`.
         device: where to.
         enabled: False moves each batch when it is asked for, on CUDA too.
+        channels_last: convert images `(B, C, H, W)` to that memory format.
         transfer: in place of CUDA's (another accelerator's), with `start` and `finish`, see `CudaTransfer`.
     """
 
@@ -53,11 +54,13 @@ class DevicePrefetcher:
         loader: Iterable[LoadedBatch],
         device: torch.device | str,
         enabled: bool = True,
+        channels_last: bool = False,
         transfer: Any = None,
     ) -> None:
         self.loader = loader
         self.device = torch.device(device)
         self.enabled = enabled
+        self._format = tree.channels_last if channels_last else lambda batch: batch
         self._transfer = transfer
 
     def __len__(self) -> int:
@@ -71,14 +74,14 @@ class DevicePrefetcher:
 
     def _plain(self, batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
         for batch in batches:
-            yield LoadedBatch(to_device(batch.data, self.device), batch.errors)
+            yield LoadedBatch(self._format(tree.to_device(batch.data, self.device)), batch.errors)
 
     def _ahead(self, batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
         if self._transfer is None:
             self._transfer = CudaTransfer(self.device)
         upcoming, failure = self._load(batches)
         while upcoming is not None:
-            batch = LoadedBatch(self._transfer.finish(upcoming.data), upcoming.errors)
+            batch = LoadedBatch(self._format(self._transfer.finish(upcoming.data)), upcoming.errors)
             # The finished batch waits for its own copy only, since the next one is queued behind that.
             upcoming, failure = self._load(batches)
             yield batch

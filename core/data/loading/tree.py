@@ -61,6 +61,18 @@ def to_device(data: Any, device: torch.device | str, non_blocking: bool = False)
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking), data)
 
 
+def channels_last(batch: Any) -> Any:
+    """A batch with its images `(B, C, H, W)` in the memory format that convolutions on GPUs want."""
+    if not isinstance(batch, dict):
+        return batch
+    return {
+        key: value.contiguous(memory_format=torch.channels_last)
+        if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
+        else value
+        for key, value in batch.items()
+    }
+
+
 def pin(data: Any) -> Any:
     """``data`` with every CPU tensor in page-locked memory, so that its copy to a GPU can overlap with work there."""
     return map_tensors(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor, data)

@@ -13,7 +13,6 @@ from core.config.command.processes import largest, total
 from core.config.command.signals import Interrupted, StopRequest
 from core.config.registry import LOOPS
 from core.data.loading.batch import LoadedBatch
-from core.data.loading.prefetch import DevicePrefetcher
 from core.data.loading.seeded import SeededDataset
 from core.engine.state.randomness import fixed_randomness
 from core.errors import ConfigError
@@ -87,7 +86,7 @@ class EvalLoop(BaseLoop):
             if fetched.data is None:
                 self.keep_company(batch)
             else:
-                batch = runner.place(fetched.data)
+                batch = fetched.data
                 runner.call_hook(f"before_{split}_iter", batch_idx=index, data_batch=batch)
                 with runner.autocast():
                     outputs = runner.model.val_step(batch)
@@ -130,7 +129,7 @@ class EvalLoop(BaseLoop):
 
     def _batches(self) -> Iterable[Any]:
         self.dataloader.set_epoch(0)
-        return DevicePrefetcher(self.dataloader, self.runner.device, enabled=self.runner.prefetch)
+        return self.runner.prefetcher(self.dataloader)
 
     def _process(self, batch: Any, outputs: Any) -> None:
         if isinstance(outputs, dict):

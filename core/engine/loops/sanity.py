@@ -19,7 +19,6 @@ import torch
 
 from core.config.command.processes import alone, first_decides, largest
 from core.data.loading.loader import Loader
-from core.data.loading.tree import to_device
 from core.engine.loops.evaluation import EVALUATION_SEED, EvalLoop
 from core.engine.state.randomness import fixed_randomness
 from core.errors import ConfigError
@@ -88,7 +87,7 @@ def _process(runner: Any, loop: EvalLoop, metrics: list[Any] | None, count: int)
         if fetched is None or fetched.data is None:
             loop.keep_company(batch)
             continue
-        batch = runner.place(to_device(fetched.data, runner.device))
+        batch = next(iter(runner.prefetcher([fetched]))).data
         with runner.autocast():
             outputs = runner.model.val_step(batch)
         if metrics is None:

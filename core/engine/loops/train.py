@@ -1,8 +1,16 @@
 """The training loop, with an exact position: step, epoch, and batches taken of the epoch.
 
-It keeps mmengine's hook points and counters, so its hooks work in it. A batch goes this way: loader (core.data), device
-(core.data.loading.prefetch), `TrainLoop`, the trainer's ``train_step`` (core.trainer), the optimizer wrapper
-(core.optim.wrapper).
+It keeps mmengine's hook points and counters, so its hooks work in it. A batch goes this way, and through no other file
+of core (a test traces it):
+
+1. core.data.loading.batch      samples become a batch
+2. core.data.loading.loader     hands it over, from a worker or from this process
+3. core.data.loading.prefetch   brings it to the device during the step before, by way of
+4. core.data.loading.tree       which finds the tensors in it
+5. core.engine.loops.train      `TrainLoop._run_step`: one step, and the hooks that look on
+6. core.trainer                 `train_step` and `phase`: the paper's ``losses(batch)``, and their sum
+7. core.optim.wrapper           takes the loss: backward pass, clipping, the optimizer's step
+8. core.engine.hooks.finite     looks whether the losses are finite, and names the batch's samples where they are not
 """
 
 from __future__ import annotations
@@ -22,7 +30,6 @@ from core.config.fingerprint import digest
 from core.config.registry import LOOPS
 from core.config.shortened import limits
 from core.data.loading.position import joint_batch, place
-from core.data.loading.prefetch import DevicePrefetcher
 from core.engine.hooks.finite import FiniteCheck
 from core.engine.loops.sanity import check_evaluations
 from core.errors import ConfigError
@@ -268,12 +275,12 @@ class TrainLoop(BaseLoop):
         loader = self.dataloader
         loader.set_epoch(self._epoch)
         loader.skip_batches(self.batches_taken)
-        return iter(DevicePrefetcher(loader, self.runner.device, enabled=self.runner.prefetch))
+        return iter(self.runner.prefetcher(loader))
 
     def _run_step(self, fetched: Any) -> None:
         runner, index = self.runner, self.batches_taken
         self._stop.defer()  # until the first batch is there, nothing is lost by leaving at once
-        batch = self.runner.place(fetched.data)
+        batch = fetched.data
         self._report(fetched.errors)
         runner.message_hub.update_info("iter", self._iter)
         runner.message_hub.update_info("epoch", self._epoch)
