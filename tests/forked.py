@@ -35,7 +35,7 @@ def run(words: list[str], cwd: Path | str, env: dict[str, str], processes: int =
     """Runs a script as `python script words...` would, and waits for it.
 
     Args:
-        words: the script's path and its arguments.
+        words: the script's path and its arguments, or `-m`, a module and its arguments.
         cwd: its working directory.
         env: its environment; what is read by imports (OMP_NUM_THREADS, PYTHONWARNINGS) is that of the first call.
         processes: 0, or how many are started as torchrun would; one that fails ends the others, and the status is 1.
@@ -190,14 +190,20 @@ def _enter(request: dict[str, Any], path: list[str]) -> None:
     if request["largest"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
     more = request["env"].get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:] = [str(Path(request["words"][0]).resolve().parent), *filter(None, more), *path]
+    script = request["words"][0]
+    beside = request["cwd"] if script == "-m" else str(Path(script).resolve().parent)
+    sys.path[:] = [beside, *filter(None, more), *path]
 
 
 def _program(words: list[str]) -> int:
-    sys.argv = list(words)
+    module = words[1] if words[0] == "-m" else None
+    sys.argv = list(words[1:] if module else words)
     status: Any = 0
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if module:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as error:
         status = error.code
         if not isinstance(status, int | None):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import stat
-import subprocess
-import sys
 import textwrap
 from collections import OrderedDict
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from core.checkpoint import CheckpointReadError, CheckpointWriteError, UnsafeCheckpointError, load, save_atomic
+from tests import forked
 
 
 def _state() -> dict:
@@ -125,12 +124,12 @@ FULL_DISK = textwrap.dedent(
 @pytest.mark.child
 @pytest.mark.parametrize(("suffix", "limit"), [(".pt", 1 << 20), (".pt", 1 << 12), (".safetensors", 1 << 20)])
 def test_a_full_disk_leaves_the_previous_file_and_says_so(tmp_path, suffix, limit):
-    ran = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path), suffix, str(limit)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    script = tmp_path / "script" / "full_disk.py"
+    script.parent.mkdir()
+    script.write_text(FULL_DISK)
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    ran = forked.run([str(script), str(folder), suffix, str(limit)], tmp_path, dict(os.environ))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("could not write") == 2
     for part in (f"a{suffix}", "File too large", "4.2 MB", "are free", "the previous file is untouched"):

@@ -263,14 +263,14 @@ def test_measured_figures_take_part_with_their_rounds(path, lab, tmp_path):
         "comparisons:",
         "  - {label: slow, role: baseline, experiment: mine/tiny, overrides: [model.network.depth=60]}\ncomparisons:",
     )
-    path.write_text(text + "profile: {batch: 4, repeats: 5, threads: 1, device: cpu}\n")
+    path.write_text(text + "profile: {batch: 4, repeats: 3, threads: 1, device: cpu}\n")
     SCORES[60] = (0.1, 0.1, 0.1)
     assert verdicts(show(path, lab)[0])[-1] == OPEN  # not measured unless asked
     tables, _ = show(path, lab, run=True)
     record = stored(tmp_path)
     assert verdicts(tables)[-1] == HOLDS
-    assert len(record["comparisons"][-1]["differences"]) == 5
-    assert "batch 4, 5 rounds" in record["figures"]["throughput"]["on"]
+    assert len(record["comparisons"][-1]["differences"]) == 3
+    assert "batch 4, 3 rounds" in record["figures"]["throughput"]["on"]
     again, _ = show(path, lab)
     assert as_dict(again[1])["rows"][-1] == as_dict(tables[1])["rows"][-1]  # stored, not measured again
 

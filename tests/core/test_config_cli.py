@@ -127,7 +127,6 @@ def test_the_override_that_is_wrong_is_named_and_not_one_before(words, named):
     assert explain_overrides(["experiment=stvit/digits", *words]).startswith(f"{named}: the config has no key")
 
 
-@pytest.mark.child
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -142,7 +141,6 @@ def test_flags_that_are_meant_as_keys(words, message):
         command_line(words)
 
 
-@pytest.mark.child
 def test_overrides_behind_a_flag_go_to_the_others():
     words = ["experiment=a", "--config-dir", "b=c", "seed=1", "-m", "seed=2"]
     assert command_line(words) == (["--config-dir", "b=c", "-m"], ["experiment=a", "seed=1", "seed=2"])

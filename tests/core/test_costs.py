@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 from tiny_experiment import ROOT, environment
 
-from tests import costs
+from tests import costs, forked
 
 TESTS = """
 import multiprocessing, os, subprocess, sys
@@ -51,8 +49,7 @@ def test_what_costs_more_than_its_marks_say_fails_in_a_quick_run(tmp_path):
         "--rootdir=.",
     ]
     environ = {**environment(), "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir=.", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environ)
+    done = forked.run(["-m", "pytest", "-c", os.devnull, "--rootdir=.", *words], tmp_path, environ)
     cases = ElementTree.parse(tmp_path / "out.xml").iter("testcase")
     said = {case.get("name"): "".join(child.get("message", "") for child in case) for case in cases}
     assert done.returncode == 1 and said.keys() == {

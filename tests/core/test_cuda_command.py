@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from tiny_experiment import ROOT, environment
 import tests.cuda.subjects as subjects
 from core.config import compose, to_dict
 from core.errors import ConfigError
+from tests import forked
 from tests.cuda import steps
 from tests.cuda.__main__ import CHECKS, outcome
 from tests.cuda.engine import Batches, prefetch
@@ -21,8 +20,7 @@ CPU = torch.device("cpu")
 
 def call(*words, cwd=ROOT):
     environ = {**environment(), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.cuda", *words]
-    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=500)
+    return forked.run(["-m", "tests.cuda", *words], cwd, environ)
 
 
 @pytest.mark.child
