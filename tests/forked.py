@@ -28,6 +28,7 @@ import torch.multiprocessing
 from tests import costs
 
 ROOT = Path(__file__).resolve().parents[1]
+_FLAGS = ("-m", "-c")
 _nursery: subprocess.Popen[str] | None = None
 
 
@@ -35,7 +36,7 @@ def run(words: list[str], cwd: Path | str, env: dict[str, str], processes: int =
     """Runs a script as `python script words...` would, and waits for it.
 
     Args:
-        words: the script's path and its arguments, or `-m`, a module and its arguments.
+        words: the script's path and its arguments; in its place, as for Python, `-m` and a module or `-c` and code.
         cwd: its working directory.
         env: its environment; what is read by imports (OMP_NUM_THREADS, PYTHONWARNINGS) is that of the first call.
         processes: 0, or how many are started as torchrun would; one that fails ends the others, and the status is 1.
@@ -92,6 +93,10 @@ class Begun:
         """The exit status; None while it is there."""
         status = Path(self._folder.name, "status")
         return int(status.read_text()) if status.exists() else None
+
+    def said(self) -> str:
+        """Its standard output so far."""
+        return Path(self._folder.name, "out").read_text()
 
     def send_signal(self, number: int) -> None:
         """As of `subprocess.Popen`."""
@@ -191,17 +196,19 @@ def _enter(request: dict[str, Any], path: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
     more = request["env"].get("PYTHONPATH", "").split(os.pathsep)
     script = request["words"][0]
-    beside = request["cwd"] if script == "-m" else str(Path(script).resolve().parent)
+    beside = request["cwd"] if script in _FLAGS else str(Path(script).resolve().parent)
     sys.path[:] = [beside, *filter(None, more), *path]
 
 
 def _program(words: list[str]) -> int:
-    module = words[1] if words[0] == "-m" else None
-    sys.argv = list(words[1:] if module else words)
+    flag = words[0] if words[0] in _FLAGS else None
+    sys.argv = list(words[1:] if flag else words)
     status: Any = 0
     try:
-        if module:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if flag == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif flag == "-c":
+            exec(compile(words[1], "<forked>", "exec"), {"__name__": "__main__"})
         else:
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as error:

@@ -2,14 +2,13 @@
 
 import copy
 import re
-import subprocess
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from tiny_experiment import command_line, environment
+from tiny_experiment import train
 from torch import nn
 
 from core.config import compose, to_dict
@@ -330,7 +329,6 @@ def test_hints_that_only_type_checkers_can_read_leave_the_others(tmp_path, monke
 
 @pytest.mark.child
 def test_the_tool_prints_one_line(user):
-    command = command_line("train_cfg.max_epochs=two")
-    done = subprocess.run(command, cwd=user, capture_output=True, text=True, env=environment(), timeout=600)
+    done = train(user, "train_cfg.max_epochs=two", check=False)
     wanted = "error: config key 'train_cfg.max_epochs': two is a text, it takes a whole number from 0 on or null\n"
     assert (done.returncode, done.stderr) == (2, wanted)

@@ -7,9 +7,7 @@ import pickle
 import resource
 import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
@@ -28,6 +26,7 @@ from core.data import (
 )
 from core.data import cache as cache_module
 from core.errors import VitrineError
+from tests import forked
 
 PROVENANCE = {"weights": "3fa2", "transform": {"size": 224, "crop": "center"}, "files": "77aa", "code": 1}
 IDS = [f"clip_{i:03d}" for i in range(20)]
@@ -389,14 +388,13 @@ with DerivedCache(folder, eval(sys.argv[3]), ids=ids, shard_bytes=1) as cache:
 @pytest.fixture
 def other(tmp_path):
     """Another process that has written five records, and goes on when the file `go` is there."""
-    words = [sys.executable, "-c", FILL, str(tmp_path / "cache"), str(tmp_path / "go"), repr(PROVENANCE)]
-    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "begun\n"
+    words = ["-c", FILL, str(tmp_path / "cache"), str(tmp_path / "go"), repr(PROVENANCE)]
+    process = forked.begin(words, tmp_path, dict(os.environ))
+    while process.poll() is None and process.said() != "begun\n":
+        time.sleep(0.01)
+    assert process.said() == "begun\n"
     yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.child
@@ -422,14 +420,14 @@ def test_records_of_another_process_are_not_written_twice(tmp_path, other, monke
     cache = open_cache(tmp_path / "cache")
     write(cache, cache.missing())  # what that one makes meanwhile
     cache.flush()
-    assert other.wait(60) == 0
+    assert other.done().returncode == 0
     assert len(open_cache(tmp_path / "cache")) == 20
 
 
 @pytest.mark.child
 def test_a_process_that_was_killed_is_not_waited_for(tmp_path, other, monkeypatch):
-    other.kill()
-    other.wait()
+    other.send_signal(signal.SIGKILL)
+    assert other.done().returncode == -signal.SIGKILL
     monkeypatch.setattr(cache_module, "_say", lambda line: pytest.fail(line))
     with open_cache(tmp_path / "cache") as cache:
         assert cache.missing() == IDS[5:]

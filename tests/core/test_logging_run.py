@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 from test_logging_backends import _events, _wandb_records
 from tiny_experiment import command_line, environment, train
+
+from tests import forked
 
 PAINTER = """
 import torch
@@ -43,7 +44,7 @@ def test_a_run_with_wandb_leaves_figures_config_and_media(user):
         "checkpoint.metric=top1",
     ]
     environ = {**environment(), "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(user)}
-    ran = subprocess.run(command_line(*words), cwd=user, capture_output=True, text=True, timeout=600, env=environ)
+    ran = forked.run(command_line(*words)[1:], user, environ)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     folder = user / "watched"
     result = json.loads((folder / "result.json").read_text())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from core.config import compose
 from core.engine.launch import run
 from seqgan.standin import judges
+from tests import forked
 from tests.killing import assert_same_run, killed_in_phase, weights
 
 ROOT = Path(__file__).parents[2]
@@ -143,9 +142,8 @@ def test_a_process_that_is_killed_in_the_transformer_stage(undisturbed, beside) 
     shutil.rmtree("run/stage_2_transformer")
     Path("run/result.json").unlink()
     words = [f"{key}={value}" for key, value in SETTINGS.items()]
-    command = [sys.executable, "-c", SCRIPT, "3", *words, "resume=auto"]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=600)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    ended = forked.run(["-c", SCRIPT, "3", *words, "resume=auto"], Path.cwd(), dict(os.environ))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not Path("run/stage_2_transformer/result.json").exists()
     shutil.rmtree(CODES)
     train("resume=auto")
