@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     for mark, meaning in costs.MARKS.items():
         config.addinivalue_line("markers", f"{mark}: {meaning}")
+    config.addinivalue_line("markers", "xdist_group(name): tests that one worker of pytest-xdist runs")
     costs.watch()
 
 

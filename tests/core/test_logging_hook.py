@@ -346,7 +346,7 @@ def test_a_terminal_gets_bars_and_the_log_file_plain_lines(tmp_path, columns):
         if not chunk:
             break
         output += chunk
-    assert process.wait(60) == 0, output
+    assert process.wait(600) == 0, output
     text = output.decode()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     assert "━" in text and re.search(r"train .*\b\d+/12\b.*/s.* left .*loss", plain), plain
