@@ -12,8 +12,8 @@ import torch
 
 from core.trainer import Trainer
 
-# Of a result: what tells of time, machine and place.
-PASSING = {"seconds", "finished", "resumed_from", "run_dir", "overrides", "peak_memory_mb", "fingerprint"}
+# Of a result: what tells of time, machine and place, and of who commits meanwhile.
+PASSING = {"commit", "seconds", "finished", "resumed_from", "run_dir", "overrides", "peak_memory_mb", "fingerprint"}
 
 
 class Killed(BaseException):
@@ -100,4 +100,5 @@ def assert_same_run(one: Path, other: Path) -> None:
     ]
     assert results[0].keys() == results[1].keys()
     for name, result in results[0].items():
-        assert lasting(result) == lasting(results[1][name]), name
+        first, second = lasting(result), lasting(results[1][name])
+        assert first == second, (name, {k for k in first | second if first.get(k) != second.get(k)})
