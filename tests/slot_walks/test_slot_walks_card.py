@@ -72,7 +72,7 @@ def test_walks_lift_untrained_slots_on_every_seed_of_every_world() -> None:
 
 
 def test_seconds_of_the_stored_trainings() -> None:
-    low, high = re.search(r"The stored runs took (\d+) to (\d+) seconds", WORDS).groups()
+    low, high = re.search(r"The stored runs, 450 steps of 16 scenes, took (\d+) to (\d+) seconds", WORDS).groups()
     labels = ("both walks", "W-P-W alone", "P-W-P alone")
     seconds = [
         run["seconds"]
