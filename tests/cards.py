@@ -69,12 +69,11 @@ def agree_interval(text: str, found: dict[str, Any]) -> None:
     agree(high, scale(found["interval95"][1]))
 
 
-def agree_medians(text: str, rounds: list[list[float]]) -> None:
-    """Numbers of a text against the medians of what was measured."""
-    found = numbers(text)
-    assert len(found) == len(rounds), text
-    for one, values_ in zip(found, rounds, strict=True):
-        agree(one, statistics.median(values_))
+def agree_ratio(text: str, ours: list[float], others: list[float]) -> None:
+    """`10.7 (10.4 to 11.2)` against median and range of the rounds' ratios, others over ours."""
+    ratios = [other / one for one, other in zip(ours, others, strict=True)]
+    for printed, value in zip(numbers(text), (statistics.median(ratios), min(ratios), max(ratios)), strict=True):
+        agree(printed, value)
 
 
 def table(text: str, first: str) -> tuple[list[str], list[list[str]]]:

@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from tests import cards
-from tests.cards import ROOT, agree, agree_interval, agree_mean, comparison, numbers, values
+from tests.cards import ROOT, agree, agree_interval, agree_mean, agree_ratio, comparison, numbers, values
 
 TEXT = "\n\n".join((ROOT / file).read_text() for file in ("seqgan/README.md", "results/SEQGAN.md"))
 
@@ -230,3 +230,29 @@ def test_separability_and_terms_of_the_loss() -> None:
     rows = [(f"alpha {alpha}", f"term_{part}") for alpha in (0, 1) for part in ("low", "semantic")]
     for text, key in zip(terms.groups(), rows, strict=True):
         agree_mean(text, values(claim, *key))
+
+
+def test_speed() -> None:
+    rows = {command.strip("`"): text for _, command, text in table("what | command")}
+    names = ("sampling", "training", "parallel", "upsampling")
+    kept = {name: cards.stored(f"benchmarks/seqgan_{name}") for name in names}
+    for (command, _), record in zip(rows.items(), kept.values(), strict=True):
+        assert record["command"] == f"python {command}"
+    sampling, training, parallel, upsampling = rows.values()
+
+    found = kept["sampling"]["sampling"]
+    for text, value in zip(numbers(sampling), (*found["seconds"].values(), found["cached_over_anew"]), strict=False):
+        agree(text, value)
+    found = [kept["training"]["training"][name] for name in ("autoregressive", "masked")]
+    values_ = [v for f in found for v in (*list(f["seconds"].values())[:2], f["kept_over_encoder"])]
+    for text, value in zip(numbers(training), values_, strict=True):
+        agree(text, value)
+    said = cards.sentence(parallel, "one image # against # s, # x; eight images # against # s, # x. By count")
+    found = [kept["parallel"]["parallel"][f"batch {batch}"] for batch in (1, 8)]
+    values_ = [v for f in found for v in (f["seconds"]["parallel"], f["seconds"]["cached"], f["parallel_over_cached"])]
+    for text, value in zip(said.groups(), values_, strict=True):
+        agree(text, value)
+    found = kept["upsampling"]["upsampling"]
+    for part, name in zip(upsampling.split(","), ("forward", "with_gradients"), strict=True):
+        rounds = found[name]["rounds"]
+        agree_ratio(part.partition(";")[0], rounds["one_step"], rounds["plain"])

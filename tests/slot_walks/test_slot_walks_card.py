@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import cards
-from tests.cards import ROOT, agree, runs, table
+from tests.cards import ROOT, agree, agree_ratio, runs, table
 
 CARD = (ROOT / "slot_walks" / "README.md").read_text()
 HISTORY = (ROOT / "results" / "SLOT_WALKS.md").read_text()
@@ -159,13 +159,6 @@ def test_mbo_of_every_seed() -> None:
                 assert bool(text) == (seed in found)
                 if text:
                     agree(text, found[seed])
-
-
-def agree_ratio(text: str, ours: list[float], others: list[float]) -> None:
-    """`10.7 (10.4 to 11.2)`: median and range of the rounds' ratios."""
-    ratios = [other / one for one, other in zip(ours, others, strict=True)]
-    for printed, value in zip(cards.numbers(text), (statistics.median(ratios), min(ratios), max(ratios)), strict=True):
-        agree(printed, value)
 
 
 def test_what_a_step_of_each_signal_takes() -> None:

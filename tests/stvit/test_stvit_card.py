@@ -10,6 +10,7 @@ from tests.cards import (
     ROOT,
     agree,
     agree_mean,
+    agree_ratio,
     comparison,
     numbers,
     runs,
@@ -86,9 +87,7 @@ def test_speed_on_digits() -> None:
     rounds = {label: kept[label]["rounds"] for label, *_ in rows}
     for label, *_, rate, _ in rows:
         agree(rate, statistics.median(rounds[label]))
-    ratios = [ours / full for ours, full in zip(rounds["STViT"], rounds["full ViT"], strict=True)]
-    for one, value in zip(numbers(rows[1][-1]), (statistics.median(ratios), min(ratios), max(ratios)), strict=True):
-        agree(one, value)
+    agree_ratio(rows[1][-1], rounds["full ViT"], rounds["STViT"])
 
 
 def test_video() -> None:
