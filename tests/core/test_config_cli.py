@@ -7,12 +7,13 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from tiny_experiment import ROOT, environment
+from tiny_experiment import ROOT, environment, train
 
 from core.config.command.cli import parse
 from core.config.composition import command_line, compose, experiments, explain_overrides, merge, to_dict
 from core.engine.keys.check import stage_config
 from core.errors import ConfigError
+from tests import forked
 
 TOOLS = ("train", "test", "infer", "table", "ablate", "profile", "convert", "find_lr", "prepare_data")
 
@@ -64,11 +65,7 @@ def test_cfg_job_prints_the_resolved_runner_config(user):
 
 @pytest.mark.child
 def test_multirun_runs_one_after_the_other(user):
-    done = call(
-        str(ROOT / "tools/train.py"), "-m", "--config-dir", "configs", "experiment=mine/tiny", "runtime=cpu",
-        "runs_dir=swept", "train_cfg.max_epochs=1", "seed=0,1", cwd=user,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(user, "-m", "runs_dir=swept", "train_cfg.max_epochs=1", "seed=0,1")
     runs = {
         path.resolve() for path in (user / "swept" / "mine" / "tiny").glob("*/result.json")
     }  # `latest` is one of them
@@ -105,7 +102,7 @@ def test_completion_knows_groups_and_experiments():
 )
 def test_typos_end_at_once_with_the_nearest_names(user, words, message):
     before = sorted((user / "runs").rglob("*"))
-    done = call(str(ROOT / "tools/train.py"), "--config-dir", "configs", *words, cwd=user)
+    done = forked.run([str(ROOT / "tools/train.py"), "--config-dir", "configs", *words], user, environment())
     assert done.returncode != 0
     assert message in done.stderr, done.stderr[-1500:]
     assert "Traceback" not in done.stderr and "HYDRA_FULL_ERROR" not in done.stderr

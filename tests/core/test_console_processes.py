@@ -1,10 +1,9 @@
 """Several processes, one console: the first one speaks, the others' warnings are in logs of their own."""
 
-import subprocess
 import warnings
 
 import pytest
-from tiny_experiment import command_line, environment
+from tiny_experiment import train
 
 from core.config.command.messages import first_process_speaks
 
@@ -15,6 +14,7 @@ import warnings
 
 import mypoints
 
+warnings.simplefilter("always")
 warnings.warn("warned while imported")
 logger = logging.getLogger("a_library")
 logger.addHandler(logging.StreamHandler())
@@ -32,12 +32,9 @@ SHORT = ("train_cfg.max_epochs=1", "train_dataloader.dataset.count=16", "param_s
 
 
 @pytest.mark.processes
-def test_under_torchrun_only_the_first_process_warns_on_the_console(user):
+def test_of_two_processes_only_the_first_warns_on_the_console(user):
     (user / "mynoise.py").write_text(NOISY)
-    words = command_line("run_dir=noisy", "model.type=mynoise.Noisy", *SHORT, torchrun=2)
-    environ = {**environment(), "PYTHONWARNINGS": "always"}
-    done = subprocess.run(words, cwd=user, capture_output=True, text=True, timeout=600, env=environ)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = train(user, "run_dir=noisy", "model.type=mynoise.Noisy", *SHORT, torchrun=2)
     assert done.stderr.count("UserWarning: warned while imported") == 1
     assert done.stderr.count("UserWarning: warned in a step") == 2  # two steps, one process
     said = [line for line in done.stderr.splitlines() if line == "logged in a step"]
