@@ -1,6 +1,6 @@
 # Everything from a bare checkout with Python 3.11 and make: `make demo`, `make test`.
-# `make test` with two cores; WORKERS=8 on a machine with more. `make test-quick`: nothing that starts processes or
-# compiles; `make test-all`: further cases of what `make test` checks once, too (tests/costs.py tells the marks).
+# `make test` with two cores; WORKERS=8 on a machine with more. `make test-quick`: nothing that starts processes,
+# compiles or takes long; `make test-all`: further cases of what `make test` checks once, too (tests/costs.py tells the marks).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ test: $(READY)
 	$(PYTEST) -m "not slow"
 
 test-quick: $(READY)
-	$(PYTEST) -m "not child and not compile and not slow"
+	$(PYTEST) -m "not child and not compile and not long and not slow"
 
 test-all: $(READY)
 	$(PYTEST)

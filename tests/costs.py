@@ -4,11 +4,12 @@
 `child`     starts another Python process, or forks one (workers of a loader too)
 `processes` starts two at once that wait for each other; implies `child`. Such tests never run beside each other
 `compile`   `torch.compile`, `torch.export` or an ONNX export
+`long`      takes seconds of processor time: trains whole runs, or builds networks of full size
 `slow`      a further case of something that another test checks; only `make test-all` runs it
 ========== ==========================================================================================================
 
 In a quick run a test that does one of these without its mark fails and says which is missing; other runs warn. Programs
-that answer within milliseconds (git, uname) need none.
+that answer within milliseconds (git, uname) need none. What is long is warned about only: machines differ.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import multiprocessing.process
 import os
 import sys
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,11 @@ MARKS = {
     "child": "starts another Python process",
     "processes": "starts two processes at once that wait for each other",
     "compile": "compiles or exports a model",
+    "long": "takes seconds of processor time",
     "slow": "a further case of what another test checks; only `make test-all` runs it",
 }
 _PROGRAMS = ("python", "torchrun", "lint-imports", "make", "bash", "sh")
+_LONG = 4.0  # seconds of this process's time from which on the mark is asked for
 _seen: dict[str, str] = {}  # mark -> what the running test did
 
 
@@ -77,8 +81,11 @@ def _compiled() -> int:
 def held(item: pytest.Item) -> Generator[None, Any, Any]:
     """Wraps a phase of a test: in a quick run it fails where it did what its marks do not say."""
     _seen.clear()
-    before = _compiled()
+    before, begun = _compiled(), time.process_time()
     result = yield
+    spent = time.process_time() - begun
+    if spent > _LONG and item.get_closest_marker("long") is None:
+        item.warn(pytest.PytestWarning(f"{item.nodeid} took {spent:.1f} s without the mark for it: @pytest.mark.long"))
     if _compiled() > before:
         _seen.setdefault("compile", "torch.compile")
     for mark, what in _seen.items():

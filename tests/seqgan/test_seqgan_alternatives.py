@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,23 @@ BUILT = (
 TABLES = {p.stem: p for p in sorted((Path(__file__).parents[2] / "seqgan" / "tables").glob("[!c]*.yaml"))}
 
 
+_built: set[str] = set()
+
+
+@functools.cache
+def resolved(*words: str) -> dict[str, Any]:
+    """A config as a run has it; cells and tables share many."""
+    return checked(to_dict(compose(list(words))))
+
+
+def assert_it_builds(model: dict[str, Any]) -> None:
+    """Once for every model of this file's tests."""
+    if (key := json.dumps(model, sort_keys=True)) not in _built:
+        tensors = [*build_trainer({"model": model}, device="meta").parameters()]
+        assert tensors and all(tensor.is_meta for tensor in tensors)
+        _built.add(key)
+
+
 def phases_of(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     return [stage_config(cfg, stage) for stage in cfg["stages"]] or [cfg]
 
@@ -46,22 +65,23 @@ def test_experiments_of_a_recipe_declare_the_same(name: str) -> None:
     assert changes[0] == changes[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BUILT)
 def test_every_alternative_composes_builds_and_is_another_run(name: str) -> None:
     base = compose([f"experiment={name}"])
     prints, models = {fingerprint(base)}, []
     for component in declared(base):
         for change in component.changes():
-            cfg = checked(to_dict(compose([f"experiment={name}", *change.overrides])))
+            cfg = resolved(f"experiment={name}", *change.overrides)
             assert get(cfg, component.key) == change.value
             prints.add(fingerprint(cfg))
             models += [phase["model"] for phase in phases_of(cfg) if phase["model"] not in models]
     assert len(prints) == 1 + sum(len(c.alternatives) for c in declared(base))
     for model in models:
-        tensors = [*build_trainer({"model": model}, device="meta").parameters()]
-        assert tensors and all(tensor.is_meta for tensor in tensors)
+        assert_it_builds(model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TABLES)
 def test_cells_of_tables_are_runs(name: str) -> None:
     """Every cell's run composes and takes its tokenizer from a file whose codes fit."""
@@ -72,7 +92,7 @@ def test_cells_of_tables_are_runs(name: str) -> None:
             source = row.source(column)
             if source is None:
                 continue
-            cfg = checked(to_dict(compose([f"experiment={source[0]}", *source[1]])))
+            cfg = resolved(f"experiment={source[0]}", *source[1])
             if column.of == "gfid" and column.key not in ("ffhq", "church", "cat", "bedroom"):
                 assert cfg["model"]["sample_evaluation"] and cfg["test_evaluator"]["weights"]
             if column.of in ("rfid", "lpips"):
@@ -82,7 +102,7 @@ def test_cells_of_tables_are_runs(name: str) -> None:
                 assert model["tokenizer"]["codebook_size"] == model["network"]["codebook_size"]
             seen += [phase["model"] for phase in phases_of(cfg) if phase["model"] not in seen]
     for model in seen:
-        build_trainer({"model": model}, device="meta")
+        assert_it_builds(model)
 
 
 def test_transformers_of_a_row_load_the_tokenizer_of_that_row() -> None:
@@ -91,11 +111,11 @@ def test_transformers_of_a_row_load_the_tokenizer_of_that_row() -> None:
     for name in ("tradeoff", "regularisation", "perceptual_layers"):
         spec = load_table(TABLES[name])
         for row in spec.rows:
-            own = to_dict(compose([f"experiment={row.experiment}", *row.overrides]))
+            own = resolved(f"experiment={row.experiment}", *row.overrides)
             assert own["stages"] == []
             for key in row.cells:
                 experiment, words = row.source(spec.column(key))
-                cfg = to_dict(compose([f"experiment={experiment}", *words]))
+                cfg = resolved(f"experiment={experiment}", *words)
                 file = cfg["load_from"]["path"]
                 assert files.setdefault(file, fingerprint(own)) == fingerprint(own), f"{file}: {row.label}"
                 for part in ("extra", "quantizer", "codebook_size", "z_dim", "shortcut"):

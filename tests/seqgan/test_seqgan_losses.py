@@ -153,6 +153,7 @@ def test_another_loss_in_place_of_the_low_taps() -> None:
     assert value.item() == pytest.approx((images(1) - images(2)).abs().mean().item()) and "conv" not in terms
 
 
+@pytest.mark.long
 def test_vgg16_is_read_from_a_file(tmp_path: Path) -> None:
     network = torchvision_vgg16()
     network.features[0].bias.data.fill_(0.125)
@@ -190,6 +191,7 @@ def test_any_classifier_is_a_semantic_network(library: str, name: str, tap: str)
         classifier("keras", name, None, {})
 
 
+@pytest.mark.long
 def test_lpips_reads_learned_weights(tmp_path: Path) -> None:
     state = {f"lin{i}.model.1.weight": torch.zeros(1, w, 1, 1) for i, w in enumerate((64, 128, 256, 512, 512))}
     torch.save(state, tmp_path / "vgg.pth")

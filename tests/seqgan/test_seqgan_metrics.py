@@ -74,6 +74,7 @@ def test_frechet_distance_of_few_images_to_themselves_is_zero() -> None:
     assert abs(frechet_distance(few, few).item()) < 1e-9 * few.covariance.trace().item()
 
 
+@pytest.mark.long
 def test_fid_of_images_does_not_depend_on_batches_and_is_zero_of_the_same(weights) -> None:
     network = Inception(weights, 64, logits=False)
     made, real = pictures(12, 1), pictures(10, 2)
@@ -329,6 +330,7 @@ def test_samples_of_an_evaluation_repeat_whatever_the_batches() -> None:
     assert "sample" not in transformer_trainer().val_step(whole)
 
 
+@pytest.mark.long
 def test_sample_quality_against_images_and_against_statistics(weights, tmp_path) -> None:
     trainer, whole = transformer_trainer(sample_evaluation=True), batch(6)
     out = trainer.val_step(whole)
@@ -349,6 +351,7 @@ def test_sample_quality_against_images_and_against_statistics(weights, tmp_path)
         SampleQuality(weights, tmp_path / "bare.npz", layer=64)
 
 
+@pytest.mark.long
 def test_the_command_reads_folders_batches_and_statistics(weights, tmp_path, capsys) -> None:
     made, real = pictures(6, 1), pictures(7, 2)
     (tmp_path / "real" / "deep").mkdir(parents=True)
@@ -383,6 +386,7 @@ def test_the_command_reads_folders_batches_and_statistics(weights, tmp_path, cap
     assert shifted["precision"] == figures["precision"]
 
 
+@pytest.mark.long
 def test_sheets_of_our_own_tool_are_no_samples(weights, tmp_path, capsys) -> None:
     """A folder that `tools/infer.py` wrote holds the samples, and a sheet of them."""
     made = pictures(6, 1).movedim(1, -1).numpy()

@@ -21,6 +21,8 @@ from core.engine.launch import build_trainer, run
 from seqgan.data import LSUN
 from seqgan.models import conv_tokenizer
 
+pytestmark = pytest.mark.long
+
 LMDB = Path(__file__).parent / "files" / "church_outdoor_val_lmdb"
 WNIDS = ("n01440764", "n01443537")
 QUALITY = {"psnr", "ssim", "l1", "usage", "perplexity", "dead_codes", "codes_per_image"}

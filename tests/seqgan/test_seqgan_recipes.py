@@ -126,6 +126,7 @@ def phases(faces, inception_file, vgg16_file, lpips_file, tmp_path_factory) -> S
     )
 
 
+@pytest.mark.long
 def test_codes_outlive_the_second_phase(phases) -> None:
     first, second = phases.first, state_of(phases.two)
     codes = [name for name in first if name.startswith(CODES)]
@@ -135,6 +136,7 @@ def test_codes_outlive_the_second_phase(phases) -> None:
     assert any(".extra" in name for name in second) and not any(".extra" in name for name in first)
 
 
+@pytest.mark.long
 def test_both_phases_are_judged_on_the_val_split(phases, tmp_path) -> None:
     one, two = (result_of(stage)["metrics"] for stage in (phases.one, phases.two))
     assert one.keys() == two.keys() == QUALITY | {"rfid", "lpips"}
@@ -156,6 +158,7 @@ def test_a_tokenizer_shows_reconstructions(phases, faces, tmp_path) -> None:
     assert np.array(record["codes"]).shape == (16, 16) and Path(record["pictures"]["reconstruction"]).is_file()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["ar", "nar"])
 def test_transformers_start_from_the_first_phase(kind, phases, faces, imagenet, inception_file, tmp_path) -> None:
     """With classes (ImageNet, AR) and without (FFHQ, NAR), beside the second phase and with its decoder."""
@@ -210,6 +213,7 @@ def test_transformers_start_from_the_first_phase(kind, phases, faces, imagenet, 
         assert batch["arr_0"].shape == (3, 32, 32, 3) and set(batch["arr_1"].tolist()) == set(range(classes))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "size", "options"), [("l2norm_factorized", 32, ["code_dim=4"]), ("kmeans_restart", 16, ["patience=1"])]
 )
@@ -236,6 +240,7 @@ def test_other_codebooks_go_through_to_a_transformer(kind, size, options, faces,
     assert 0 < result_of(tmp_path / "next")["metrics"]["bits_per_code"] < 20
 
 
+@pytest.mark.long
 def test_lsun_starts_from_imagenet(phases, tmp_path) -> None:
     """One epoch from another tokenizer, from a published LMDB file, then the decoder alone."""
     published = Path(__file__).parent / "files" / "church_outdoor_val_lmdb"

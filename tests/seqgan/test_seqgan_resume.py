@@ -16,6 +16,8 @@ from seqgan.standin import judges
 from tests import forked
 from tests.killing import assert_same_run, killed_in_phase, weights
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 # Steps of the three stages; in each, a phase is a step.
 STEPS = (4, 3, 4)

@@ -202,6 +202,7 @@ def shown_by_the_tool(run_folder: Path, folder: Path, kind: str) -> None:
     assert kept == [3] * len(modes) and all(Path(next(iter(r["pictures"].values()))).is_file() for r in records)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("experiment", "kind"), [("shape_glyphs", "ar"), ("shape_glyphs", "nar"), ("shape_glyphs_gan", "ar")]
 )

@@ -241,6 +241,7 @@ def overrides(flowers: Path, tmp_path: Path, name: str) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_an_experiment_trains_from_the_cache_by_default_as_without(flowers, tmp_path) -> None:
     for name in ("kept", "live"):
         options = [*overrides(flowers, tmp_path, name), "train_dataloader.batch_size=3"]
@@ -267,6 +268,7 @@ def test_evaluations_read_kept_features_where_they_are_asked_to(flowers, tmp_pat
     assert seen["live"] >= 6 + 2 * 2 and seen["kept"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("features", ["kept", "removed", "whole before"])
 @pytest.mark.parametrize("source", ["weights", "load_from"])
 def test_a_killed_run_goes_on_exactly(flowers, tmp_path, source, features) -> None:

@@ -52,6 +52,7 @@ def changes(name: str) -> list[pytest.param]:
     return [pytest.param(name, key, id=f"{name}-{key}") for key in components(name)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "component"), [case for name in BUILT for case in changes(name)])
 def test_each_change_builds_and_the_stand_in_takes_a_step(name: str, component: str) -> None:
     for change in components(name)[component].changes():

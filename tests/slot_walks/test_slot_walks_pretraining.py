@@ -72,6 +72,7 @@ def test_a_share_that_leaves_nothing_of_so_few_patches_is_refused():
 
 
 # ---------------------------------------------------------------------- the training
+@pytest.mark.long
 def test_training_repeats_disturbs_nothing_and_lowers_the_error():
     state = torch.get_rng_state()
     first, again = (train(steps=12, scenes=8, batch=4, mask_ratio=0.6, seed=5) for _ in range(2))

@@ -127,6 +127,7 @@ def words(name: str, root: Path, folder: Path) -> list[str]:
     return [f"experiment=slot_walks/{name}", *small, *own, *places]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_two_steps_on_files_of_the_datas_own_format(name: str, tmp_path: Path) -> None:
     result = run(compose(words(name, tmp_path / "data", tmp_path)))

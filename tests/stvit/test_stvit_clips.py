@@ -272,6 +272,7 @@ def test_the_task_goes_on_and_guards_its_folder(glyph_files):
 TINY = ("runtime=cpu", "model.network.embed_dim=8", "model.network.depths=[4,1]", "train_dataloader.batch_size=2")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["moving_glyphs", "moving_glyphs_full"])
 def test_two_steps_on_moving_glyphs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -62,6 +62,7 @@ def test_loss_terms_are_weighted() -> None:
     torch.testing.assert_close(terms[1]["loss_tokens"], terms[0]["loss_tokens"] / 2)
 
 
+@pytest.mark.long
 def test_the_nearest_cost_is_chosen() -> None:
     model = SemanticTokenViT(**TINY, tokens="random")
 

@@ -109,6 +109,7 @@ def test_a_deit_checkpoint_starts_a_dynamicvit() -> None:
         from_deit(pruned.state_dict(), full)
 
 
+@pytest.mark.long
 def test_reducers_on_the_small_model() -> None:
     target = 0.6 * count_macs(SmallSemanticTokenViT(tokens="all"), (28, 28), 1)
     for tokens, options in (("tome", {}), ("topk", {}), ("dynamicvit", {}), ("evit", {"score": "norm"})):

@@ -86,6 +86,7 @@ def test_the_controls_differ_in_the_reducer_only() -> None:
     assert names["pooled"] - names["all"] == {n for n in semantic if n.startswith("reducer.pool.")}
 
 
+@pytest.mark.long
 def test_cost_grows_with_the_token_grid() -> None:
     with torch.device("meta"):
         costs = [gmacs(stvit_deit_tiny(token_grid=grid)) for grid in ((1, 1), (1, 2), 2, 3, (3, 4), 4, 6, 9)]

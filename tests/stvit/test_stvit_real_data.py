@@ -57,6 +57,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", IMAGENET)
 def test_two_steps_on_images(name: str, imagenet: Path, tmp_path: Path) -> None:
     storage = IMAGENET[name]

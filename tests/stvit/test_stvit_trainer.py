@@ -36,6 +36,7 @@ def digits(count: int) -> dict:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tokens", ["semantic", "all", "pooled", "random", "dynamicvit"])
 def test_steps_reduce_the_loss(tokens: str) -> None:
     trainer, batch = tiny(tokens=tokens), digits(20)
@@ -124,6 +125,7 @@ def test_methods_along_the_way_count_the_tokens_that_are_left(tokens: str, optio
     assert seen == [left] and trainer.train().network.training
 
 
+@pytest.mark.long
 def test_matched_costs_change_the_tokens_that_are_counted() -> None:
     full = count_macs(tiny(tokens="all").network, (28, 28), 1)
     counted = {t: tiny(tokens=t, macs=0.7 * full).table_figures({})["tokens"] for t in ("random", "pooled", "topk")}
@@ -189,6 +191,7 @@ REDUCED = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["stvit/digits", "stvit/digits_full"])
 def test_digit_experiments_run_whole(name: str, tmp_path: Path) -> None:
     result = run(compose([f"experiment={name}", f"runs_dir={tmp_path}", *REDUCED]))

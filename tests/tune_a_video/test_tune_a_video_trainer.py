@@ -288,6 +288,7 @@ def test_rows_of_a_prediction(sd_folder):
     assert made.media(clips)["edits"].shape == (3, 20, 4 * 18 + 2, 3)
 
 
+@pytest.mark.long
 def test_clips_of_one_name_are_clips_of_their_own(sd_folder, tmp_path):
     """Two files `clip` of different folders, in one batch, one after the other, and through `infer`."""
     made = trainer(sd_folder, prompts=["a cat"]).eval()
@@ -431,6 +432,7 @@ def overrides(sd_folder, tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_one_command_tunes_edits_and_leaves_a_page_and_another_one_edits_again(sd_folder, tmp_path):
     from core.engine.commands.inference import infer
     from tune_a_video.data.video_io import save_video
@@ -474,6 +476,7 @@ def test_one_command_tunes_edits_and_leaves_a_page_and_another_one_edits_again(s
     assert (page.parent / "02-a-wolf-is-skiing.gif").exists()
 
 
+@pytest.mark.long
 def test_resumed_tuning_ends_with_the_same_weights(sd_folder, tmp_path):
     from tune_a_video.data.video_io import save_video
 
