@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from core.data import MissingDataError
 from core.data.prepare import run_task
@@ -331,3 +332,19 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "ratio_decay", decay)
     resumed = training.train_unet(states, nothing, **options, keep=tmp_path / "state.pt").state_dict()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_an_image_model_is_trained_further_from_where_it_was(folder, tmp_path):
+    output = tmp_path / "more"
+    text = run_task("tune_a_video", "tiny_sd", [f"output={output}", *SMALL, "further_steps=2"])
+    assert "gate" in text and not (output / "unet_further.pt").exists()
+    file = "diffusion_pytorch_model.safetensors"
+    first, further = (load_file(output / name / file) for name in ("unet_first", "unet"))
+    plain = load_file(folder / "unet" / file)
+    assert all(torch.equal(first[name], value) for name, value in plain.items()), "the first training is the same"
+    assert any(not torch.equal(first[name], value) for name, value in further.items())
+    # Two steps from there change little; a new model's weights would be others altogether.
+    for name, value in further.items():
+        assert (value - first[name]).abs().max() < 0.01, name
+    with pytest.raises(ConfigError, match="give an empty output="):
+        run_task("tune_a_video", "tiny_sd", [f"output={folder}", *SMALL, "further_steps=2"])

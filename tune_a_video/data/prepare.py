@@ -21,6 +21,7 @@ def tiny_sd(
     tower: float = 1.0,
     seed: int = 0,
     check_steps: int = 25,
+    further_steps: int = 0,
 ) -> str:
     """A tiny text-to-image model of a drawn world, trained here, as an ordinary Stable Diffusion folder.
 
@@ -38,6 +39,8 @@ def tiny_sd(
         tower: width of the picture towers, as a multiple.
         seed: of weights and pictures.
         check_steps: sampling steps of the check at the end; 0 leaves it out.
+        further_steps: training steps of the image model after those, with a rate that begins anew, for one that does
+            not show its words often enough (`gate` in tiny_sd.json).
 
     Raises:
         ConfigError: numbers that make no model, or a folder that holds something else.
@@ -45,8 +48,8 @@ def tiny_sd(
     from tune_a_video.standin.folder import build
 
     widths = [32, 64] if channels is None else channels
-    if min(unet_steps, clip_steps, judge_steps, batch) < 1 or tower <= 0 or check_steps < 0:
-        raise ConfigError("tiny_sd: steps and batch are at least 1, tower is positive, check_steps at least 0")
+    if min(unet_steps, clip_steps, judge_steps, batch) < 1 or tower <= 0 or min(check_steps, further_steps) < 0:
+        raise ConfigError("tiny_sd: steps and batch are at least 1, tower is positive, the other steps at least 0")
     if len(widths) != 2 or any(w < 4 or w % 4 for w in widths):
         raise ConfigError(f"tiny_sd: channels={','.join(map(str, widths))}: two widths, multiples of 4")
     settings = {
@@ -57,6 +60,7 @@ def tiny_sd(
         "batch": batch,
         "tower": tower,
         "seed": seed,
+        **({"further_steps": further_steps} if further_steps else {}),
     }
     checks = build(output, settings, check_steps)
     lines = [f"{output}: a Stable Diffusion folder"]

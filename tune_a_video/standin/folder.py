@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -37,7 +37,8 @@ def build(output: Path, settings: dict[str, Any], check_steps: int) -> dict[str,
 
     Args:
         output: the folder.
-        settings: unet_steps, clip_steps, judge_steps, channels, batch, tower (width of the picture towers), seed.
+        settings: unet_steps, clip_steps, judge_steps, channels, batch, tower (width of the picture towers), seed; and
+            further_steps, where the image model is trained again.
         check_steps: sampling steps of the check of the image model; 0 makes none.
 
     Returns:
@@ -60,14 +61,15 @@ def build(output: Path, settings: dict[str, Any], check_steps: int) -> dict[str,
         save_atomic(train_judge(settings["judge_steps"], seed, settings["tower"]).state_dict(), folder / "model.pt")
         write_text_atomic(json.dumps({"width": settings["tower"]}), folder / "config.json")
 
-    def unet(folder: Path) -> None:
+    def unet(folder: Path, start: UNet2DConditionModel | None = None) -> None:
         tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
         encoder = CLIPTextModel.from_pretrained(output / "text_encoder")
         with torch.no_grad():
             states = encoder(token_ids(tokenizer, [*captions(), ""])).last_hidden_state
         scaling = identity_vae().config.scaling_factor
-        options = {"steps": settings["unet_steps"], "channels": tuple(settings["channels"]), "batch": settings["batch"]}
-        keep = output / "unet_training.pt"
+        steps = settings["unet_steps"] if start is None else settings["further_steps"]
+        options = {"steps": steps, "channels": tuple(settings["channels"]), "batch": settings["batch"], "start": start}
+        keep = output / ("unet_training.pt" if start is None else "unet_further.pt")
         train_unet(states[:-1], states[-1], scaling, **options, seed=seed, keep=keep).save_pretrained(folder)
 
     _stage(output / "tokenizer", lambda folder: make_tokenizer(captions()).save_pretrained(folder))
@@ -76,9 +78,15 @@ def build(output: Path, settings: dict[str, Any], check_steps: int) -> dict[str,
     _stage(output / "text_encoder", text_encoder)
     _stage(output / "vae", lambda folder: identity_vae().save_pretrained(folder))
     _stage(output / "scheduler", lambda folder: make_scheduler().save_pretrained(folder))
-    _stage(output / "unet", unet)
+    if "further_steps" in settings:
+        first = output / "unet_first"
+        _stage(first, unet)
+        _stage(output / "unet", lambda folder: unet(folder, UNet2DConditionModel.from_pretrained(first)))
+    else:
+        _stage(output / "unet", unet)
     write_text_atomic(json.dumps(_INDEX, indent=2), output / "model_index.json")
-    (output / "unet_training.pt").unlink(missing_ok=True)
+    for name in ("unet_training.pt", "unet_further.pt"):
+        (output / name).unlink(missing_ok=True)
     if check_steps and note["checks"].get("steps") != check_steps:
         note["checks"] = {"steps": check_steps, **check(output, check_steps), **gate(output, check_steps)}
         _write(output, note)

@@ -135,11 +135,12 @@ def train_unet(
     batch: int = 32,
     seed: int = 0,
     keep: Path | None = None,
+    start: UNet2DConditionModel | None = None,
 ) -> UNet2DConditionModel:
     """The image model: v-prediction of fresh pictures, one in ten without its caption.
 
     AdamW 2e-3, betas 0.9 and 0.99, weight decay 0.01, warm-up of 100 steps, cosine to 2 %, gradients clipped to 1; the
-    result is the average of the weights.
+    result is the average of the weights. From a model that was trained before the rate is 1e-3.
 
     Args:
         states: text states of the captions (18, L, d).
@@ -150,12 +151,17 @@ def train_unet(
         batch: pictures of a step.
         seed: of weights, pictures and noise.
         keep: file of the state, written every 100 steps; training goes on from it, to the same weights.
+        start: a model that is trained further; None: a new one.
     """
     with fixed_randomness(seed + 2):
         unet = make_unet(channels)
+    if start is not None:
+        unet.load_state_dict(start.state_dict())
+    rate = 2e-3 if start is None else 1e-3
     average = copy.deepcopy(unet).requires_grad_(False)
     levels = make_scheduler().alphas_cumprod
-    generator = torch.Generator().manual_seed(2000 + seed)
+    # Further training sees pictures of its own: 3000 is as far from 2000 as seeds go.
+    generator = torch.Generator().manual_seed((2000 if start is None else 3000) + seed)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-2)
     begin = 0
     if keep is not None and keep.is_file():
@@ -168,7 +174,7 @@ def train_unet(
     progress = Progress()
     progress.begin("image model", steps, begin)
     for step in range(begin, steps):
-        _set_rate(optimizer, warmup_cosine(step + 1, total=steps, lr=2e-3, warmup=100, min_lr=4e-5))
+        _set_rate(optimizer, warmup_cosine(step + 1, total=steps, lr=rate, warmup=100, min_lr=rate / 50))
         pictures, looks = draw_pictures(batch, generator)
         text = states[caption_numbers(looks)].clone()
         text[torch.rand(batch, generator=generator) < 0.1] = nothing
