@@ -20,6 +20,7 @@ SMALL = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("experiment", list(SMALL))
 def test_a_stand_in_runs_under_debug(experiment, tmp_path, monkeypatch):
     from core.engine.loops.train import TrainLoop

@@ -21,6 +21,7 @@ def test_every_paper_has_one():
     assert {path.parents[1].name for path in DEMOS} == set(PAPERS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.parents[1].name)
 def test_a_demo_trains_its_rows_and_shows_images(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -104,6 +104,7 @@ def test_the_walk_uses_every_tool():
     assert used == {path.stem for path in (ROOT / "tools").glob("*.py")} - {"demo", "__init__"}
 
 
+@pytest.mark.long
 def test_it_trains_tests_and_leaves_images(walked):
     first = results(walked, "discs")[0]
     assert first["status"] == "finished" and first["metrics"]["psnr"] > 22  # the damaged images have 18
@@ -113,22 +114,26 @@ def test_it_trains_tests_and_leaves_images(walked):
     assert {"loss_l1", "loss_adversarial", "loss_critic", "lr_restorer", "lr_critic"} <= losses[-2].keys()
 
 
+@pytest.mark.long
 def test_it_infers_on_files(walked):
     records = json.loads((walked / "images" / "results.json").read_text())
     assert len(records) == 16 and all(0 < record["difference"] < 0.1 for record in records)
     assert all((walked / path).is_file() for record in records for path in record["pictures"].values())
 
 
+@pytest.mark.long
 def test_it_suggests_a_rate(walked):
     found = json.loads((walked / "rates" / "lr.json").read_text())
     assert found["part"] == "restorer" and 1e-5 < found["suggestion"] < 1.0
 
 
+@pytest.mark.long
 def test_a_run_again_differs_in_what_was_asked(walked):
     first, *_, again = sorted(results(walked, "discs")[:2], key=lambda result: result["seed"])
     assert (first["seed"], again["seed"]) == (0, 1) and first["metrics"] != again["metrics"]
 
 
+@pytest.mark.long
 def test_weights_go_there_and_back(walked):
     from core.checkpoint import load
     from core.checkpoint.run_folder import find_checkpoint
@@ -141,11 +146,13 @@ def test_weights_go_there_and_back(walked):
     assert ours and all((value == run[f"restorer.{name}"]).all() for name, value in ours.items())
 
 
+@pytest.mark.long
 def test_stages_start_from_one_another(walked):
     staged = results(walked, "discs_stages")[0]
     assert set(staged["stages"]) == {"alone", "adversarial"} and staged["metrics"]["psnr"] > 22
 
 
+@pytest.mark.long
 def test_components_table_and_claim(walked):
     ablation = json.loads((walked / "runs" / "ablations" / "retouch" / "discs" / "table.json").read_text())
     assert "paste" in json.dumps(ablation) and "critic" in json.dumps(ablation)

@@ -33,6 +33,7 @@ def place(user, tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.long
 def test_a_table_trains_a_row_with_the_engine_and_finds_it_again(user, place, tmp_path, capsys):
     def table(**options):
         return show_table(

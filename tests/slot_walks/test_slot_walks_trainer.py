@@ -64,6 +64,7 @@ def test_steps_reduce_the_loss(signal: str) -> None:
     assert totals[-1] < 0.95 * totals[0]
 
 
+@pytest.mark.long
 def test_walks_find_the_objects_of_drawn_scenes() -> None:
     model = trainer(init="learned", loss=WalkLoss(1, 100)).train()
     wrapper = OptimConstructor(RECIPE)(model)

@@ -66,6 +66,7 @@ def logged(result):
     return [line for line in lines if "loss" in line]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("coco_")])
 def test_experiments_on_coco_take_two_steps_on_its_files(name, coco, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -125,6 +126,7 @@ def ade(tmp_path_factory):
     return root
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("ade20k_")])
 def test_experiments_on_ade20k_take_two_steps_on_its_files(name, ade, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -60,6 +60,7 @@ def tgve(folder):
     return [f"train_dataloader.dataset.root={folder}", *given]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "prepare"), [*((name, film) for name in FILMS), ("davis", davis), ("loveu_tgve", tgve)]
 )

@@ -314,6 +314,7 @@ def test_other_folders_and_numbers_are_refused(tmp_path):
         load_judge(tmp_path)
 
 
+@pytest.mark.long
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     states, nothing = torch.randn(18, 10, 64), torch.randn(10, 64)
     options = {"scaling_factor": 0.8, "steps": 5, "channels": (8, 16), "batch": 2}
