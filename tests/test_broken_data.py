@@ -248,11 +248,11 @@ def test_lists_with_a_mark_are_read_right(tmp_path):
 
 
 def test_backbones_and_networks_without_the_engine_give_no_advice_of_torch(tmp_path, monkeypatch):
+    from core.layers import weight_files
     from slot_walks.models import weights as backbones
     from tune_a_video.models import weights as networks
 
-    for module in (backbones, networks):
-        monkeypatch.setattr(module, "read_file", module._plain_read)
+    monkeypatch.setattr(weight_files, "read_file", weight_files.plain_read)
     out = io.BytesIO()
     torch.save({"w": print}, out)
     (tmp_path / "a.bin").write_bytes(out.getvalue())

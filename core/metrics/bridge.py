@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from mmengine.evaluator import BaseMetric
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
@@ -18,6 +17,7 @@ from core.layers.precision import full_precision
 from core.metrics.predictions import (
     MetricError,
     NanCount,
+    OwnMetric,
     batches,
     check_counts,
     collective_device,
@@ -30,7 +30,7 @@ _ACTIVATIONS = {"softmax": lambda scores: scores.softmax(dim=1), "sigmoid": torc
 
 
 @METRICS.register_module()
-class TorchMetrics(BaseMetric):
+class TorchMetrics(OwnMetric):
     """Any metrics of torchmetrics, over what ``trainer.predict`` returns.
 
     Whole batches are updated on their device. Several processes may hold shares of any size, none included: states are
@@ -67,8 +67,6 @@ class TorchMetrics(BaseMetric):
         ConfigError: no metrics, `inputs` or `activations` of a metric that does not exist, another activation.
     """
 
-    default_prefix = ""
-
     def __init__(
         self,
         metrics: Mapping[str, Metric | MetricCollection | Mapping[str, Any] | None],
@@ -100,7 +98,7 @@ class TorchMetrics(BaseMetric):
         self._nans = NanCount()
 
     @property
-    def metrics(self) -> list[BaseMetric]:
+    def metrics(self) -> list[OwnMetric]:
         """This metric: mmengine takes a single config that has a key ``metrics`` for an evaluator's."""
         return [self]
 
@@ -160,10 +158,6 @@ class TorchMetrics(BaseMetric):
                 raise MetricError(f"metric '{name}': the predictions hold NaN") from error
             raise MetricError(f"metric '{name}' does not take ({shapes}): {error}") from error
 
-    def compute_metrics(self, results: list) -> dict[str, float]:
-        """Not used: see `evaluate`."""
-        raise NotImplementedError
-
     def evaluate(self, size: int | None = None) -> dict[str, float]:
         """The figures over all processes; everything is reset. Collective.
 
@@ -194,7 +188,7 @@ class TorchMetrics(BaseMetric):
                 f"{', '.join(bad)} came out as NaN: a class or group without samples, or too few of them "
                 "(allow_nan=true passes it on)"
             )
-        return {f"{self.prefix}/{name}" if self.prefix else name: value for name, value in figures.items()}
+        return self.prefixed(figures)
 
     def _name(self, key: str) -> str:
         metric, _, figure = key.partition("/")

@@ -8,18 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
 from core.config.registry import METRICS
 from core.errors import ConfigError
-from core.metrics.predictions import MetricError, NanCount, batches, check_counts, gather, read
+from core.metrics.predictions import MetricError, NanCount, OwnMetric, batches, check_counts, gather, read
 
 Groups = tuple[str, ...]
 
 
 @METRICS.register_module()
-class GroupedAccuracy(BaseMetric):
+class GroupedAccuracy(OwnMetric):
     """Share of right answers in every group, over all samples (``micro``) and as mean of the groups (``macro``).
 
     A sample may belong to several groups and counts in each. A target outside the classes (-1, an answer that the
@@ -40,8 +39,6 @@ class GroupedAccuracy(BaseMetric):
     Raises:
         ConfigError: `top_k` below 1.
     """
-
-    default_prefix = ""
 
     def __init__(
         self,
@@ -107,10 +104,6 @@ class GroupedAccuracy(BaseMetric):
         best = scores.topk(min(self.top_k, scores.shape[1]), dim=1).indices
         return (best == target[:, None]).any(dim=1)
 
-    def compute_metrics(self, results: list) -> dict[str, float]:
-        """Not used: see `evaluate`."""
-        raise NotImplementedError
-
     def evaluate(self, size: int | None = None) -> dict[str, float]:
         """The figures over all processes; everything is reset. Collective.
 
@@ -140,7 +133,7 @@ class GroupedAccuracy(BaseMetric):
             "macro": sum(accuracy[name] for name in names) / max(len(names), 1),
             **accuracy,
         }
-        return {f"{self.prefix}/{name}" if self.prefix else name: value for name, value in figures.items()}
+        return self.prefixed(figures)
 
 
 def _accuracy(seen: Mapping[Groups, int], right: Mapping[Groups, int], members: Iterable[str], name: str) -> float:

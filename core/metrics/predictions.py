@@ -9,12 +9,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.dist import all_gather_object
+from mmengine.evaluator import BaseMetric
 
 from core.errors import VitrineError, nearest
 
 
 class MetricError(VitrineError, ValueError):
     """An evaluation whose figures would not mean what they say."""
+
+
+class OwnMetric(BaseMetric):
+    """A metric that gathers over processes by itself: subclasses have `process` and `evaluate`."""
+
+    default_prefix = ""
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Not used: see `evaluate`."""
+        raise NotImplementedError
+
+    def prefixed(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """The figures under their names, with the prefix in front."""
+        return {f"{self.prefix}/{name}" if self.prefix else name: value for name, value in figures.items()}
 
 
 def batches(samples: Any) -> Iterator[Mapping[str, Any]]:

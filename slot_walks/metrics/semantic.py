@@ -11,7 +11,6 @@ import statistics
 from typing import Any, Literal
 
 import torch
-from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
 from core.config.registry import METRICS
@@ -19,7 +18,7 @@ from core.errors import ConfigError
 from core.layers.clusters import KMeansStart, spherical_kmeans
 from core.metrics.contingency import class_iou, contingency, match_clusters
 from core.metrics.grouping import as_segments
-from core.metrics.predictions import MetricError, NanCount, batches, check_counts, gather, read
+from core.metrics.predictions import MetricError, NanCount, OwnMetric, batches, check_counts, gather, read
 
 
 def cluster_table(labels: Tensor, counts: Tensor, clusters: int) -> Tensor:
@@ -35,7 +34,7 @@ def cluster_table(labels: Tensor, counts: Tensor, clusters: int) -> Tensor:
 
 
 @METRICS.register_module()
-class SemanticSegmentation(BaseMetric):
+class SemanticSegmentation(OwnMetric):
     """Mean IoU of classes after clustering the region vectors of all evaluated pictures.
 
     Figures, as means over the seeds of k-means, each with its deviation `_std` where there are several: `miou`, matched
@@ -60,8 +59,6 @@ class SemanticSegmentation(BaseMetric):
     Raises:
         ConfigError: numbers or words that cannot be meant.
     """
-
-    default_prefix = ""
 
     def __init__(
         self,
@@ -125,10 +122,6 @@ class SemanticSegmentation(BaseMetric):
             self._regions.append(regions.detach().float())
             self._counts.append(counts)
 
-    def compute_metrics(self, results: list) -> dict[str, float]:
-        """Not used: see `evaluate`."""
-        raise NotImplementedError
-
     def evaluate(self, size: int | None = None) -> dict[str, float]:
         """The figures over all processes; everything is reset. Collective.
 
@@ -159,7 +152,7 @@ class SemanticSegmentation(BaseMetric):
             figures[name] = statistics.fmean(values)
             if len(values) > 1:
                 figures[f"{name}_std"] = statistics.stdev(values)
-        return {f"{self.prefix}/{name}" if self.prefix else name: value for name, value in figures.items()}
+        return self.prefixed(figures)
 
     def _run(self, regions: Tensor, counts: Tensor, seed: int) -> dict[str, float]:
         labels, _ = spherical_kmeans(regions.flatten(0, 1), self.num_clusters, seed, self.init, self.restarts)

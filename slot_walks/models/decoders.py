@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from slot_walks.models.recorded import constant
+from core.layers.recorded import constant
 
 KINDS = ("mlp", "broadcast", "transformer")
 

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.layers.precision import no_autocast
-from slot_walks.models.recorded import fixed
+from core.layers.recorded import fixed
 
 # Channels before the map: hexagonal chroma at two scales, luma, structure tensor, constant.
 _CHANNELS = 9

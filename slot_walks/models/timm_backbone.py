@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slot_walks.models.recorded import fixed
+from core.layers.recorded import fixed
 from slot_walks.models.vit import FACETS, check_choice
 from slot_walks.models.weights import read_backbone
 

@@ -12,8 +12,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from core.layers.recorded import constant, fixed
 from slot_walks.models.positions import resize_positions
-from slot_walks.models.recorded import constant, fixed
 from slot_walks.models.weights import read_backbone
 
 FACETS = ("token", "query", "key", "value")

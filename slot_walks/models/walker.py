@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from core.layers.recorded import fixed
 from slot_walks.models.decoders import KINDS, build_decoder
 from slot_walks.models.encoder import SlotEncoder
-from slot_walks.models.recorded import fixed
 
 SIGNALS = ("walk", *KINDS)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from core.layers.weight_files import read_state
 
 # Where files keep the weights, and what stands in front of a backbone's names in them.
 _CONTAINERS = ("teacher", "state_dict", "model")
@@ -48,21 +48,9 @@ def untrained(backbone: nn.Module) -> bool:
     return bool(weights) and not any(weight.is_meta or bool((weight != 1).any()) for weight in weights)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no backbone file {path}: download the checkpoint, then set backbone.weights to its path"
-        )
-    try:
-        state = read_file(path)
-    except ValueError:
-        raise
-    except Exception as error:  # torch and safetensors have many; their advice is not ours
-        raise ValueError(
-            f"{path} is damaged, or not a file of weights ({type(error).__name__}): get it again"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not weights by name: choose another file")
+def _read(path: Path) -> Mapping[str, Tensor]:
+    absent = f"no backbone file {path}: download the checkpoint, then set backbone.weights to its path"
+    state = read_state(path, absent)
     for container in _CONTAINERS:
         if isinstance(state.get(container), dict):
             state = state[container]
@@ -74,17 +62,3 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise ValueError(f"{path} does not hold tensors by name: choose the file of a backbone")
     return state
-
-
-def _plain_read(path: Path) -> Any:
-    """The content of a safetensors or torch file, which consists of tensors, numbers and texts."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-#: Reads a file of weights. The engine puts a reader here whose time and memory are bounded, see
-#: `slot_walks.trainer.slots`.
-read_file: Callable[[Path], Any] = _plain_read

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from core.checkpoint import load
 from core.engine.state.randomness import own_rows
+from core.layers import weight_files
 from core.layers.noise import sample_noise as sample_noise
 from core.layers.precision import full_precision
 from core.trainer import Batch, Inference, Trainer
@@ -25,7 +26,6 @@ from slot_walks.losses.walk_loss import WalkLoss, reconstruction_loss
 from slot_walks.losses.walks import region_vectors, segments, transitions
 from slot_walks.metrics.diagnostics import effective_slots, pair_shares, token_labels, usage_entropy
 from slot_walks.models import SlotWalker, WalkerOutput
-from slot_walks.models import weights as weight_files
 from slot_walks.models.weights import untrained
 
 weight_files.read_file = load  # models import nothing of the engine

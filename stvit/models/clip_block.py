@@ -9,9 +9,9 @@ from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
+from core.layers.recorded import fixed
 from stvit.models.clip_windows import ClipWindows, Size, relative_position_index, window_mask
 from stvit.models.derived import derived
-from stvit.models.sizes import fixed
 
 
 class ClipAttention(nn.Module):

@@ -13,12 +13,12 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from core.layers.recorded import fixed
 from stvit.models.block import Block, set_shortcut
 from stvit.models.clip_windows import pad_clip
 from stvit.models.derived import derived
 from stvit.models.key_windows import KeyWindows, WindowKeys, gather_index
 from stvit.models.pooling import build_pool
-from stvit.models.sizes import fixed
 from stvit.models.tokens import stochastic_depth
 from stvit.models.window_tokens import TokenGrid
 from stvit.models.windows import into_windows, padded_size

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from stvit.models.sizes import fixed
+from core.layers.recorded import fixed
 from stvit.models.windows import padded_size
 
 Size = tuple[int, int, int]

@@ -12,9 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from core.layers.recorded import fixed
 from stvit.models.block import block_stack
 from stvit.models.pooling import AdaptivePool, WeightedPool, build_pool
-from stvit.models.sizes import fixed
 from stvit.models.tokens import stochastic_depth
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
+from core.layers.recorded import fixed
 from stvit.models.classifier import TokenClassifier
 from stvit.models.derived import constant
 from stvit.models.merging import PatchMerging
-from stvit.models.sizes import fixed
 from stvit.models.stem import ConvStem, PatchStem
 from stvit.models.swin_block import SwinBlock
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from stvit.models.sizes import fixed
+from core.layers.recorded import fixed
 
 POOLS = ("max", "avg", "weighted", "weighted_offset")
 

@@ -12,12 +12,12 @@ from timm.layers import Mlp, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, zeros_
 
+from core.layers.recorded import fixed
 from stvit.models.block import block_stack
 from stvit.models.controls import PooledTokens
 from stvit.models.derived import constant
 from stvit.models.recovery import TokenRecovery
 from stvit.models.segmentation import resize
-from stvit.models.sizes import fixed
 from stvit.models.stem import build_stem
 from stvit.models.tokens import SemanticTokenGenerator
 

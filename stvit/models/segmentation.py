@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.layers.recorded import fixed
 from stvit.models.pooling import pooled
-from stvit.models.sizes import fixed
 
 
 class ConvNormAct(nn.Sequential):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from stvit.models.sizes import fixed
+from core.layers.recorded import fixed
 
 
 class PatchStem(nn.Module):

@@ -9,9 +9,9 @@ from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
+from core.layers.recorded import fixed
 from stvit.models.attention import add_mask, relative_bias
 from stvit.models.derived import derived
-from stvit.models.sizes import fixed
 from stvit.models.windows import crop_grid, merge_windows, pad_grid, padded_size, split_windows
 
 

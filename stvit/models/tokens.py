@@ -13,9 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
+from core.layers.recorded import fixed
 from stvit.models.block import block_stack, set_shortcut
 from stvit.models.pooling import build_pool
-from stvit.models.sizes import fixed
 
 
 def stochastic_depth(rate: float | Sequence[float], depth: int) -> list[float]:

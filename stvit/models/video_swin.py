@@ -9,12 +9,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, zeros_
 
+from core.layers.recorded import fixed
 from stvit.models.classifier import TokenClassifier
 from stvit.models.clip_block import ClipBlock, half_shift
 from stvit.models.clip_windows import Size, pad_clip
 from stvit.models.hierarchy import call, depth_rates, sizes_of
 from stvit.models.merging import PatchMerging
-from stvit.models.sizes import fixed
 from stvit.models.windows import padded_size
 
 

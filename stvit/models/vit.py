@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
+from core.layers.recorded import fixed
 from stvit.models.block import activation, block_stack
 from stvit.models.controls import AllTokens, RandomTokens
 from stvit.models.derived import constant
 from stvit.models.reducers import State, build_reducer, match_macs, on_meta
-from stvit.models.sizes import fixed
 from stvit.models.stem import build_stem
 from stvit.models.tokens import SemanticTokenGenerator
 from stvit.models.vit_features import ViTFeatures

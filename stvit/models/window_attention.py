@@ -12,10 +12,10 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from core.layers.recorded import fixed
 from stvit.models.attention import Attention
 from stvit.models.derived import derived
 from stvit.models.key_windows import WindowKeys, band_masks, dense_mask, gather_index
-from stvit.models.sizes import fixed
 from stvit.models.windows import into_windows, out_of_windows
 
 METHODS = ("auto", "banded", "gather", "masked", "per_window")

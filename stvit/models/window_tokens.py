@@ -20,11 +20,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
+from core.layers.recorded import fixed
 from stvit.models.block import Block, set_shortcut
 from stvit.models.derived import constant, derived
 from stvit.models.key_windows import KeyWindows, ReleasedPadding, WindowKeys, dense_mask
 from stvit.models.pooling import build_pool
-from stvit.models.sizes import fixed
 from stvit.models.tokens import stochastic_depth
 from stvit.models.window_attention import window_attention
 from stvit.models.windows import into_windows, padded_size, split_windows, valid_cells

@@ -17,7 +17,8 @@ from diffusers import DDIMScheduler
 from core.checkpoint import load, load_official
 from core.config.files import read_json
 from core.errors import VitrineError
-from tune_a_video.models import weights as weight_files
+from core.layers import weight_files
+from tune_a_video.models.weights import read_config
 
 weight_files.read_file = load  # models import nothing of the engine
 
@@ -60,7 +61,7 @@ def check_tuned(folder: Path, variant: str | None = None) -> None:
     """
     if not (folder / "unet").is_dir():
         return
-    config = weight_files.read_config(folder / "unet")
+    config = read_config(folder / "unet")
     if "temporal" in config:
         return
     if "3D" in str(config.get("_class_name", "")) or "3D" in str(config.get("down_block_types", "")):

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from core.layers.weight_files import read_state
 
 CONFIG_NAME = "config.json"
 
 
-def _plain_read(path: Path) -> Any:
-    """The content of a safetensors or torch file, which consists of tensors, numbers and texts."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-#: Reads a file of weights. The engine puts a reader here whose time and memory are bounded, see
-#: `tune_a_video.interop.folders`.
-read_file: Callable[[Path], Any] = _plain_read
 _STEM = "diffusion_pytorch_model"
 
 
@@ -114,18 +103,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else than tensors by name, or is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}")
-    try:
-        state = read_file(path)
-    except ValueError:
-        raise
-    except Exception as error:  # torch and safetensors have many; their advice is not ours
-        raise ValueError(
-            f"{path} is damaged, or not a file of weights ({type(error).__name__}): get it again"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    state = read_state(Path(path), f"no weights file {path}")
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no tensors by name")
     return dict(state)
 

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from core.layers.recorded import fixed
 from stvit.models.attention import Attention
 from stvit.models.block import Block
 from stvit.models.reducers.layerwise import ShareReducer, State, follow, quarter_points, share_of
-from stvit.models.sizes import fixed
 
 
 class ATS(ShareReducer):

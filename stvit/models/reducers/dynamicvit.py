@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.layers.recorded import fixed
 from stvit.models.block import Block
 from stvit.models.reducers.layerwise import (
     ShareReducer,
@@ -27,7 +28,6 @@ from stvit.models.reducers.layerwise import (
     quarter_points,
     take,
 )
-from stvit.models.sizes import fixed
 
 # What a dropped key weighs beside a kept one. Not 0, so that its decision has a gradient.
 DROPPED = 1e-6

@@ -14,9 +14,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from core.layers.recorded import fixed
 from stvit.models.attention import Attention
 from stvit.models.block import Block
-from stvit.models.sizes import fixed
 
 SCORES = ("class", "attention", "norm")
 

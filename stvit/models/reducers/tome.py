@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.layers.recorded import fixed
 from stvit.models.block import Block
 from stvit.models.reducers.layerwise import LayerReducer, State, follow, take
-from stvit.models.sizes import fixed
 
 
 class ToMe(LayerReducer):

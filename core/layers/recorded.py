@@ -1,6 +1,7 @@
 """What models do differently while `torch.jit` records them: `torch.jit.trace`, and ONNX's older exporter on top of it.
 
-Sizes are tensors then, which are no keys of tables and cannot be rounded.
+Sizes are tensors then: they cannot be rounded, tables cannot be looked up by them, and their negative division rounds
+the other way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from torch import Tensor
 
 
 def fixed(x: Tensor, *axes: int) -> tuple[int, ...]:
-    """Sizes of axes that are the same for every input of a record, as numbers: all but the batch."""
+    """Sizes of the axes of `x` that are the same for every input of a recorded model, as numbers: all but the batch.
+
+    Elsewhere they are what `x.shape` has.
+    """
     sizes = tuple(x.shape[axis] for axis in axes)
     if not torch.jit.is_tracing():
         return sizes
