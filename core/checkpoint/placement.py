@@ -100,13 +100,13 @@ def place(
     raise ConfigError(f"the weights fit {len(chosen)} parts of {type(whole).__name__}: choose with into= ({parts})")
 
 
-def fits(model: nn.Module, state: dict[str, Any], tolerated: Sequence[str] = ()) -> bool:
+def fits(model: nn.Module, state: dict[str, Any]) -> bool:
     """Whether a state dict is exactly that of a model (which may be on "meta") or of a part of it."""
     try:
-        into, state = place(model, state, tolerated)
+        into, state = place(model, state)
     except ConfigError:  # of several
         return True
-    return _exact(holder(model), into, state, (*tolerated, COUNTERS))
+    return _exact(holder(model), into, state, (COUNTERS,))
 
 
 def as_built(model: nn.Module, loaded: set[str]) -> str:

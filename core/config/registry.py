@@ -159,7 +159,8 @@ def _register_openmmlab(package: str) -> None:
 def _resolve_path(name: str) -> Any:
     package, *parts = name.split(".")
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"type '{name}': there is no package '{package}'{nearest(package, _packages())}")
+        known = [module.name for module in pkgutil.iter_modules()]
+        raise ConfigError(f"type '{name}': there is no package '{package}'{nearest(package, known)}")
     target: Any = importlib.import_module(package)
     for depth, part in enumerate(parts):
         try:
@@ -172,10 +173,6 @@ def _resolve_path(name: str) -> Any:
             owner = ".".join([package, *parts[:depth]])
             raise ConfigError(f"type '{name}': '{owner}' has no '{part}'{nearest(part, _public(target))}") from None
     return target
-
-
-def _packages() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules()]
 
 
 def _public(owner: Any) -> list[str]:

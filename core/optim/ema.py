@@ -91,7 +91,11 @@ class EMA:
             target.requires_grad_(False)
         # Averages that live here: all without a target, else only those that the target could hold in low precision.
         start = self._tensors(module if target is None else target)
-        self._own = {n: _as_master(t) for n, t in start.items() if target is None or _low(t)}
+        self._own = {
+            n: t.to(torch.float32, copy=True) if _low(t) else t.clone()
+            for n, t in start.items()
+            if target is None or _low(t)
+        }
 
     def _averaged_names(self) -> list[str]:
         names = [n for n, p in self.module.named_parameters() if p.requires_grad or self.target is not None]
@@ -323,10 +327,6 @@ def _check_same(module: nn.Module, target: nn.Module) -> None:
     different = set(ours) ^ set(theirs) or {n for n in ours if ours[n].shape != theirs[n].shape}
     if different:
         raise ConfigError(f"EMA target differs from the module in {sorted(different)[:5]}")
-
-
-def _as_master(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32, copy=True) if _low(tensor) else tensor.clone()
 
 
 def check_options(

@@ -112,9 +112,9 @@ def vit_layer_ids(
     }
 
 
-def layer_scales(layer_ids: Mapping[str, int], decay: float, *, last: int | None = None) -> dict[str, float]:
-    """Learning-rate factors ``decay ** (last - id)``; `last` is the largest id when None."""
-    last = max(layer_ids.values()) if last is None else last
+def layer_scales(layer_ids: Mapping[str, int], decay: float) -> dict[str, float]:
+    """Learning-rate factors ``decay ** (last - id)``; `last` is the largest id."""
+    last = max(layer_ids.values())
     return {name: decay ** (last - layer) for name, layer in layer_ids.items()}
 
 

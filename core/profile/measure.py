@@ -170,11 +170,6 @@ class Spread:
     low: float
     high: float
 
-    @property
-    def iqr(self) -> float:
-        """Inter-quartile range."""
-        return self.high - self.low
-
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Quartiles by linear interpolation (numpy's default); a single value is its own quartiles."""

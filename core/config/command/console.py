@@ -43,18 +43,18 @@ def wrapped(text: str, width: int | None = None, indent: str = "", first: str | 
     return "\n".join(lines)
 
 
-def listing(entries: Mapping[str, str] | Iterable[tuple[str, str]], width: int | None = None, indent: str = "") -> str:
+def listing(entries: Mapping[str, str] | Iterable[tuple[str, str]], width: int | None = None) -> str:
     """Names with a text each, in two columns; below each other where the width leaves the texts too little room."""
     pairs = list(entries.items() if isinstance(entries, Mapping) else entries)
     width = terminal_width() if width is None else width
-    column = len(indent) + max((len(name) for name, _ in pairs), default=0) + 2
+    column = max((len(name) for name, _ in pairs), default=0) + 2
     beside = width - column >= max([_ROOM, *(len(word) for _, text in pairs for word in text.split())])
     blocks = []
     for name, text in pairs:
         if beside:
-            blocks.append(wrapped(text, width, " " * column, f"{indent}{name}".ljust(column)))
+            blocks.append(wrapped(text, width, " " * column, name.ljust(column)))
         else:
-            blocks.append(f"{indent}{name}" + (f"\n{wrapped(text, width, f'{indent}    ')}" if text else ""))
+            blocks.append(name + (f"\n{wrapped(text, width, '    ')}" if text else ""))
     return "\n".join(block.rstrip() for block in blocks)
 
 

@@ -206,7 +206,7 @@ def _build_index(shard: str) -> dict[str, Any]:
     with reading(shard, remedy), tarfile.open(shard, "r:") as archive:
         for member in archive:
             key, extension = _split(member.name)
-            if not member.isreg() or not extension or _is_meta(member.name):
+            if not member.isreg() or not extension or (member.name[:2] == member.name[-2:] == "__"):
                 continue
             sample = samples.setdefault(key, {})
             if extension in sample:
@@ -230,10 +230,6 @@ def _split(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), (extension.lower() if stem else "")
-
-
-def _is_meta(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__")
 
 
 def _save_index(path: Path, stamp: np.ndarray, index: dict[str, Any]) -> None:

@@ -154,7 +154,7 @@ def input_files(path: Path) -> list[Path]:
     return files
 
 
-def write_picture(array: Any, stem: Path, seconds_per_frame: float = 0.12) -> Path:
+def write_picture(array: Any, stem: Path) -> Path:
     """A PNG from uint8 (H, W, 3) or labels (H, W), an animated GIF from uint8 (T, H, W, 3); the path written."""
     from core.output.media import write_media
 
@@ -164,4 +164,4 @@ def write_picture(array: Any, stem: Path, seconds_per_frame: float = 0.12) -> Pa
         path = stem.with_name(f"{stem.name}.png")
         Image.fromarray(np.asarray(array)).save(path)
         return path
-    return write_media(array, stem, fps=1 / seconds_per_frame)
+    return write_media(array, stem, fps=1 / 0.12)  # slow enough to follow

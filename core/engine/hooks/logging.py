@@ -218,7 +218,8 @@ class LoggingHook(Hook):
         if "time/step" in figures:
             share = figures["time/data"] / max(figures["time/step"], 1e-9)
             parts += [f"{figures['samples_per_second']:.4g} samples/s", f"waiting for data {share:.0%}"]
-        parts += [f"memory {figures['memory_mb']:.0f} MB", f"left {_duration(figures['eta_seconds'])}"]
+        left = datetime.timedelta(seconds=round(figures["eta_seconds"]))
+        parts += [f"memory {figures['memory_mb']:.0f} MB", f"left {left}"]
         return "  ".join(parts)
 
     # ------------------------------------------------------------------ evaluation
@@ -350,7 +351,3 @@ def _momentum(optimizer: Any) -> float | None:
     if "betas" in group:
         return float(group["betas"][0])
     return float(group["momentum"]) if "momentum" in group else None
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))

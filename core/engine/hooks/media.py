@@ -125,7 +125,8 @@ class MediaHook(Hook):
         step = runner.iter if judged is None else judged
         for name, media in shown.items():
             name = prefix + name
-            stem = Path(runner.work_dir) / "media" / f"{_file_name(name)}_step_{step:08d}"
+            plain = re.sub(r"[^\w.-]+", "_", name).strip("_") or "media"
+            stem = Path(runner.work_dir) / "media" / f"{plain}_step_{step:08d}"
             path = write_media(media, stem, fps=self.fps, video=self.video)
             if path.suffix == ".png":
                 pixels = _read_picture(path) if isinstance(media, str | Path) else as_pixels(media, name)
@@ -171,10 +172,6 @@ def _length(value: Any) -> int | None:
     if isinstance(value, str | Mapping) or (isinstance(value, torch.Tensor) and not value.ndim):
         return None
     return len(value) if hasattr(value, "__len__") else None
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "media"
 
 
 def _read_picture(path: Path) -> Any:

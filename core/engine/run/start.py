@@ -65,7 +65,8 @@ def opened(cfg: dict[str, Any]) -> Iterator[Origin | None]:
 
     def choose() -> str:
         nonlocal lock
-        _check_words(cfg)
+        if cfg["resume_changes"] and not cfg["resume"]:
+            raise ConfigError("resume_changes says what may differ in a run that goes on: give resume=RUN, too")
         folder = Path(cfg["run_dir"]) if cfg["run_dir"] else _found(cfg, source)
         with writable(folder):
             folder = folder or new_folder(cfg)
@@ -96,11 +97,6 @@ def _leave(lock: FileLock, folder: Path) -> None:
     lock.release()
     with contextlib.suppress(OSError):
         folder.rmdir()  # a start that failed before anything was written leaves no folder
-
-
-def _check_words(cfg: dict[str, Any]) -> None:
-    if cfg["resume_changes"] and not cfg["resume"]:
-        raise ConfigError("resume_changes says what may differ in a run that goes on: give resume=RUN, too")
 
 
 def _found(cfg: dict[str, Any], source: Origin | None) -> Path | None:
