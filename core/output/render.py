@@ -295,7 +295,6 @@ def _csv(table: Table) -> str:
 
 
 def _png(tables: Sequence[Table]) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     line, size = 0.27, 10
@@ -307,7 +306,6 @@ def _png(tables: Sequence[Table]) -> bytes:
         columns = sum(_column_widths(table))
         widths.append(max(0.085 * columns, 0.075 * max(map(len, [table.title, *_footnotes(table)]))))
     figure = Figure(figsize=(max(widths) + 0.4, sum(heights)), dpi=160)
-    FigureCanvasAgg(figure)
     top = 1.0
     for table, height in zip(tables, heights, strict=True):
         share = height / sum(heights)
@@ -395,11 +393,9 @@ def plot_differences(
     Returns:
         The written file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 1.4 + 0.38 * len(labels)), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     colours = {"gain": "#2a7f62", "loss": "#b3402a", "plain": "#33516e"}
     for y, (mean, error) in enumerate(zip(means, errors, strict=True)):

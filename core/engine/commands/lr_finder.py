@@ -109,11 +109,9 @@ def _swept(cfg: dict[str, Any], options: Options) -> LossCurve:
 
 def picture(found: LossCurve, path: Path, title: str, what: str) -> None:
     """A PNG of the losses over the rate, with the suggestion."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel=what, title=title)
     axes.plot(found.rates, found.losses, color="0.8", label="every update")
     axes.plot(found.rates, found.smoothed, color="tab:blue", label="smoothed")
