@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from core.checkpoint.selection import Direction
 from core.config.fingerprint import digest
 from core.config.kinds import Whole
 from core.profile.figures import MeasureSettings
@@ -25,6 +24,7 @@ from core.tables.paired import Paired
 from core.tables.table_file import Overrides, Reader, table_id
 
 CLAIM = "claim"
+_Direction = Literal["higher", "lower"]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
 
@@ -96,7 +96,7 @@ class Claim:
     id: str
     statement: str
     metric: str
-    direction: Direction
+    direction: _Direction
     seeds: tuple[Whole, ...]
     rows: tuple[ClaimRow, ...]
     comparisons: tuple[Comparison, ...]
