@@ -45,7 +45,7 @@ class Comparison:
     better: str
     than: str
     metric: str
-    direction: str
+    direction: _Direction
     kind: str = "by"
     margin: float = 0.0
 

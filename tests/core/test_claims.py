@@ -356,6 +356,7 @@ def test_damaged_records_are_named(path, lab, tmp_path):
         ("within: 0.02", "within: 0.02, by: 1", r"by and within exclude each other"),
         ("within: 0.02", "within: -1", r"within: -1 has to be positive"),
         ("direction: lower, ", "", r"comparisons\[2\]: direction \(higher \| lower\) of 'macs' is missing"),
+        ("direction: lower, ", "direction: low, ", r"comparisons\[2\]\.direction: 'low': did you mean 'lower'"),
         ("label: full", "label: deep", r"rows\[1\]: an earlier row is called 'deep'"),
         ("than: shallow}", "then: shallow}", r"comparisons\[0\]: unknown key 'then': did you mean 'than'"),
     ],
