@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from core.errors import VitrineError
+from core.checkpoint.fitting import CheckpointMismatch, fit, report
 from slot_walks.models import DinoViT, MLPDecoder, SlotAttention, SlotEncoder, SlotWalker
 
 State = dict[str, Tensor]
@@ -46,10 +46,6 @@ _RELEASED = {"project.0.": "mlp.0.", "project.1.": "mlp.1.", "project.3.": "mlp.
 _BOQSA = {"project.0.": "layer_norm.", "project.1.": "mlp.0.", "project.3.": "mlp.2."}
 _INIT = {"init.mu": "slot_mu", "init.log_sigma": "slot_log_sigma", "init.slots": "slots_init.weight"}
 _DINO_PREFIXES = ("module.backbone.", "backbone.", "vit_encoder.")
-
-
-class CheckpointMismatch(VitrineError, ValueError):
-    """A state dict does not fit: the message lists every missing, unexpected and misshapen entry."""
 
 
 def convert(state: Mapping[str, Tensor], target: nn.Module | str | None = None) -> State:
@@ -101,7 +97,7 @@ def revert(state: Mapping[str, Tensor], *, layout: str = "official") -> State:
         raise ValueError(f"unknown layout {layout!r}: use official or boqsa")
     foreign = [name for name in state if name.startswith(("decoder.", "to_feature."))]
     if foreign:
-        raise CheckpointMismatch(_report("the released layout has no place for these", unexpected=foreign))
+        raise CheckpointMismatch(report("the released layout has no place for these", unexpected=foreign))
     theirs: State = {}
     for name, value in state.items():
         prefix = ""
@@ -168,13 +164,13 @@ def _join_keys_and_values(state: Mapping[str, Tensor]) -> State:
         if match := re.fullmatch(r"(|.*\.)project_k\.weight", name):
             values = state.get(f"{match[1]}project_v.weight")
             if values is None:
-                raise CheckpointMismatch(_report("the state dict lacks", missing=[f"{match[1]}project_v.weight"]))
+                raise CheckpointMismatch(report("the state dict lacks", missing=[f"{match[1]}project_v.weight"]))
             joined[f"{match[1]}to_kv.weight"] = torch.cat([value, values])
         elif match := re.fullmatch(r"(|.*\.)project_([qv])\.weight", name):
             if match[2] == "q":
                 joined[f"{match[1]}to_q.weight"] = value
             elif f"{match[1]}project_k.weight" not in state:
-                raise CheckpointMismatch(_report("the state dict lacks", missing=[f"{match[1]}project_k.weight"]))
+                raise CheckpointMismatch(report("the state dict lacks", missing=[f"{match[1]}project_k.weight"]))
         else:
             joined[name] = value
     return joined
@@ -220,10 +216,8 @@ def infer(state: Mapping[str, Tensor]) -> nn.Module:
                 with torch.device("meta"):
                     return build(state)
             except KeyError as error:
-                raise CheckpointMismatch(
-                    _report("sizes cannot be told without", missing=[str(error.args[0])])
-                ) from None
-    raise CheckpointMismatch(_report("these names belong to no model of slot_walks", unexpected=state))
+                raise CheckpointMismatch(report("sizes cannot be told without", missing=[str(error.args[0])])) from None
+    raise CheckpointMismatch(report("these names belong to no model of slot_walks", unexpected=state))
 
 
 def _infer_model(state: Mapping[str, Tensor]) -> SlotWalker:
@@ -275,32 +269,3 @@ def _infer_decoder(state: Mapping[str, Tensor]) -> MLPDecoder:
     last = max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
     places, dim = state["pos_embed"].shape[1:]
     return MLPDecoder(dim, state[f"layers.{last}.weight"].shape[0] - 1, (1, places), width, depth=last // 2)
-
-
-def fit(state: State, target: nn.Module) -> State:
-    """`state` when it is exactly what `target` holds.
-
-    Raises:
-        CheckpointMismatch: it is not.
-    """
-    own = target.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    shapes = [
-        f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if missing or unexpected or shapes:
-        headline = f"the state dict does not fit {type(target).__name__}"
-        raise CheckpointMismatch(_report(headline, missing, unexpected, shapes))
-    return state
-
-
-def _report(headline: str, missing: object = (), unexpected: object = (), shapes: object = ()) -> str:
-    """A headline and the names below it."""
-    lines = [headline]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)):
-        names = list(names)
-        lines += [f"  {title}:"] + [f"    {name}" for name in names] if names else []
-    return "\n".join(lines)

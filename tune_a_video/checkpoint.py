@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from core.errors import VitrineError
+from core.checkpoint.fitting import CheckpointMismatch, fit, report
 from tune_a_video.models import TRAINABLE_MODULES, TuneAVideoUNet
 from tune_a_video.models.inflation import TEMPORAL_NAMES
 
@@ -32,10 +32,6 @@ _PREFIXES = ("module.", "unet.", "network.")
 _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 # What tuned tensors alone do not include, unless everything is tuned.
 _WHOLE = ("conv_in.", "conv_out.", "conv_norm_out.", "time_embedding.")
-
-
-class CheckpointMismatch(VitrineError, ValueError):
-    """A state dict does not fit: the message lists every missing, unexpected and misshapen entry."""
 
 
 def convert(state: Mapping[str, Tensor], target: nn.Module | str | None = None) -> State:
@@ -58,9 +54,9 @@ def convert(state: Mapping[str, Tensor], target: nn.Module | str | None = None) 
     ours = _without_prefix(state)
     whole = target is None and any(name.startswith(_WHOLE) for name in ours)
     if isinstance(target, nn.Module):
-        _fit(ours, target)
+        fit(ours, target)
     elif target == "network" or whole:
-        _fit(ours, network_like(ours, tuned=target == "network"))
+        fit(ours, network_like(ours, tuned=target == "network"))
     elif target == "delta" or any(name.startswith(_BLOCKS) for name in ours):
         _check_delta(ours)
     return ours
@@ -147,7 +143,8 @@ def _check_delta(state: Mapping[str, Tensor]) -> None:
             kinds.setdefault(kind, set()).add(f"{block}{inside}{number}")
     blocks = set().union(*kinds.values()) if kinds else set()
     missing = sorted(f"{block}.{kind}" for kind, having in kinds.items() for block in blocks - having)
-    _report({"missing": missing, "unexpected": strange}, "a network's tuned tensors")
+    if missing or strange:
+        raise CheckpointMismatch(report("the state dict does not fit a network's tuned tensors", missing, strange))
 
 
 @lru_cache(maxsize=1)
@@ -185,21 +182,3 @@ def revert(
     if layout == "image":
         return {name: value for name, value in ours.items() if not any(part in name for part in TEMPORAL_NAMES)}
     return ours
-
-
-def _fit(state: Mapping[str, Tensor], module: nn.Module) -> None:
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name}: {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if state[name].shape != own[name].shape
-    ]
-    lists = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    _report(lists, type(module).__name__)
-
-
-def _report(lists: Mapping[str, Sequence[str]], what: str) -> None:
-    text = "; ".join(f"{name}: {', '.join(entries)}" for name, entries in lists.items() if entries)
-    if text:
-        raise CheckpointMismatch(f"the state dict does not fit {what}: {text}")

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from core.checkpoint.fitting import CheckpointMismatch, fit
 from seqgan.checkpoint import maskgit, taming
 from seqgan.checkpoint.shapes import check_whole
-from seqgan.checkpoint.state import CheckpointMismatch, State, fit
+from seqgan.checkpoint.state import State
 
 __all__ = ["DROPPED", "CheckpointMismatch", "convert", "revert"]
 
@@ -68,7 +69,7 @@ def convert(state: Mapping[str, Tensor], target: nn.Module | None = None) -> Sta
     if target is None:
         check_whole(state)
         return state
-    return fit(state, target)
+    return fit(state, target, hint="build it with the sizes of the file")
 
 
 def revert(state: Mapping[str, Tensor], *, layout: str = "reference", num_heads: int = 16) -> State:

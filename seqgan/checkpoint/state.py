@@ -6,15 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from core.errors import VitrineError
+from core.checkpoint.fitting import CheckpointMismatch
 
 State = dict[str, Tensor]
-
-
-class CheckpointMismatch(VitrineError, ValueError):
-    """A state dict does not fit: the message lists every missing, unexpected and misshapen entry."""
 
 
 def rename(state: Mapping[str, Tensor], names: Mapping[str, str], source: str) -> State:
@@ -81,29 +77,6 @@ def count(state: Iterable[str], pattern: str) -> int:
 def mapped(state: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> State:
     """Entries with changed values."""
     return {name: change(name, value) for name, value in state.items()}
-
-
-def fit(state: State, module: nn.Module) -> State:
-    """The state, if `module` takes it; counters of batches that the file lacks are the module's.
-
-    Raises:
-        CheckpointMismatch: missing, unexpected or misshapen entries.
-    """
-    own = module.state_dict()
-    counters = {n: v for n, v in own.items() if n.endswith("num_batches_tracked") and n not in state}
-    state = {**state, **counters}
-    missing, strange = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
-    ]
-    if missing or strange or shapes:
-        raise CheckpointMismatch(
-            f"the weights do not fit {type(module).__name__}: missing {listed(missing)}; unexpected {listed(strange)}; "
-            f"of another shape {listed(shapes)}. Build it with the sizes of the file"
-        )
-    return state
 
 
 def listed(names: list[str], limit: int = 8) -> str:

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from stvit.checkpoint.state import CheckpointMismatch, State, resize_relative_bias, unwrap
+from core.checkpoint.fitting import CheckpointMismatch
+from stvit.checkpoint.state import State, resize_relative_bias, unwrap
 from stvit.checkpoint.swin import convert_swin, from_swin, is_hierarchical, revert_swin
 from stvit.checkpoint.video import VIDEO_TARGETS, is_video, video_weights
 from stvit.checkpoint.vit import convert_vit, from_deit, revert_vit

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.models import clean_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
-from core.errors import VitrineError
+from core.checkpoint.fitting import CheckpointMismatch, report
 
 State = dict[str, Tensor]
 
@@ -23,10 +23,6 @@ _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # The first names of a model, in any layout, show what wrappers put in front of them.
 _STAGES = re.compile(r"backbone\.(layers|stages)\.\d+\.")  # a detector's, which the layouts of Swin know
 _FIRST = re.compile(r"((?:\w+\.)*?)(?:patch_embed|stem|cls_token|pos_embed|absolute_pos_embed)(?:\.|$)")
-
-
-class CheckpointMismatch(VitrineError, ValueError):
-    """A state dict does not fit: the message lists every missing, unexpected and misshapen entry."""
 
 
 def unwrap(state: Mapping[str, object], *, bare: bool = True) -> dict[str, Tensor]:
@@ -114,37 +110,3 @@ def resize_tables(state: State, own: Mapping[str, Tensor]) -> State:
         if name.endswith("relative_position_bias_table") and name in own and len(value) != len(own[name]):
             fitted[name] = resize_relative_bias(value, (math.isqrt(len(own[name])) + 1) // 2)
     return fitted
-
-
-def fit(state: State, target: nn.Module, hint: str = "") -> State:
-    """`state` when it is exactly what `target` holds; missing counters of batch norm are the target's.
-
-    Raises:
-        CheckpointMismatch: it is not; `hint` goes into the headline.
-    """
-    own = target.state_dict()
-    for name, value in own.items():
-        if name.endswith("num_batches_tracked") and name not in state and value.device.type != "meta":
-            state[name] = value
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
-    shapes = [
-        f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if missing or unexpected or shapes:
-        headline = f"the state dict does not fit {type(target).__name__}" + (f" ({hint})" if hint else "")
-        raise CheckpointMismatch(report(headline, missing, unexpected, shapes))
-    return state
-
-
-def report(
-    headline: str, missing: Iterable[str] = (), unexpected: Iterable[str] = (), shapes: Iterable[str] = ()
-) -> str:
-    """A headline and the names below it."""
-    lines = [headline]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)):
-        names = list(names)
-        lines += [f"  {title}:"] + [f"    {name}" for name in names] if names else []
-    return "\n".join(lines)

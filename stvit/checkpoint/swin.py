@@ -21,17 +21,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from stvit.checkpoint.state import (
-    CheckpointMismatch,
-    State,
-    count,
-    fit,
-    inside,
-    report,
-    resize_tables,
-    split_qkv,
-    unwrap,
-)
+from core.checkpoint.fitting import CheckpointMismatch, fit, report
+from stvit.checkpoint.state import State, count, inside, resize_tables, split_qkv, unwrap
 from stvit.models.dumbbell import SemanticStage
 from stvit.models.hierarchy import HierarchicalTransformer, resize_position
 from stvit.models.stem import ConvStem

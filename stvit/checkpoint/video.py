@@ -19,7 +19,8 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from stvit.checkpoint.state import CheckpointMismatch, State, report, resize_relative_bias, split_qkv, unwrap
+from core.checkpoint.fitting import CheckpointMismatch, fit
+from stvit.checkpoint.state import State, resize_relative_bias, split_qkv, unwrap
 from stvit.models.stvit_video import (
     SemanticClipStage,
     SemanticTailStage,
@@ -105,7 +106,7 @@ def video_weights(
         )
     ]
     ours |= {name: own[name] for name in lacking if own[name].device.type != "meta"}
-    return _fit(ours, {name: value for name, value in own.items() if name in ours or name not in lacking}, model)
+    return fit(ours, model, own={name: value for name, value in own.items() if name in ours or name not in lacking})
 
 
 def is_video(state: Mapping[str, Tensor]) -> bool:
@@ -180,18 +181,3 @@ def _inflate_table(table: Tensor, window: tuple[int, int, int]) -> Tensor:
     if window[1] == window[2]:
         table = resize_relative_bias(table, window[1])
     return repeat(table, "s h -> (t s) h", t=2 * window[0] - 1)
-
-
-def _fit(ours: State, own: Mapping[str, Tensor], model: ClipClassifier) -> State:
-    missing = [name for name in own if name not in ours]
-    unexpected = [name for name in ours if name not in own]
-    shapes = [
-        f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
-        for name, value in ours.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if missing or unexpected or shapes:
-        raise CheckpointMismatch(
-            report(f"the state dict does not fit {type(model).__name__}", missing, unexpected, shapes)
-        )
-    return ours

@@ -19,7 +19,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from stvit.checkpoint.state import CheckpointMismatch, State, count, fit, pack_qkv, report, split_qkv, unwrap
+from core.checkpoint.fitting import CheckpointMismatch, fit, report
+from stvit.checkpoint.state import State, count, pack_qkv, split_qkv, unwrap
 from stvit.models import SemanticTokenViT
 
 _POOL_PARTS = {"0": "conv", "1": "norm", "3": "proj"}
