@@ -218,18 +218,28 @@ def test_what_is_said_of_variants() -> None:
 
 def test_separability_and_terms_of_the_loss() -> None:
     claim = stored("seqgan_separability")
+    assert [run["seed"] for row in claim["rows"] for run in row["runs"]] == [0, 1, 2] * 2
     said = sentence("on # of half the test images with alpha 1, on # with alpha 0")
+    brief = sentence("from codes of # of the test images with alpha 1 and of # with alpha 0, which holds")
     features = sentence("from mean features before quantisation on # and #")
-    for match, metric in ((said, "probe_codes"), (features, "probe_features")):
+    for match, metric in ((said, "probe_codes"), (brief, "probe_codes"), (features, "probe_features")):
         agree_mean(match[1], values(claim, "alpha 1", metric))
         agree_mean(match[2], values(claim, "alpha 0", metric))
-    intervals = sentence("t intervals of the differences # to # and # to #")
-    agree_interval(f"{intervals[1]} to {intervals[2]}", comparison(claim, "alpha 1", "alpha 0", "probe_codes"))
-    agree_interval(f"{intervals[3]} to {intervals[4]}", comparison(claim, "alpha 1", "alpha 0", "probe_features"))
+    intervals = sentence("t intervals of the differences # to # and # to #: both hold")
+    for place, metric in ((1, "probe_codes"), (3, "probe_features")):
+        found = comparison(claim, "alpha 1", "alpha 0", metric)
+        agree_interval(f"{intervals[place]} to {intervals[place + 1]}", found)
+        assert found["verdict"] == "holds" and found["interval95"][0] > 0
     terms = sentence("five shallow terms sum to # and the two semantic ones to # with alpha 0, to # and # with alpha 1")
     rows = [(f"alpha {alpha}", f"term_{part}") for alpha in (0, 1) for part in ("low", "semantic")]
     for text, key in zip(terms.groups(), rows, strict=True):
         agree_mean(text, values(claim, *key))
+    low = sentence("shallow terms are lower with alpha 0 (t interval # to #: holds)")
+    agree_interval(f"{low[1]} to {low[2]}", comparison(claim, "alpha 0", "alpha 1", "term_low"))
+    semantic = comparison(claim, "alpha 1", "alpha 0", "term_semantic")
+    uneven = sentence("lower with alpha 1 on all three seeds, but by too uneven amounts (t interval # to #)")
+    agree_interval(f"{uneven[1]} to {uneven[2]}", semantic)
+    assert min(semantic["differences"]) > 0 and semantic["verdict"] == "does not hold" == claim["holds"]
 
 
 def test_speed() -> None:
