@@ -15,6 +15,7 @@ from core.engine.keys.check import checked, stage_config
 from core.engine.launch import build_trainer
 from core.tables.ablation import declared
 from core.tables.table_file import load_table
+from tests.composed import composed
 
 NAMES = sorted(name for name in experiments() if name.startswith("seqgan/"))
 # One experiment for every recipe; the others declare the same components.
@@ -51,12 +52,12 @@ def phases_of(cfg: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_experiments_of_a_recipe_declare_the_same(name: str) -> None:
-    cfg = compose([f"experiment={name}"])
+    cfg = composed(f"experiment={name}")
     kind = next(kind for kind in ("tokenizer", "vqgan", "nar", "ar", "") if kind in name.rpartition("/")[2])
     other = next((built for built in BUILT if kind and kind in built.rpartition("/")[2].split("_")), BUILT[0])
     changes = [
         {c.name: (c.key, sorted(map(str, (c.default, *c.alternatives)))) for c in declared(one)}
-        for one in (cfg, compose([f"experiment={other}"]))
+        for one in (cfg, composed(f"experiment={other}"))
     ]
     if kind == "ar" and "imagenet" not in name:
         del changes[1]["guidance"]  # classes guide; unconditional models have none
@@ -68,7 +69,7 @@ def test_experiments_of_a_recipe_declare_the_same(name: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", BUILT)
 def test_every_alternative_composes_builds_and_is_another_run(name: str) -> None:
-    base = compose([f"experiment={name}"])
+    base = composed(f"experiment={name}")
     prints, models = {fingerprint(base)}, []
     for component in declared(base):
         for change in component.changes():
