@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from tests.cards import ROOT, agree, agree_interval, agree_mean, comparison, runs, sentence, stored, table, values
+from tune_a_video.inference.doses import differences
 
 CARD = (ROOT / "tune_a_video" / "README.md").read_text()
 HISTORY = (ROOT / "results" / "TUNE_A_VIDEO.md").read_text()
-CLAIMS = sorted(path.stem for path in (ROOT / "tune_a_video" / "tables").glob("claim*.yaml"))
+ALL_CLAIMS = sorted(path.stem for path in (ROOT / "tune_a_video" / "tables").glob("claim*.yaml"))
+NOT_RUN = ["claim_motion", "claim_noise_bases"]
+CLAIMS = [name for name in ALL_CLAIMS if name not in NOT_RUN]
 
 
 def claim_of(name: str = "claim") -> dict[str, Any]:
@@ -63,6 +67,69 @@ def test_what_is_said_of_agreement_with_inversion() -> None:
         one = comparison(claim_of("claim_frames"), "Tune-A-Video", than)
         agree_difference(found.groups()[place : place + 3], one)
         assert one["interval95"][0] < 0
+
+
+def test_claims_that_are_not_run_are_said_to_be_so() -> None:
+    there = {path.stem for path in (ROOT / "results" / "claims").glob("tune_a_video*.json")}
+    assert set(NOT_RUN) == {name for name in ALL_CLAIMS if f"tune_a_video{name.removeprefix('claim')}" not in there}
+    limits = CARD.split("## Limits")[1]
+    for name in NOT_RUN:
+        assert f"`tune_a_video/{name}`" in limits
+    assert "have not been run" in limits
+
+
+def test_what_is_said_first() -> None:
+    claim = claim_of("claim_noise")
+    opening = CARD.split("\n## ")[0]
+    gains = sentence(
+        opening, "makes frames agree by # (# to #) more than spatial tuning alone and by # (# to #) more than no tuning"
+    ).groups()
+    for place, than in ((0, "spatial only"), (3, "untuned")):
+        one = comparison(claim, "Tune-A-Video", than)
+        agree_difference(gains[place : place + 3], one)
+        assert one["verdict"] == "holds" and one["interval95"][0] > 0
+    inverted = sentence(opening, "where agreement differs by # (# to #)").groups()
+    agree_difference(inverted, comparison(claim_of("claim_frames"), "Tune-A-Video", "untuned"))
+
+
+def test_table_from_noise() -> None:
+    claim = claim_of("claim_noise")
+    header, rows = table(CARD, "from noise")
+    assert [label for label, *_ in rows] == [one["label"] for one in claim["rows"]]
+    agree_runs(header, rows, claim)
+    assert {one["verdict"] for one in claim["comparisons"]} == {"holds"}
+    sentence(CARD, "All four comparisons hold.")
+    _, clips = table(HISTORY, "agree of every clip")
+    for label, *cells in clips:
+        for text, value in zip(cells, values(claim, label, "agree"), strict=True):
+            agree(text, value)
+
+
+def test_doses() -> None:
+    record = stored("tune_a_video_doses")
+    for sides in record["clips"].values():
+        assert sorted(sides) == [str(seed) for seed in claim_of("claim_noise")["definition"]["seeds"]]
+    assert f"`{record['command']}`" in " ".join(HISTORY.split())
+    again = differences(record["clips"], "Tune-A-Video", "untuned")
+    assert again == record["doses"], "what is stored is not what the clips give"
+    header, rows = table(CARD, "strength")
+    assert [dose for dose, *_ in rows] == list(record["doses"])
+    for dose, *cells in rows:
+        for name, cell in zip(header[1:], cells, strict=True):
+            one = record["doses"][dose][name]
+            tuned, untuned, *difference = re.findall(r"-?[\d.]+", cell)
+            agree(tuned, one["tuned"])
+            agree(untuned, one["untuned"])
+            for text, value in zip(difference, (one["difference"], *one["interval95"]), strict=True):
+                agree(text, value)
+    _, rows = table(HISTORY, "dose, reading")
+    assert len(rows) == sum(len(readings) for readings in record["doses"].values())
+    for label, tuned, untuned, mean, interval in rows:
+        dose, name = label.split()
+        one = record["doses"][dose][name]
+        ends = (one["tuned"], one["untuned"], one["difference"], *one["interval95"])
+        for text, value in zip((tuned, untuned, mean, *interval.split(" to ")), ends, strict=True):
+            agree(text, value)
 
 
 def test_what_is_said_of_gaps() -> None:

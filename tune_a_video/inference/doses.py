@@ -17,6 +17,7 @@ untuned, with its t interval. What the file holds is not sampled again; `picture
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -184,9 +185,10 @@ def main(argv: list[str]) -> None:
     claim, target = load_claim(paths[options.claim]), Path(options.output)
     rows = [options.tuned, options.untuned]
     known = read_json(target)["clips"] if target.is_file() else {}
-    command = (
-        f"python -m tune_a_video.inference.doses claim={claim.id} tuned='{rows[0]}' untuned='{rows[1]}' output={target}"
-    )
+    given = {"claim": claim.id, "tuned": rows[0], "untuned": rows[1], "output": str(target)}
+    given["doses"] = ",".join(f"{dose:g}" for dose in options.doses)
+    words = [f"{key}={value}" for key, value in given.items()]
+    command = shlex.join(["python", "-m", "tune_a_video.inference.doses", *words])
     for clips in read_claim(claim, rows, options.doses, options.runs_dir, known):
         record = {"command": command, "claim": claim.id, "doses": differences(clips, *rows), "clips": clips}
         write_text_atomic(json.dumps(record, indent=1) + "\n", target)
