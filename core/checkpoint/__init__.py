@@ -11,7 +11,7 @@ from core.checkpoint.files import (
     write_text_atomic,
 )
 from core.checkpoint.official.builders import OFFICIAL_GLOBALS, Record
-from core.checkpoint.official.reading import load, load_official
+from core.checkpoint.official.reading import load, load_metadata, load_official
 from core.checkpoint.state import StateDiff, StateMismatch, diff_state, load_state
 from core.checkpoint.store import CheckpointStore, Damaged
 
@@ -28,6 +28,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "diff_state",
     "load",
+    "load_metadata",
     "load_official",
     "load_state",
     "save_atomic",

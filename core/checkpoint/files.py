@@ -90,7 +90,9 @@ class _HashingWriter:
         self.file.flush()
 
 
-def save_atomic(state: Mapping[str, Any], path: str | os.PathLike[str]) -> FileRecord:
+def save_atomic(
+    state: Mapping[str, Any], path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
+) -> FileRecord:
     """Writes a checkpoint so that `path` holds either the whole new file or what it held before.
 
     The bytes go to a temporary name in the same folder, reach the disk (fsync), and only then take the name.
@@ -100,15 +102,20 @@ def save_atomic(state: Mapping[str, Any], path: str | os.PathLike[str]) -> FileR
     Args:
         state: nested dictionaries, lists, tuples and sets of tensors, numbers, strings; numpy scalars become numbers.
         path: the file; its folder is made when missing.
+        metadata: texts for the header of a ``.safetensors`` file; see `core.checkpoint.load_metadata`.
 
     Raises:
         TypeError: `state` holds something that `load` could not read back (the place is named); or, for
-            ``.safetensors``, something that is no tensor.
+            ``.safetensors``, something that is not a tensor.
+        ValueError: `metadata` for another kind of file.
         CheckpointWriteError: the disk is full, a quota or size limit is reached, the folder cannot be written.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return _replace(path, lambda writer: _write_safetensors(state, writer), needed=_tensor_bytes(state))
+        header = {"format": "pt", **(metadata or {})}
+        return _replace(path, lambda writer: _write_safetensors(state, writer, header), needed=_tensor_bytes(state))
+    if metadata:
+        raise ValueError(f"'{path}': only .safetensors files have metadata")
     readable = _readable(state, "state")
     return _replace(path, lambda writer: torch.save(readable, writer), needed=_tensor_bytes(state))
 
@@ -226,7 +233,7 @@ def _readable(state: Any, place: str) -> Any:
     )
 
 
-def _write_safetensors(state: Mapping[str, Any], writer: _HashingWriter) -> None:
+def _write_safetensors(state: Mapping[str, Any], writer: _HashingWriter, header: Mapping[str, str]) -> None:
     from safetensors.torch import save
 
     for key, value in state.items():
@@ -237,4 +244,4 @@ def _write_safetensors(state: Mapping[str, Any], writer: _HashingWriter) -> None
     for key, value in state.items():
         shared = value.numel() > 0 and seen.setdefault(value.untyped_storage().data_ptr(), key) != key
         ready[key] = value.detach().clone() if shared else value.detach().contiguous()
-    writer.write(save(ready, metadata={"format": "pt"}))
+    writer.write(save(ready, metadata=dict(header)))

@@ -56,6 +56,19 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts in the header of a ``.safetensors`` file; none of them is executed.
+
+    Raises:
+        CheckpointReadError: no file, or not a whole safetensors file.
+    """
+    load(path)  # checks the file as a whole, its header's length included
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def load_official(path: str | os.PathLike[str], allow: Collection[str] = OFFICIAL_GLOBALS) -> Any:
     """Reads a published checkpoint on the CPU: torch files (zip and older), plain pickles, safetensors, npz.
 
