@@ -29,7 +29,7 @@ from core.engine.keys.kinds import check_kinds
 from core.engine.keys.objective import objective
 from core.engine.run import sweep
 from core.engine.run.resume import Origin
-from core.engine.run.stages import from_stage, plan_stages, stage_configs
+from core.engine.run.stages import from_stage, plan_stages, stage_configs, with_files
 from core.engine.run.start import Start, enter, opened, plan
 from core.engine.switches import switches
 from core.errors import ConfigError, VitrineError
@@ -84,7 +84,7 @@ def build_trainer(cfg: DictConfig | dict[str, Any], device: str = "cpu") -> Any:
     Raises:
         ConfigError: the config has no model, or names something that does not exist.
     """
-    plain = to_dict(cfg)
+    plain = with_files(to_dict(cfg))
     look_in_working_directory()
     if not plain.get("model"):
         raise ConfigError(f"no model in the config: choose an experiment ({some_experiments()})")
@@ -177,7 +177,7 @@ def _run_once(cfg: dict[str, Any], start: Start, test: dict[str, Any] | None = N
     resume_from = None if start.checkpoint is None else str(start.checkpoint)
     with StopRequest(_before_training({**cfg, "resume_from": resume_from})) as stop:
         stop.check()  # deferred from the first step on, to the end of this context
-        cfg = {**first_decides(lambda: enter(cfg, start)), "resume_from": resume_from}
+        cfg = with_files({**first_decides(lambda: enter(cfg, start)), "resume_from": resume_from})
         runner = make_runner(cfg, test)
         try:
             with _written(runner, Path(cfg["run_dir"])):
@@ -233,6 +233,9 @@ def make_runner(cfg: dict[str, Any], test: dict[str, Any] | None = None) -> Any:
 
 
 def _train(runner: Any, cfg: dict[str, Any]) -> None:
+    if cfg["compute"] is not None:
+        runner.compute()
+        return
     if cfg["train_dataloader"] is not None:
         runner.train()
         if cfg["evaluate"] == "best":
@@ -255,7 +258,7 @@ def _result(runner: Any, cfg: dict[str, Any]) -> dict[str, Any]:
     figures = {split: loop.metrics for split, loop in loops.items() if hasattr(loop, "metrics")}
     if runner.evaluated_step is not None:  # evaluate=best: figures of the weights that are tested, not of the last
         figures["val"] = runner.store.metrics(runner.evaluated_step)
-    metrics = figures.get("test") or figures.get("val") or {}
+    metrics = figures.get("test") or figures.get("val") or runner.computed
     if runner.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:

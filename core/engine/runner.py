@@ -23,6 +23,7 @@ from core.checkpoint import CheckpointStore
 from core.config.command.messages import log_warnings, unlogged
 from core.config.key import config_key
 from core.data.loading.seeds import preserved_random_state
+from core.engine.compute import compute
 from core.engine.hooks.checkpoint import CheckpointHook
 from core.engine.hooks.media import MediaHook
 from core.engine.keys.hooks import build_hooks, hook_configs
@@ -56,6 +57,7 @@ class Runner(Building, Placement, RunState):
         self._resumed_from: Path | None = None
         self._begun = False
         self._saved: tuple[int, Path] | None = None  # step and file of the newest checkpoint
+        self.computed: dict[str, Any] = {}  # figures of what a stage computes in place of training
         self.evaluated_step: int | None = None  # of the weights in the final evaluation; None: the last step
         self._beginning: Beginning | None = None
         with config_key("checkpoint"):
@@ -134,6 +136,10 @@ class Runner(Building, Placement, RunState):
         with preserved_random_state():
             _ = self.test_loop
         return super().train()
+
+    def compute(self) -> None:
+        """What the config's `compute` names, with the model's weights (`core.engine.compute`)."""
+        self.computed = compute(self)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         """As mmengine's, but a run begins once: hooks that then copy the weights would do so again before the test."""

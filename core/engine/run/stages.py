@@ -30,6 +30,26 @@ def stage_configs(cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def with_files(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A stage's config whose model names files of earlier stages by their paths: ``{stage: NAME, file: FILE}``.
+
+    The folders are looked for beside the stage's own, so that a copied run is whole. A file that is not there yet keeps
+    its name: a later stage is built before earlier ones have run, to see that it can be.
+    """
+    if not cfg.get("stage_of") or not cfg.get("model"):
+        return cfg
+    return {**cfg, "model": _with_files(cfg["model"], Path(cfg["run_dir"]).parent)}
+
+
+def _with_files(value: Any, folder: Path) -> Any:
+    if isinstance(value, Mapping):
+        if value.keys() == {"stage", "file"}:
+            found = sorted(folder.glob(f"stage_*_{value['stage']}/{value['file']}"))
+            return str(found[0]) if found else value
+        return {key: _with_files(inner, folder) for key, inner in value.items()}
+    return [_with_files(inner, folder) for inner in value] if isinstance(value, list) else value
+
+
 def from_stage(load_from: Any, earlier: Mapping[str, str], *, goes_on: bool) -> Any:
     """``load_from`` with the checkpoints of earlier stages in place of their names.
 
