@@ -6,6 +6,8 @@ from .checkpoint import load_delta as load_delta
 from .checkpoint import read_delta as read_delta
 from .checkpoint import save_choice as save_choice
 from .checkpoint import save_delta as save_delta
+from .inference import importance_page as importance_page
+from .inference import overlap_page as overlap_page
 from .models.channels import ChannelTuning as ChannelTuning
 from .models.channels import select_channels as select_channels
 from .models.importance import Scores as Scores
@@ -41,3 +43,7 @@ from .models.methods import Partial as Partial
 from .models.methods import RepAdapter as RepAdapter
 from .models.methods import Together as Together
 from .models.sites import NoSite as NoSite
+from .trainer import ChooseChannels as ChooseChannels
+from .trainer import TransferTrainer as TransferTrainer
+from .trainer import build as build
+from .trainer import load_backbone as load_backbone

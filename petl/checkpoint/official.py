@@ -1,4 +1,4 @@
-"""Weights of others in our names: Flax and timm backbones, and the tuned networks of the baselines' authors (section 9).
+"""Weights of others in our names: Flax and timm backbones, tuned networks of the baselines' authors (section 9).
 
 Layouts that are read, recognised by their names: the 2020 ImageNet-21k release (`.npz`, Flax), timm's ViT, Swin and
 ConvNeXt, and the state dicts of SCT, NOAH, SSF, FacT, Convpass, RepAdapter and VPT above timm's ViT.
@@ -173,7 +173,8 @@ def _fitted(ours: State, target: nn.Module) -> State:
         if name not in own:
             continue
         shape = own[name].shape
-        value = value.reshape(shape) if value.numel() == own[name].numel() and _same_axes(value.shape, shape) else value
+        if _same_axes(value.shape, shape):
+            value = value.reshape(shape)
         if value.shape != shape and isinstance(target, PetlModel) and _of_subnet(name, target):
             value = value.reshape(value.shape[-len(shape) :]) if value.ndim > len(shape) else value
             value = value.unsqueeze(0) if value.ndim < len(shape) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ class SCT(Method):
     """K x K linear layers on selected channels, one a block; no LayerNorm is tuned.
 
     Args:
-        channels: S of every block, a list of lists of indices (at `qv` of mappings with `q` and `v`); None stands for
-            channels that are yet to be chosen: the network has its size and cost, but refuses to be trained.
+        channels: S of every block, a list of lists of indices (at `qv` of mappings with `q` and `v`); None stands
+            for channels that are yet to be chosen: the network has its size and cost, but refuses to be trained. In configs, a
+            file of `petl.save_choice` (see `petl.build`).
         k: channels of a block where `channels` is None; below 1, their share of the block's width.
         site: `attn`, the residual stream behind the attention; `mlp`, the MLP's output; `qv`, the q and v parts of qkv;
             `block`, the stream behind the block.
@@ -48,9 +50,16 @@ class SCT(Method):
     ) -> None:
         if site not in SITES:
             raise ValueError(f"site='{site}' is none of {list(SITES)}")
-        self.channels = None if channels is None or isinstance(channels, (str, Mapping)) else list(channels)
+        # A file's path, or a stage's file that is not there yet, stays in `source` until `petl.build` has read it.
+        self._source = channels if isinstance(channels, (str, Path, Mapping)) else None
+        self.channels = None if channels is None or self._source is not None else list(channels)
         self.k, self.site, self.scale, self.scale_on = k, site, scale, scale_on
         self.form, self.rank, self.init, self.layers = form, rank, init, layers
+
+    @property
+    def source(self) -> Any:
+        """Where the channels are to be read from, if that was given in place of the channels."""
+        return self._source
 
     @property
     def starts_as_backbone(self) -> bool:

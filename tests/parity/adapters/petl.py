@@ -9,6 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from core.optim.schedules import value as scheduled
 from petl.checkpoint import convert
 from petl.models import PetlModel, all_channel_scores, inject, salience, select_channels
 from petl.models.channels import ChannelTuning
@@ -174,19 +175,18 @@ def _ttc_module(case: Case) -> Outputs:
 
 
 def _lr_schedule(case: Case) -> Outputs:
-    from petl.trainer import community_schedule
-
     config = case.config
     return {
         name: torch.tensor(
             [
-                community_schedule(
+                scheduled(
+                    "warmup_cosine",
                     epoch,
                     lr=config["lr"],
-                    epochs=config["epochs"],
+                    total=config["epochs"],
                     warmup=config["warmup_epochs"],
-                    start=config["warmup_lr_init"],
-                    end=config["lr_min"],
+                    warmup_lr=config["warmup_lr_init"],
+                    min_lr=config["lr_min"],
                     lag=lag,
                 )
                 for epoch in range(config["epochs"])
@@ -240,7 +240,9 @@ def inventory(name: str, content: dict[str, Any]) -> None:
     """
     if name == "param_counts":
         for network in content.values():
-            for method, count in (network.get("trainable_without_head", {}) if isinstance(network, dict) else {}).items():
+            for method, count in (
+                network.get("trainable_without_head", {}) if isinstance(network, dict) else {}
+            ).items():
                 with torch.device("meta"):
                     model = inject(_backbone(network["config"]), counted_method(method), num_classes=5)
                 assert delta_parameters(model) == count, f"{method}: {delta_parameters(model)}, counted {count}"

@@ -1,0 +1,103 @@
+"""What one step of transfer is: an image classifier of which a method trains a small part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import ConfigError
+from core.trainer import Batch, Inference, Trainer
+from petl.models.inject import PetlModel, delta_parameters, trainable_parameters
+from petl.trainer.network import unchosen
+
+
+class TransferTrainer(Trainer):
+    """Cross-entropy of a tuned network (section 3).
+
+    Args:
+        network: from `petl.build` or `petl.inject`.
+        smoothing: label smoothing, in timm's form.
+        input_shape: `(3, H, W)` of an input.
+        transform: from a PIL image to an input, for `tools/infer.py`.
+        classes: names of the classes, for `tools/infer.py`.
+        frozen: see `core.Trainer`.
+
+    Raises:
+        ConfigError: in training, channels that were never chosen.
+    """
+
+    def __init__(
+        self,
+        network: PetlModel,
+        smoothing: float = 0.0,
+        input_shape: Sequence[int] = (3, 224, 224),
+        transform: Callable[[Any], Tensor] | None = None,
+        classes: Sequence[str] | None = None,
+        frozen: Sequence[str] = (),
+    ) -> None:
+        super().__init__(frozen)
+        self.network, self.smoothing, self.transform = network, smoothing, transform
+        self.input_shape = tuple(input_shape)
+        self.classes = None if classes is None else [str(name) for name in classes]
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss_cls` and the share of right answers, `accuracy`."""
+        if not self.network.chosen:
+            raise ConfigError(unchosen(self.network))
+        logits, label = self.network(batch["image"]), batch["label"]
+        loss = nn.functional.cross_entropy(logits.float(), label, label_smoothing=self.smoothing)
+        return {"loss_cls": loss, "accuracy": (logits.detach().argmax(dim=1) == label).float().mean()}
+
+    def predict(self, batch: Batch) -> dict[str, Any]:
+        """The batch's `label` and `sample_id` with `logits` `(B, classes)`.
+
+        Where a batch has `allowed` `(B, classes)`, other classes are no answers (ImageNet-A and -R, section 5).
+        """
+        kept = {key: batch[key] for key in ("label", "sample_id") if key in batch}
+        logits = self.network(batch["image"])
+        if "allowed" in batch:
+            logits = logits.masked_fill(~batch["allowed"], -torch.inf)
+        return {**kept, "logits": logits}
+
+    def infer(self, file: Path) -> Inference:
+        """The most probable classes of an image file.
+
+        Raises:
+            ConfigError: the trainer was built without a `transform`.
+        """
+        from core.data import load_image
+
+        if self.transform is None:
+            raise ConfigError(
+                "this experiment has no transform for files: set model.transform (core.data.EvalTransform)"
+            )
+        image = self.transform(load_image(file)).to(self.device)[None]
+        with torch.no_grad(), self.autocast():
+            shares = self.network(image).float().softmax(-1)[0]
+        best = shares.topk(min(5, len(shares)))
+        found = [
+            {"class": self.classes[index] if self.classes else index, "probability": round(value, 4)}
+            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        return Inference({"file": Path(file).name, "classes": found})
+
+    def table_figures(self, cfg: Any) -> dict[str, float]:
+        """Figures for tables that need no data, without the head unless the name says so.
+
+        `delta` and `trained` (numbers), `share` (of the backbone, in percent), `head`, `delta_with_head`.
+        """
+        network = self.network
+        own = [p for name, p in network.backbone.named_parameters() if not network.in_head(f"backbone.{name}")]
+        total, delta = sum(p.numel() for p in own), delta_parameters(network)
+        whole = delta_parameters(network, head=True)
+        return {
+            "delta": delta,
+            "trained": trainable_parameters(network),
+            "share": 100 * delta / total,
+            "head": whole - delta,
+            "delta_with_head": whole,
+        }
