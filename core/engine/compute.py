@@ -13,8 +13,8 @@
         model: {network: {method: {channels: {stage: choose, file: channels.safetensors}}}}
 
 What `compute` names is built without its `dataloader` and called as ``object(trainer, loader, folder)`` on the
-first process, with the trainer in evaluation mode and the whole data set in order. It writes its files into the stage's folder
-and returns figures (numbers by name), which become the stage's metrics.
+first process, with the trainer in evaluation mode and the whole data set in order. It writes its files into the
+stage's folder and returns figures (numbers by name), which become the stage's metrics.
 """
 
 from __future__ import annotations

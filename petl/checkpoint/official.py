@@ -159,7 +159,7 @@ def _split_prompts(state: Mapping[str, Tensor], ours: State) -> None:
 
 
 def _fitted(ours: State, target: nn.Module) -> State:
-    """The entries in the shapes of the target: kernels of one pixel as matrices, a supernet's first rows and columns."""
+    """The entries in the target's shapes: kernels of one pixel as matrices, a supernet's first rows and columns."""
     own = target.state_dict()
     unexpected = sorted(ours.keys() - own.keys())
     # A supernet holds modules of blocks in which the subnet has none.

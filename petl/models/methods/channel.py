@@ -22,8 +22,8 @@ class SCT(Method):
 
     Args:
         channels: S of every block, a list of lists of indices (at `qv` of mappings with `q` and `v`); None stands
-            for channels that are yet to be chosen: the network has its size and cost, but refuses to be trained. In configs, a
-            file of `petl.save_choice` (see `petl.build`).
+            for channels that are yet to be chosen: the network has its size and cost, but refuses to be trained.
+            In configs, a file of `petl.save_choice` (see `petl.build`).
         k: channels of a block where `channels` is None; below 1, their share of the block's width.
         site: `attn`, the residual stream behind the attention; `mlp`, the MLP's output; `qv`, the q and v parts of qkv;
             `block`, the stream behind the block.

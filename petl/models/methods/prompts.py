@@ -28,11 +28,13 @@ class Prompts(OnInput):
 
     def __init__(self, length: int, dim: int, bound: float, before: int, at: int | None, dropout: float = 0.0) -> None:
         super().__init__()
-        self.prompts = nn.Parameter(torch.empty(length, dim).uniform_(-bound, bound))
+        self.prompts = nn.Parameter(torch.empty(length, dim).uniform_(-bound, bound)) if length else None
         self.before, self.at, self.dropout = before, at, nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N + before, C)` to `(B, N + length, C)`."""
+        if self.prompts is None:
+            return _without(tokens, self.before, self.at)
         prompts = self.dropout(self.prompts).expand(len(tokens), -1, -1).to(tokens.dtype)
         if self.at is None:
             return torch.cat([tokens[:, : tokens.shape[1] - self.before], prompts], dim=1)
@@ -48,9 +50,13 @@ class WithoutPrompts(OnOutput):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N + length, C)` to `(B, N, C)`."""
-        if self.at is None:
-            return tokens[:, : tokens.shape[1] - self.length]
-        return torch.cat([tokens[:, : self.at], tokens[:, self.at + self.length :]], dim=1)
+        return _without(tokens, self.length, self.at)
+
+
+def _without(tokens: Tensor, length: int, at: int | None) -> Tensor:
+    if at is None:
+        return tokens[:, : tokens.shape[1] - length]
+    return torch.cat([tokens[:, :at], tokens[:, at + length :]], dim=1)
 
 
 class VPT(Method):
@@ -125,11 +131,12 @@ class NOAHSubnet(Method):
         Raises:
             NoSite: the network has another number of blocks, or no sequence of tokens.
         """
+        if any(self.prompts):
+            _ = backbone.prefix_tokens  # raises where there are no tokens
         if len(self.prompts) != len(backbone.blocks):
             raise NoSite(f"sizes of {len(self.prompts)} blocks for a network of {len(backbone.blocks)}")
         found = Match()
         if any(self.prompts):
-            _ = backbone.prefix_tokens  # raises where there are no tokens
             before = 0
             for block, length in zip(backbone.blocks, self.prompts, strict=True):
                 if not length and not before:
