@@ -167,19 +167,29 @@ class ChannelTuning(nn.Module):
     def change(self, chosen: Tensor) -> Tensor:
         """What is added to the channels S, of these channels alone, `(..., K)` or with channels on `axis`."""
         moved = self.axis not in (-1, chosen.ndim - 1)
-        last = chosen.movedim(self.axis, -1) if moved else chosen
+        end = chosen.ndim - 1  # not -1: the legacy ONNX exporter takes an axis as it is
+        last = chosen.movedim(self.axis, end) if moved else chosen
         change = self.update(last)
         if self.scale_on == "input":
             change = change + (self.scale - 1.0) * last
         elif self.scale != 1.0:
             change = self.scale * change
-        return change.movedim(-1, self.axis) if moved else change
+        return change.movedim(end, self.axis) if moved else change
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` with its channels tuned; same shape."""
         if not len(self.channels):
             return x
-        change = self.change(x.index_select(self.axis, self.channels))
+        return self.added(x, self.change(x.index_select(self.axis, self.channels)))
+
+    def added(self, x: Tensor, change: Tensor) -> Tensor:
+        """`x` with `change` added to the channels S."""
+        if torch.onnx.is_in_onnx_export():  # whose index_add keeps the batch size of the example
+            spread = nn.functional.one_hot(self.channels, self.dim).to(x.dtype)
+            end = x.ndim - 1
+            if self.axis in (-1, end):
+                return x + change @ spread
+            return x + (change.movedim(self.axis, end) @ spread).movedim(end, self.axis)
         return x.index_add(self.axis, self.channels, change.to(x.dtype))
 
     def matrix(self) -> tuple[Tensor, Tensor]:
@@ -247,7 +257,7 @@ class StreamTuning(OnStream):
             return branch
         axis, channels = tuning.axis, tuning.channels
         chosen = stream.index_select(axis, channels) + branch.index_select(axis, channels)
-        return branch.index_add(axis, channels, tuning.change(chosen).to(branch.dtype))
+        return tuning.added(branch, tuning.change(chosen))
 
 
 class OutputTuning(OnOutput):

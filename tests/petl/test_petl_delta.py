@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, PAIRS, disturbed, tiny_vit, tuned
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 import petl
 from petl.checkpoint import CheckpointMismatch, convert, from_flax, resize_positions
 from petl.models.merge import merge
+from tests.petl.backbones import BACKBONES, METHODS, PAIRS, disturbed, tiny_vit, tuned
 
 FOLDED = {"linear", "full", "partial", "bitfit", "ln", "ln_shift", "lora", "lora_packed", "lora_all", "ssf"}
 FOLDED |= {"fact_tt", "fact_tk", "repadapter", "sct_mlp", "sct_qv"}
@@ -22,8 +22,6 @@ FOLDED |= {"fact_tt", "fact_tk", "repadapter", "sct_mlp", "sct_qv"}
 
 def plain(family: str) -> nn.Module:
     """The backbone of `tuned`, as it was before."""
-    from conftest import BACKBONES
-
     torch.manual_seed(0)
     return BACKBONES[family]()
 

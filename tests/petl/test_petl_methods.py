@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import BACKBONES, METHODS, NO_PLACE, PAIRS, disturbed, tiny_convnext, tiny_vit, tuned
 from torch import nn
 
 import petl
 from petl.models.inject import percentage
 from petl.models.methods.base import starts_as_backbone
+from tests.petl.backbones import BACKBONES, METHODS, NO_PLACE, PAIRS, disturbed, tiny_convnext, tiny_vit, tuned
 
 REFUSED = [(family, name) for family in BACKBONES for name in NO_PLACE[family]]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BACKBONES, tiny_vit
 from torch import nn
 
 import petl
@@ -12,6 +11,7 @@ from petl.models.channels import REDUCTIONS
 from petl.models.importance import SELECTORS
 from petl.models.sites import Backbone
 from petl.trainer.choose import ChooseChannels, chosen_share
+from tests.petl.backbones import BACKBONES, tiny_vit
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ class Prompts(OnInput):
         """`(B, N + before, C)` to `(B, N + length, C)`."""
         if self.prompts is None:
             return _without(tokens, self.before, self.at)
-        prompts = self.dropout(self.prompts).expand(len(tokens), -1, -1).to(tokens.dtype)
+        prompts = self.dropout(self.prompts).expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         if self.at is None:
             return torch.cat([tokens[:, : tokens.shape[1] - self.before], prompts], dim=1)
         return torch.cat([tokens[:, : self.at], prompts, tokens[:, self.at + self.before :]], dim=1)
