@@ -34,19 +34,28 @@ class DecodedStore(Dataset):
         dataset: a reader of `petl.data` with a `TransferTransform` whose first step is not random.
         folder: where the pixels are kept.
         num_workers: processes that decode while the store is filled.
+        raw: samples hold the pixels, uint8 `(3, S, S)`, and the trainer normalises the batch on its device with
+            `TransferTransform.normalise`: a quarter of the bytes for loader and transfer. Without augmentation only.
 
     Raises:
-        ConfigError: images that are cropped at random before they have their size, or another kind of data set.
+        ConfigError: images that are cropped at random before they have their size, `raw` with augmentation, or another
+            kind of data set.
     """
 
-    def __init__(self, dataset: ListedImages, folder: str | os.PathLike[str], num_workers: int = 0) -> None:
+    def __init__(
+        self, dataset: ListedImages, folder: str | os.PathLike[str], num_workers: int = 0, raw: bool = False
+    ) -> None:
         transform = getattr(dataset, "transform", None)
         if not isinstance(dataset, ListedImages) or not isinstance(transform, TransferTransform):
             raise ConfigError(
                 f"DecodedStore keeps what petl's transforms make: {type(dataset).__name__} with "
                 f"{type(transform).__name__} cannot be kept; use it without a store"
             )
-        self.dataset = dataset
+        if raw and transform.random:
+            raise ConfigError(
+                f"DecodedStore: raw=true leaves augmentation out, but aug={transform.aug}: set raw: false"
+            )
+        self.dataset, self.raw = dataset, raw
         self._ids = [str(index) for index in range(len(dataset))]
         provenance = self._provenance(transform)
         # The name is the content's: sizes that are tried in turn do not overwrite each other.
@@ -80,7 +89,7 @@ class DecodedStore(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = self.cache[self._ids[index]]["pixels"]
-        return self.dataset.sample(index, self.dataset.transform.finish(pixels))
+        return self.dataset.sample(index, pixels if self.raw else self.dataset.transform.finish(pixels))
 
     def __getattr__(self, name: str) -> Any:
         # num_classes, labels, origin, describe and whatever else a reader has

@@ -142,16 +142,17 @@ class TransferTransform:
         """The rest of the transform: augmentation, then normalisation of uint8 `(3, size, size)`."""
         if self._then is not None:
             pixels = v2.functional.pil_to_tensor(self._then(Image.fromarray(pixels.permute(1, 2, 0).numpy())))
-        return self._normalised(pixels)
+        return self.normalise(pixels)
 
     def __call__(self, image: Any) -> Tensor:
         """The tensor of an image; random numbers are those of Python, numpy and torch, which the engine seeds."""
         image = self._first(to_pil(image))
         if self._then is not None:
             image = self._then(image)
-        return self._normalised(v2.functional.pil_to_tensor(image))
+        return self.normalise(v2.functional.pil_to_tensor(image))
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 `(..., 3, H, W)` as the network's input, float32, on its device."""
         # As torchvision's ToTensor and Normalize of the released recipes, bit for bit, in one buffer.
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)

@@ -36,6 +36,16 @@ def test_samples_are_those_of_the_data_set_bit_for_bit(tmp_path, aug):
     assert stored.num_classes == 10 and stored.origin == own.origin and stored.describe(1) == own.describe(1)
 
 
+def test_raw_pixels_are_normalised_by_the_batch(tmp_path):
+    own = data(files.vtab(tmp_path, "svhn"))
+    raw = DecodedStore(own, tmp_path / "store", raw=True)
+    batch = torch.stack([raw[index]["image"] for index in range(6)])
+    assert batch.dtype == torch.uint8
+    assert torch.equal(own.transform.normalise(batch), torch.stack([own[index]["image"] for index in range(6)]))
+    with pytest.raises(ConfigError, match="raw=true leaves augmentation out, but aug=rand"):
+        DecodedStore(data(tmp_path, aug="rand"), tmp_path / "store", raw=True)
+
+
 def test_images_are_decoded_once(tmp_path, monkeypatch):
     own = data(files.vtab(tmp_path, "svhn"))
     decoded = []
