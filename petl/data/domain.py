@@ -8,8 +8,8 @@
     <root>/imagenet-rendition/imagenet-r/<wnid>/...
 
 A test set is read from `annotations/val_meta.list` in its folder (NOAH's, lines `file class`), or else from its class
-folders. ImageNet-A and -R have 200 of the 1,000 classes: `classes` lists them, and `petl.metrics.SubsetAccuracy` looks
-at these alone.
+folders. ImageNet-A and -R have 200 of the 1,000 classes: `classes` lists them, and samples have `allowed`, so that the
+logits of the others are masked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from core.data import DataFileError, MissingDataError, data_root
@@ -94,7 +95,8 @@ def subset_classes(variant: str) -> list[int] | None:
 class DomainGeneralisation(ListedImages):
     """ImageNet with a few images a class for training, and it and its variants for testing.
 
-    Labels are ImageNet's, from 0 to 999, in every variant; further attributes as those of `ListedImages`.
+    Labels are ImageNet's, from 0 to 999, in every variant; further attributes as those of `ListedImages`. Samples of
+    ImageNet-A and -R have `allowed` `(1000,)`, true for the classes that can be an answer.
 
     Args:
         root: folder of all variants, see the module.
@@ -165,6 +167,10 @@ class DomainGeneralisation(ListedImages):
             )
         # All 1,000 classes are trained on; nothing of the variants is.
         trained = labels if training else np.arange(CLASSES)
+        self._allowed = None
+        if self.classes is not None:
+            self._allowed = torch.zeros(CLASSES, dtype=torch.bool)
+            self._allowed[self.classes] = True
         report |= examine(what, names, labels, trained, CLASSES, training)
         origin = {"data": "domain_generalisation", "task": data, "split": split, "source": "released", **lists}
         if training:
@@ -172,6 +178,11 @@ class DomainGeneralisation(ListedImages):
         super().__init__(images, names, labels, CLASSES, transform, origin, report)
         if not os.path.isfile(self.describe(0)):
             raise MissingDataError(f"{what}: there is no image {self.describe(0)!r}. Expected is\n{_LAYOUT}")
+
+    def sample(self, index: int, image: Tensor) -> dict[str, Any]:
+        """The sample that has this tensor for its image."""
+        allowed = {} if self._allowed is None else {"allowed": self._allowed}
+        return {**super().sample(index, image), **allowed}
 
 
 def _class_folders(root: Path, what: str) -> tuple[list[str], np.ndarray]:

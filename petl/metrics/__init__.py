@@ -1,4 +1,4 @@
-"""Figures of whole sweeps: means over VTAB-1k's tasks; accuracy over some of ImageNet's classes."""
+"""Figures of whole sweeps: both means over VTAB-1k's tasks."""
 
 from core.config.packages import lazy
 

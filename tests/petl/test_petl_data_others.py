@@ -165,6 +165,9 @@ def test_variants_of_imagenet_from_lists_and_from_folders(tmp_path, name, lists)
     for index, label in enumerate(data.labels.tolist()):
         assert data[index]["label"] == label and data.describe(index).split("/")[-2] in folders[label]
     assert sorted(data.labels.tolist()) == [6, 11]
+    allowed = data[0].get("allowed")
+    assert (allowed is None) == (data.classes is None)
+    assert allowed is None or (allowed.dtype == torch.bool and allowed.nonzero().ravel().tolist() == data.classes)
     assert np.asarray(data.image(0)).shape == (20, 30, 3)
     assert data.origin["task"] == name and ("class folders" in data.origin["lists"]) == (not lists)
 
