@@ -107,6 +107,14 @@ class Trainer(BaseModel):
         """What the model makes without any input, for ``tools/infer.py`` without ``input=``."""
         raise ConfigError(f"{type(self).__name__} makes nothing without an input: give input=FILE_OR_FOLDER")
 
+    def facts(self, cfg: dict[str, Any]) -> dict[str, Any]:
+        """What ``result.json`` says of a run besides its figures, under `facts`: plain values, e.g. a data set's source.
+
+        Args:
+            cfg: the run's config.
+        """
+        return {}
+
     def training_data(self, dataset: Any) -> Any:
         """What is trained on in place of a training data set: itself, or what a frozen part makes of it, kept on disk.
 

@@ -251,7 +251,7 @@ def _result(runner: Any, cfg: dict[str, Any]) -> dict[str, Any]:
 
     from core.config.command.processes import total
     from core.engine.runner import versions
-    from core.trainer import unwrap
+    from core.trainer import Trainer, unwrap
 
     parameters = list(unwrap(runner.model).parameters())
     loops = {split: getattr(runner, f"_{split}_loop") for split in ("val", "test")}
@@ -266,6 +266,8 @@ def _result(runner: Any, cfg: dict[str, Any]) -> dict[str, Any]:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     trained = cfg["train_dataloader"] is not None
+    trainer = unwrap(runner.model)
+    facts = trainer.facts(cfg) if isinstance(trainer, Trainer) else {}
     return {
         "name": cfg["name"],
         "paper": cfg["paper"],
@@ -282,6 +284,7 @@ def _result(runner: Any, cfg: dict[str, Any]) -> dict[str, Any]:
         "skipped_samples": total(runner.train_loop.skipped_samples) if trained else 0,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        **({"facts": facts} if facts else {}),
         "seconds": round(runner.seconds, 2),
         "resumed_from": cfg.get("resume_from"),
         **({"resume_history": cfg["resume_history"]} if cfg.get("resume_history") else {}),

@@ -36,6 +36,7 @@ class PetlModel(nn.Module):
         if frozen_mode not in ("train", "eval"):
             raise ValueError(f"frozen_mode='{frozen_mode}' is neither train nor eval")
         self.method, self.frozen_mode = method, frozen_mode
+        self.weights: str | None = None  # file of the backbone's pre-trained weights, where a config names one
         self.chosen, self.kept, self.head_name = match.chosen, tuple(match.kept), backbone.head
         self.backbone = backbone.model
         self.tuning = nn.ModuleDict({name.replace(".", "_"): module for name, module in match.modules.items()})

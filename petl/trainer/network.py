@@ -38,7 +38,9 @@ def build(
     if weights is not None:
         load_backbone(backbone, weights)
     _with_channels(method)
-    return inject(backbone, method, num_classes=num_classes, head_init=head_init, frozen_mode=frozen_mode)
+    model = inject(backbone, method, num_classes=num_classes, head_init=head_init, frozen_mode=frozen_mode)
+    model.weights = None if weights is None else str(weights)
+    return model
 
 
 def load_backbone(backbone: nn.Module, weights: str | Path) -> None:

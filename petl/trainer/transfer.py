@@ -24,10 +24,11 @@ class TransferTrainer(Trainer):
         input_shape: `(3, H, W)` of an input.
         transform: from a PIL image to an input, for `tools/infer.py`.
         classes: names of the classes, for `tools/infer.py`.
+        pretrained: `required`: training a network whose config names no pre-trained weights is an error; `optional`.
         frozen: see `core.Trainer`.
 
     Raises:
-        ConfigError: in training, channels that were never chosen.
+        ConfigError: in training, channels that were never chosen, or no pre-trained weights where they are required.
     """
 
     def __init__(
@@ -37,9 +38,13 @@ class TransferTrainer(Trainer):
         input_shape: Sequence[int] = (3, 224, 224),
         transform: Callable[[Any], Tensor] | None = None,
         classes: Sequence[str] | None = None,
+        pretrained: str = "optional",
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__(frozen)
+        if pretrained not in ("required", "optional"):
+            raise ConfigError(f"pretrained={pretrained} is neither required nor optional")
+        self.pretrained = pretrained
         self.network, self.smoothing, self.transform = network, smoothing, transform
         self.input_shape = tuple(input_shape)
         self.classes = None if classes is None else [str(name) for name in classes]
@@ -48,6 +53,11 @@ class TransferTrainer(Trainer):
         """`loss_cls` and the share of right answers, `accuracy`."""
         if not self.network.chosen:
             raise ConfigError(unchosen(self.network))
+        if self.pretrained == "required" and getattr(self.network, "weights", None) is None:
+            raise ConfigError(
+                "model.network.weights names no file: a method would be tuned in an untrained network. Give the backbone's "
+                "pre-trained weights (ViT-B_16.npz, or any file of timm's names), or model.pretrained=optional"
+            )
         logits, label = self.network(batch["image"]), batch["label"]
         loss = nn.functional.cross_entropy(logits.float(), label, label_smoothing=self.smoothing)
         return {"loss_cls": loss, "accuracy": (logits.detach().argmax(dim=1) == label).float().mean()}
@@ -85,16 +95,31 @@ class TransferTrainer(Trainer):
         ]
         return Inference({"file": Path(file).name, "classes": found})
 
-    def table_figures(self, cfg: Any) -> dict[str, float]:
+    def facts(self, cfg: Any) -> dict[str, Any]:
+        """What a result is worth: method, how its weights were selected, the data's source and normalisation, sizes."""
+        dataset = (cfg.get("train_dataloader") or cfg.get("test_dataloader") or {}).get("dataset") or {}
+        figures = self.table_figures(cfg)
+        return {
+            "method": type(self.network.method).__name__,
+            "data": {key: dataset[key] for key in ("task", "split", "source", "norm") if key in dataset},
+            "weights": self.network.weights,
+            **{key: figures[key] for key in ("select", "delta", "trained", "head")},
+        }
+
+    def table_figures(self, cfg: Any) -> dict[str, Any]:
         """Figures for tables that need no data, without the head unless the name says so.
 
-        `delta` and `trained` (numbers), `share` (of the backbone, in percent), `head`, `delta_with_head`.
+        `delta` and `trained` (numbers), `share` (of the backbone, in percent), `head`, `delta_with_head`, and `select`,
+        how the reported weights are chosen (`last`, `val` or `test_best`).
         """
+        from petl.metrics import selected_by
+
         network = self.network
         own = [p for name, p in network.backbone.named_parameters() if not network.in_head(f"backbone.{name}")]
         total, delta = sum(p.numel() for p in own), delta_parameters(network)
         whole = delta_parameters(network, head=True)
         return {
+            "select": selected_by(cfg),
             "delta": delta,
             "trained": trainable_parameters(network),
             "share": 100 * delta / total,
