@@ -108,7 +108,7 @@ class Trainer(BaseModel):
         raise ConfigError(f"{type(self).__name__} makes nothing without an input: give input=FILE_OR_FOLDER")
 
     def facts(self, cfg: dict[str, Any]) -> dict[str, Any]:
-        """What ``result.json`` says of a run besides its figures, under `facts`: plain values, e.g. a data set's source.
+        """What ``result.json`` says of a run beside its figures, under `facts`: plain values, e.g. a data set's source.
 
         Args:
             cfg: the run's config.

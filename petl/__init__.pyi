@@ -6,6 +6,8 @@ from .checkpoint import load_delta as load_delta
 from .checkpoint import read_delta as read_delta
 from .checkpoint import save_choice as save_choice
 from .checkpoint import save_delta as save_delta
+from .checkpoint.peft_layout import export_peft as export_peft
+from .data import PrefixFeatures as PrefixFeatures
 from .inference import importance_page as importance_page
 from .inference import overlap_page as overlap_page
 from .models.channels import ChannelTuning as ChannelTuning
@@ -42,6 +44,7 @@ from .models.methods import NOAHSubnet as NOAHSubnet
 from .models.methods import Partial as Partial
 from .models.methods import RepAdapter as RepAdapter
 from .models.methods import Together as Together
+from .models.packing import PackedModel as PackedModel
 from .models.sites import NoSite as NoSite
 from .trainer import ChooseChannels as ChooseChannels
 from .trainer import TransferTrainer as TransferTrainer

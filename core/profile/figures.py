@@ -47,15 +47,19 @@ class Figures:
         self._lazy_macs: dict[str, Any] = {}
 
     def of(self, cfg: Any, name: str) -> Figure:
-        """The figure `name` of a resolved config.
+        """The figure `name` of a resolved config; of one with stages, its last stage's, as its metrics are.
 
         Raises:
             ConfigError: nothing computes that figure for this experiment; names the nearest that exist.
         """
         from core.config.composition import to_dict
         from core.config.fingerprint import digest
+        from core.engine.keys.check import stage_config
 
-        key = digest(to_dict(cfg))  # not the fingerprint: what changes no result, as an input's shape, changes counts
+        cfg = to_dict(cfg)
+        if cfg.get("stages"):
+            cfg = stage_config(cfg, cfg["stages"][-1])
+        key = digest(cfg)  # not the fingerprint: what changes no result, as an input's shape, changes counts
         if key not in self._cache:
             trainer = self._build(cfg, "meta")
             self._cache[key] = _cheap_figures(trainer, cfg)

@@ -1,6 +1,7 @@
 """Public names, one import each: the package loads them from here when they are first used."""
 
 from .domain import DomainGeneralisation as DomainGeneralisation
+from .features import PrefixFeatures as PrefixFeatures
 from .few_shot import FewShot as FewShot
 from .fgvc import FGVC as FGVC
 from .store import DecodedStore as DecodedStore

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError
 from core.trainer import Batch, Inference, Trainer
+from petl.data.features import PrefixFeatures
 from petl.models.inject import PetlModel, delta_parameters, trainable_parameters
+from petl.models.prefix import FrozenPrefix
+from petl.models.sites import NoSite
 from petl.trainer.network import unchosen
 
 
@@ -24,6 +27,8 @@ class TransferTrainer(Trainer):
         input_shape: `(3, H, W)` of an input.
         transform: from a PIL image to an input, for `tools/infer.py`.
         classes: names of the classes, for `tools/infer.py`.
+        cache: where features of what is frozen are kept, so that it is not computed in every step; None: images are
+            read and the whole network runs. See `petl.PrefixFeatures`.
         pretrained: `required`: training a network whose config names no pre-trained weights is an error; `optional`.
         frozen: see `core.Trainer`.
 
@@ -38,13 +43,15 @@ class TransferTrainer(Trainer):
         input_shape: Sequence[int] = (3, 224, 224),
         transform: Callable[[Any], Tensor] | None = None,
         classes: Sequence[str] | None = None,
+        cache: PrefixFeatures | None = None,
         pretrained: str = "optional",
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__(frozen)
         if pretrained not in ("required", "optional"):
             raise ConfigError(f"pretrained={pretrained} is neither required nor optional")
-        self.pretrained = pretrained
+        self.pretrained, self.cache = pretrained, cache
+        self._prefix: tuple[FrozenPrefix, ...] = ()
         self.network, self.smoothing, self.transform = network, smoothing, transform
         self.input_shape = tuple(input_shape)
         self.classes = None if classes is None else [str(name) for name in classes]
@@ -55,10 +62,10 @@ class TransferTrainer(Trainer):
             raise ConfigError(unchosen(self.network))
         if self.pretrained == "required" and getattr(self.network, "weights", None) is None:
             raise ConfigError(
-                "model.network.weights names no file: a method would be tuned in an untrained network. Give the backbone's "
-                "pre-trained weights (ViT-B_16.npz, or any file of timm's names), or model.pretrained=optional"
+                "model.network.weights names no file: a method would be tuned in an untrained network. Give the "
+                "backbone's pre-trained weights (ViT-B_16.npz, or any file of timm names), or model.pretrained=optional"
             )
-        logits, label = self.network(batch["image"]), batch["label"]
+        logits, label = self._logits(batch), batch["label"]
         loss = nn.functional.cross_entropy(logits.float(), label, label_smoothing=self.smoothing)
         return {"loss_cls": loss, "accuracy": (logits.detach().argmax(dim=1) == label).float().mean()}
 
@@ -68,10 +75,39 @@ class TransferTrainer(Trainer):
         Where a batch has `allowed` `(B, classes)`, other classes are no answers (ImageNet-A and -R, section 5).
         """
         kept = {key: batch[key] for key in ("label", "sample_id") if key in batch}
-        logits = self.network(batch["image"])
+        logits = self._logits(batch)
         if "allowed" in batch:
             logits = logits.masked_fill(~batch["allowed"], -torch.inf)
         return {**kept, "logits": logits}
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.prefix.logits(batch["features"]) if "features" in batch else self.network(batch["image"])
+
+    @property
+    def prefix(self) -> FrozenPrefix:
+        """What of the network is frozen throughout.
+
+        Raises:
+            ConfigError: nothing is.
+        """
+        if not self._prefix:
+            try:
+                self._prefix = (FrozenPrefix(self.network),)
+            except NoSite as error:
+                raise ConfigError(f"model.cache: {error}; train on images with model.cache=null") from None
+        return self._prefix[0]
+
+    def training_data(self, dataset: Any) -> Any:
+        """`dataset` itself, or features of what is frozen where there is a `cache`."""
+        if self.cache is None or not self.keeps_data:
+            return dataset
+        return self.cache.fill(dataset, self.prefix, self.autocast)
+
+    def evaluation_data(self, dataset: Any) -> Any:
+        """As `training_data`, with features beside what the data set has."""
+        if self.cache is None or not self.cache.evaluation or not self.keeps_data:
+            return dataset
+        return self.cache.fill(dataset, self.prefix, self.autocast, beside=True)
 
     def infer(self, file: Path) -> Inference:
         """The most probable classes of an image file.

@@ -14,7 +14,7 @@ from petl.models.methods.own import LNTune
 from petl.models.sites import Backbone, BlockSites
 
 SITES = ("attn", "mlp", "qv", "block")
-Channels = Sequence[Sequence[int] | Tensor | Mapping[str, Any]]
+Channels = Sequence[Sequence[int] | Tensor | Mapping[str, Any]] | str | Mapping[str, str]
 
 
 class SCT(Method):
