@@ -97,5 +97,5 @@ def _norms(model: PetlModel, method: LNTune) -> tuple[dict[str, Tensor], dict[st
             names.append(name)
             for leaf, value in module.named_parameters(recurse=False):
                 state[f"{_PREFIX}{name}.ln_tuning_layers.{leaf}"] = value
-    # A pattern of whole names: peft takes a list for endings, and "norm" is also that of an identity in timm's attention.
+    # A pattern of whole names: peft takes a list for endings, and "norm" is also an identity's in timm's attention.
     return state, {"peft_type": "LN_TUNING", "target_modules": "|".join(map(re.escape, names))}
