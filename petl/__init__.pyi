@@ -7,7 +7,9 @@ from .checkpoint import read_delta as read_delta
 from .checkpoint import save_choice as save_choice
 from .checkpoint import save_delta as save_delta
 from .checkpoint.peft_layout import export_peft as export_peft
+from .data import OfTask as OfTask
 from .data import PrefixFeatures as PrefixFeatures
+from .data import SideBySide as SideBySide
 from .inference import importance_page as importance_page
 from .inference import overlap_page as overlap_page
 from .models.channels import ChannelTuning as ChannelTuning
@@ -47,6 +49,8 @@ from .models.methods import Together as Together
 from .models.packing import PackedModel as PackedModel
 from .models.sites import NoSite as NoSite
 from .trainer import ChooseChannels as ChooseChannels
+from .trainer import PackedTrainer as PackedTrainer
 from .trainer import TransferTrainer as TransferTrainer
 from .trainer import build as build
+from .trainer import build_packed as build_packed
 from .trainer import load_backbone as load_backbone

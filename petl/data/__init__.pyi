@@ -4,6 +4,8 @@ from .domain import DomainGeneralisation as DomainGeneralisation
 from .features import PrefixFeatures as PrefixFeatures
 from .few_shot import FewShot as FewShot
 from .fgvc import FGVC as FGVC
+from .packed import OfTask as OfTask
+from .packed import SideBySide as SideBySide
 from .store import DecodedStore as DecodedStore
 from .transforms import TransferTransform as TransferTransform
 from .vtab import GROUPS as GROUPS

@@ -43,8 +43,9 @@ class PackedModel(nn.Module):
             if wrong or state.keys() != states[0].keys():
                 raise ValueError(f"network {number} differs from the first in {(wrong or sorted(state))[:3]}")
             other = _shared(model)
-            if other.keys() != shared.keys() or any(not torch.equal(shared[n], other[n]) for n in shared):
+            if other.keys() != shared.keys() or any(not _equal(shared[n], other[n]) for n in shared):
                 raise ValueError(f"network {number} has another backbone, or other weights of it, than the first")
+        self.weights: str | None = None  # file of the pre-trained weights, where a config names one
         self.classes = tuple(int(model.backbone.get_classifier().out_features) for model in models)
         most = max(self.classes)
         self.template = copy.deepcopy(models[0])
@@ -108,6 +109,10 @@ def _own(model: PetlModel) -> dict[str, Tensor]:
 def _shared(model: PetlModel) -> dict[str, Tensor]:
     own = _own(model)
     return {name: value for name, value in model.state_dict().items() if name not in own}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and (one.is_meta or torch.equal(one, other))
 
 
 def _padded(value: Tensor, rows: int) -> Tensor:
