@@ -180,29 +180,44 @@ def _camelyon(root: Path) -> Original:
 
     with _torchvision("PCAM"):
         parts = [PCAM(str(root), split=split) for split in ("train", "val", "test")]
-        import h5py
+        import h5py  # named by torchvision's error where it is absent
 
-        arrays, labels, files = [], [], []
-        for part in parts:
-            images, targets = (part._base_folder / part._FILES[part._split][kind][0] for kind in ("images", "targets"))
-            arrays.append(h5py.File(images)["x"])
-            labels.append(h5py.File(targets)["y"][:].reshape(-1).astype(np.int64))
-            files += [str(images), str(targets)]
-    return Original("PatchCamelyon", np.concatenate(labels), array=_Joined(arrays), read_from=files)
+        files = {
+            kind: [str(part._base_folder / part._FILES[part._split][kind][0]) for part in parts]
+            for kind in ("images", "targets")
+        }
+        labels = []
+        for file in files["targets"]:
+            with h5py.File(file) as stored:
+                labels.append(np.array(stored["y"]).reshape(-1).astype(np.int64))
+    rows = _Rows(files["images"], "x", [len(part) for part in labels])
+    return Original("PatchCamelyon", np.concatenate(labels), array=rows, read_from=files["images"])
 
 
-class _Joined:
-    """Several arrays one after the other, of which rows are read one at a time."""
+class _Rows:
+    """The rows of a data set in several HDF5 files, one after the other, read one at a time.
 
-    def __init__(self, arrays: Sequence[Any]) -> None:
-        self.arrays, self.first = arrays, np.cumsum([0, *(len(array) for array in arrays)])
+    Every process opens the files for itself: handles that worker processes inherit share their position.
+    """
+
+    def __init__(self, files: Sequence[str], key: str, counts: Sequence[int]) -> None:
+        self.files, self.key, self.first = list(files), key, np.cumsum([0, *counts])
+        self._opened: dict[tuple[int, int], Any] = {}
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def __getitem__(self, index: int) -> np.ndarray:
+        import h5py
+
         part = int(np.searchsorted(self.first, index, side="right")) - 1
-        return self.arrays[part][index - int(self.first[part])]
+        place = (os.getpid(), part)
+        if place not in self._opened:
+            self._opened[place] = h5py.File(self.files[part])
+        return self._opened[place][self.key][index - int(self.first[part])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}
 
 
 # ---------------------------------------------------------------------- one folder a class

@@ -248,9 +248,15 @@ class VTAB1k(ListedImages):
         """The image as it is on disk, RGB."""
         if self._original is not None:
             return self._original.image(int(self._indices[index]))
-        if self._array is not None:
+        if self.source == "tensors":
+            if self._array is None:  # in a process that this data set was sent to
+                self._array = _read_array(self.root, f"VTAB-1k {self.task}")
             return to_pil(np.array(self._array[self._indices[index]]))
         return super().image(index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map pickles as the whole array.
+        return {**self.__dict__, "_array": None}
 
     def describe(self, index: int) -> str:
         """The file of a sample, or its place in one."""
@@ -262,7 +268,7 @@ class VTAB1k(ListedImages):
         """The files that samples are read from."""
         if self._original is not None:
             return self._original.source_files()
-        if self._array is not None:
+        if self.source == "tensors":
             return [str(self.root / "images.npy")]
         return super().source_files()
 

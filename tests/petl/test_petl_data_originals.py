@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import types
 
@@ -171,10 +172,21 @@ def test_camelyon_through_h5py(tmp_path, monkeypatch):
     with pytest.raises(MissingDataError, match=r"pip install h5py"):
         monkeypatch.setitem(sys.modules, "h5py", None)
         open_original("patch_camelyon", tmp_path)
+
+    class File(dict):
+        def __init__(self, path):
+            super().__init__(contents[str(path)])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
     fake = types.ModuleType("h5py")
-    fake.File = lambda path: contents[str(path)]
+    fake.File = File
     monkeypatch.setitem(sys.modules, "h5py", fake)
-    data = open_original("patch_camelyon", tmp_path)
+    data = pickle.loads(pickle.dumps(open_original("patch_camelyon", tmp_path)))
     assert len(data) == 6 and data.labels.tolist() == [1] * 6
     assert [int(np.asarray(data.image(i)).max()) for i in range(6)] == [3, 3, 3, 1, 2, 2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ def test_flips_and_random_augmentation_where_a_task_allows_them(tmp_path):
 def test_rows_of_an_array(tmp_path, grey):
     folder = tmp_path / "dsprites_ori"
     folder.mkdir()
-    array = np.stack([files.pixels(i, 16, 16) for i in range(6)])
+    array = np.stack([files.pixels(i, 80, 80) for i in range(6)])
     array = array[..., 0] if grey else array
     np.save(folder / "images.npy", array)
     (folder / "train800val200.txt").write_text("4 3\n0 15\n")
@@ -232,6 +233,8 @@ def test_rows_of_an_array(tmp_path, grey):
     assert np.array_equal(np.asarray(data.image(0)), expected)
     assert data[0]["label"] == 3 and data[0]["image"].shape == (3, 8, 8) and data.origin["source"] == "tensors"
     assert data.describe(0) == f"image 4 of {folder / 'images.npy'}"
+    sent = pickle.dumps(data)  # to a worker process, without the array
+    assert len(sent) < array.nbytes / 2 and np.array_equal(pickle.loads(sent).image(0), data.image(0))
     (folder / "train800val200.txt").write_text("6 3\n")
     with pytest.raises(DataFileError, match=r"asks for image 6, but there are 6 \(0 to 5\)"):
         small(tmp_path, "dsprites_ori", source="tensors")
