@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -98,6 +99,19 @@ def test_other_files_sizes_and_interpolations_have_a_store_of_their_own(tmp_path
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     swapped = DecodedStore(data(tmp_path), folder)
     assert len(os.listdir(folder)) == 5 and torch.equal(swapped[0]["image"], changed[5]["image"])
+
+
+def test_other_rows_of_one_array_have_a_store_of_their_own(tmp_path):
+    folder = tmp_path / "svhn"
+    folder.mkdir()
+    np.save(folder / "images.npy", np.stack([files.pixels(i, 9, 9) for i in range(4)]))
+    stored = {}
+    for rows in ("0 1\n2 1\n", "3 1\n1 1\n"):
+        (folder / "train800val200.txt").write_text(rows)
+        own = data(tmp_path, source="tensors")
+        stored[rows] = DecodedStore(own, tmp_path / "store")
+        assert torch.equal(stored[rows][1]["image"], own[1]["image"])
+    assert len(os.listdir(tmp_path / "store")) == 2
 
 
 def test_random_crops_and_foreign_data_cannot_be_kept(tmp_path):
