@@ -48,6 +48,9 @@ from .models.methods import RepAdapter as RepAdapter
 from .models.methods import Together as Together
 from .models.packing import PackedModel as PackedModel
 from .models.sites import NoSite as NoSite
+from .standin.cue_swap import CueSwap as CueSwap
+from .standin.source import SourceTrainer as SourceTrainer
+from .standin.source import cue_backbone as cue_backbone
 from .trainer import ChooseChannels as ChooseChannels
 from .trainer import PackedTrainer as PackedTrainer
 from .trainer import TransferTrainer as TransferTrainer

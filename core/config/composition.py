@@ -35,6 +35,8 @@ CANNOT_COMPOSE = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 # `${turn:${seed},a,b,c}` is an entry for every seed, round and round: designs spread their seeds over what they vary.
 OmegaConf.register_new_resolver("turn", lambda number, *entries: entries[int(number) % len(entries)], replace=True)
+# `${ratio:${vars.head},${vars.rate}}`: factors of `paramwise.multipliers` from rates that are variables of their own.
+OmegaConf.register_new_resolver("ratio", lambda one, other: float(one) / float(other), replace=True)
 
 
 def compose(overrides: Iterable[str], config_dir: str | Path | None = None) -> DictConfig:

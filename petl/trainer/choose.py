@@ -62,7 +62,7 @@ class ChooseChannels:
         begun = time.perf_counter()
         scores = self.scores(trainer.network, loader)
         channels = scores.select(self.k, self.allocation, smallest=self.score == "bottom")
-        dataset = getattr(loader.dataset, "dataset", loader.dataset)
+        dataset = loader.dataset
         data = getattr(dataset, "origin", None)
         save_choice(
             folder / FILE,

@@ -46,9 +46,13 @@ def build(
 def load_backbone(backbone: nn.Module, weights: str | Path) -> None:
     """Reads pre-trained weights into a plain backbone; its classifier's are left out, positions are resized.
 
+    A backbone on the meta device takes none.
+
     Raises:
         ConfigError: no such file, or it does not fit.
     """
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        return  # built to be counted: there is nothing to be read into
     path = Path(weights)
     if not path.is_file():
         raise ConfigError(f"network.weights={weights}: no such file; null begins with untrained weights")

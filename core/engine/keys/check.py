@@ -18,6 +18,8 @@ from core.engine.keys.objective import check_objective, check_ranking
 from core.errors import ConfigError, close_names
 
 _WRITTEN = ("resume_from", "stage_of", "forked_from", "resume_history")  # what a run adds to its config.yaml
+_TRAINING = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "ema")
+_EVALUATION = ("val_dataloader", "test_dataloader", "val_cfg", "test_cfg", "val_evaluator", "test_evaluator")
 _NOT_BUILT = ("stages", "components", "vars")  # keys in which a `type` names nothing that is built
 
 
@@ -54,7 +56,24 @@ def _check_one(cfg: dict[str, Any]) -> None:
     hook_configs(cfg["custom_hooks"])
     _check_sets(cfg)
     _check_selection(cfg)
-    check({k: v for k, v in cfg.items() if k not in _NOT_BUILT})
+    check({k: v for k, v in cfg.items() if k not in (*_NOT_BUILT, "compute")})
+    _check_compute(cfg["compute"])
+
+
+def _check_compute(job: Any) -> None:
+    """What a stage computes: its dataloader is not an argument of it."""
+    from core.config.registry import check
+
+    if job is None:
+        return
+    if not isinstance(job, dict) or not isinstance(job.get("type"), str):
+        raise ConfigError("compute: what is computed, {type: ..., dataloader: {batch_size: ..., dataset: ...}}")
+    loading = job.get("dataloader")
+    if not isinstance(loading, dict) or not loading.get("dataset"):
+        raise ConfigError("compute.dataloader: the data that it reads, {batch_size: ..., dataset: ...}")
+    check_loader(loading, "compute.dataloader")
+    check(loading, "compute.dataloader")
+    check({k: v for k, v in job.items() if k != "dataloader"}, "compute")
 
 
 def stage_config(cfg: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +82,8 @@ def stage_config(cfg: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
     if isinstance(staged["train_cfg"], dict):
         asked = [key for key, value in (stage.get("train_cfg") or {}).items() if value is not None]
         staged["train_cfg"] = {**staged["train_cfg"], **dict.fromkeys(displaced(staged["train_cfg"], asked))}
+    if stage.get("compute") is not None:  # in place of training and evaluation, whatever the experiment says of these
+        staged |= dict.fromkeys(key for key in (*_TRAINING, *_EVALUATION) if key in staged)
     return staged
 
 

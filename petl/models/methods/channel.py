@@ -38,7 +38,7 @@ class SCT(Method):
 
     def __init__(
         self,
-        channels: Channels | None = None,
+        channels: Channels | str | Path | Mapping[str, Any] | None = None,
         k: int | float = 96,
         site: str = "attn",
         scale: float = 1.0,
@@ -132,7 +132,7 @@ class TTC(SCT):
 
     def __init__(
         self,
-        channels: Channels | None = None,
+        channels: Channels | str | Path | Mapping[str, Any] | None = None,
         k: int | float = 96,
         site: str = "attn",
         scale: float = 1.0,
