@@ -22,7 +22,15 @@ CELL = SIZE / CELLS
 SHAPES = ("disc", "square", "triangle", "cross")
 HALF = (3.0, 4.4)  # half sizes in pixels: small and large
 # What the source network is taught: five factors of the object that matters, then second colours of both objects.
-FACTORS = {"place": CELLS * CELLS, "shape": len(SHAPES), "size": 2, "tone": 2, "fill": 2, "colour": 2, "other_colour": 2}
+FACTORS = {
+    "place": CELLS * CELLS,
+    "shape": len(SHAPES),
+    "size": 2,
+    "tone": 2,
+    "fill": 2,
+    "colour": 2,
+    "other_colour": 2,
+}
 DOMAINS = ("source", "target")
 # Streams of random numbers, and images by default.
 SPLITS = {

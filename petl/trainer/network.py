@@ -87,3 +87,27 @@ def unchosen(model: PetlModel) -> str:
         f"the channels of {model.method!r} were never chosen: name the file of an earlier stage, "
         "channels={stage: choose, file: channels.safetensors}, or a list of indices for every block"
     )
+
+
+def checked_pretrained(pretrained: str) -> str:
+    """`required` or `optional`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if pretrained not in ("required", "optional"):
+        raise ConfigError(f"pretrained={pretrained} is neither required nor optional")
+    return pretrained
+
+
+def require_weights(network: nn.Module, pretrained: str) -> None:
+    """Refuses to train a network whose config names no pre-trained weights where they are required.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if pretrained == "required" and getattr(network, "weights", None) is None:
+        raise ConfigError(
+            "model.network.weights names no file: a method would be tuned in an untrained network. Give the backbone's "
+            "pre-trained weights (ViT-B_16.npz, or any file of timm names), or model.pretrained=optional"
+        )

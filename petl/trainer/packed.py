@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.trainer import Batch, Trainer
 from petl.models.methods import Method
 from petl.models.packing import PackedModel
-from petl.trainer.network import build
+from petl.trainer.network import build, checked_pretrained, require_weights
 
 
 def build_packed(
@@ -56,10 +56,12 @@ class PackedTrainer(Trainer):
         tasks: their names, for the log.
         smoothing: see `TransferTrainer`.
         input_shape: of one image.
+        pretrained: see `TransferTrainer`.
         frozen: see `core.Trainer`.
 
     Raises:
         ValueError: another number of names than of networks.
+        ConfigError: in training, no pre-trained weights where they are required.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class PackedTrainer(Trainer):
         tasks: Sequence[str],
         smoothing: float = 0.0,
         input_shape: Sequence[int] = (3, 224, 224),
+        pretrained: str = "optional",
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__(frozen)
+        self.pretrained = checked_pretrained(pretrained)
         if len(tasks) != len(network.classes):
             raise ValueError(f"{len(tasks)} tasks for {len(network.classes)} networks: {list(tasks)}")
         self.network, self.tasks, self.smoothing = network, list(tasks), smoothing
@@ -78,6 +82,7 @@ class PackedTrainer(Trainer):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_TASK` of every task."""
+        require_weights(self.network, self.pretrained)
         logits, label = self.network(batch["image"].transpose(0, 1)), batch["label"]
         terms = {}
         for number, (task, classes) in enumerate(zip(self.tasks, self.network.classes, strict=True)):

@@ -15,7 +15,7 @@ from petl.data.features import PrefixFeatures
 from petl.models.inject import PetlModel, delta_parameters, trainable_parameters
 from petl.models.prefix import FrozenPrefix
 from petl.models.sites import NoSite
-from petl.trainer.network import unchosen
+from petl.trainer.network import checked_pretrained, require_weights, unchosen
 
 
 class TransferTrainer(Trainer):
@@ -48,9 +48,7 @@ class TransferTrainer(Trainer):
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__(frozen)
-        if pretrained not in ("required", "optional"):
-            raise ConfigError(f"pretrained={pretrained} is neither required nor optional")
-        self.pretrained, self.cache = pretrained, cache
+        self.pretrained, self.cache = checked_pretrained(pretrained), cache
         self._prefix: tuple[FrozenPrefix, ...] = ()
         self.network, self.smoothing, self.transform = network, smoothing, transform
         self.input_shape = tuple(input_shape)
@@ -60,11 +58,7 @@ class TransferTrainer(Trainer):
         """`loss_cls` and the share of right answers, `accuracy`."""
         if not self.network.chosen:
             raise ConfigError(unchosen(self.network))
-        if self.pretrained == "required" and getattr(self.network, "weights", None) is None:
-            raise ConfigError(
-                "model.network.weights names no file: a method would be tuned in an untrained network. Give the "
-                "backbone's pre-trained weights (ViT-B_16.npz, or any file of timm names), or model.pretrained=optional"
-            )
+        require_weights(self.network, self.pretrained)
         logits, label = self._logits(batch), batch["label"]
         loss = nn.functional.cross_entropy(logits.float(), label, label_smoothing=self.smoothing)
         return {"loss_cls": loss, "accuracy": (logits.detach().argmax(dim=1) == label).float().mean()}
