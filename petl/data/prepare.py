@@ -16,8 +16,9 @@ from core.output.progress import Progress
 from petl.data.fgvc import FGVC_TASKS
 from petl.data.originals import Original, open_original
 from petl.data.vtab import TASKS, task_named
+from petl.standin.prepare import cue_source
 
-__all__ = ["fgvc_lists", "vtab_png", "vtab_tensors"]
+__all__ = ["cue_source", "fgvc_lists", "vtab_png", "vtab_tensors"]
 
 _PARTS = ("train800", "val200", "test")
 

@@ -278,8 +278,8 @@ def _read_array(folder: Path, what: str) -> np.ndarray:
     path = folder / "images.npy"
     if not path.is_file():
         raise MissingDataError(
-            f"{what}: source=tensors needs {str(path)!r}, uint8 of shape (N, H, W) or (N, H, W, 3). Make it with "
-            "python tools/prepare_data.py paper=petl task=vtab_tensors, or by numpy.save"
+            f"{what}: source=tensors needs {str(path)!r}, uint8 of shape (N, H, W) or (N, H, W, 3): "
+            "`tools/prepare_data.py paper=petl task=vtab_tensors` writes it, and so does numpy.save"
         )
     with reading(path, "It should be an array of images that numpy.save has written: make or copy it again."):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
