@@ -1,8 +1,8 @@
 """Cue swap: drawn images in which another colour says what matters than in pre-training; the stand-in of the claim.
 
-Two objects stand on a ground, and the label is the place of one of them. In the source, its first colour is positive and
-the other's negative, while second colours are free. In the target the colours have changed their parts. A network that
-knows places and both colours has to learn one thing anew, which few of its channels carry: the paper's premise.
+Two objects stand on a ground, and the label is the place of one of them. In the source, its first colour is positive
+and the other's negative, while second colours are free. In the target the colours have changed their parts. A network
+that knows places and both colours has to learn one thing anew, which few of its channels carry: the paper's premise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ FACTORS = {
     "colour": 2,
     "other_colour": 2,
 }
-DOMAINS = ("source", "target")
 # Streams of random numbers, and images by default.
 SPLITS = {
     ("source", "train"): (0, 16000),
@@ -136,7 +135,10 @@ def _ground(count: int, generator: torch.Generator) -> Tensor:
 
 
 def to_rgb(image: Tensor) -> Tensor:
-    """Images as one sees them, `(..., 3, H, W)` in [0, 1]: the first colour from green to magenta, the second from blue to yellow."""
+    """Images as one sees them, `(..., 3, H, W)` in [0, 1].
+
+    The first colour runs from green to magenta, the second one from blue to yellow.
+    """
     brightness, first, second = image.unbind(-3)
     axes = torch.tensor([[1.0, -1.0, 1.0], [1.0, 1.0, -1.0]], dtype=image.dtype)
     colour = first.unsqueeze(-3) * axes[0][:, None, None] + second.unsqueeze(-3) * axes[1][:, None, None]

@@ -58,8 +58,8 @@ def cue_backbone(
 class SourceTrainer(Trainer):
     """Pre-training: cross-entropies of every factor, from one linear head.
 
-    Colours enter the stem by a few channels of their own, and it stays so: other weights of the stem are zero and get no
-    gradient.
+    Colours enter the stem by a few channels of their own, and it stays so: other weights of the stem are zero and get
+    no gradient.
 
     Args:
         network: from `cue_backbone`, with ``sum(FACTORS.values())`` outputs.
@@ -92,7 +92,7 @@ class SourceTrainer(Trainer):
         return found
 
     def predict(self, batch: Batch) -> dict[str, Any]:
-        """`logits` `(B, 9)` of the place with its `label`; every factor's with its truth as `FACTOR_logits` and `FACTOR`."""
+        """`logits` `(B, 9)` of the place and `label`; of every factor `FACTOR_logits` and the truth, `FACTOR`."""
         found: dict[str, Any] = {}
         for (name, _), logits, label in self._parts(batch):
             found.update({f"{name}_logits": logits, name: label})

@@ -169,3 +169,10 @@ def test_seeds_take_turns(mine):
     wide = "model.network.width='${turn:${seed},8,16,24}'"
     assert [mine(wide, f"seed={seed}").model.network.width for seed in range(4)] == [8, 16, 24, 8]
     assert fingerprint(mine(wide, "seed=1")) == fingerprint(mine("model.network.width=16", "seed=1"))
+
+
+def test_a_factor_is_the_ratio_of_two_rates(mine):
+    """`${ratio:...}` makes a multiplier of a rate that is said as such."""
+    words = ["+vars.rate=0.1", "+vars.head=0.02", "optim_wrapper.optimizer.lr='${vars.rate}'"]
+    factor = "+optim_wrapper.paramwise.multipliers.head.lr='${ratio:${vars.head},${vars.rate}}'"
+    assert mine(*words, factor).optim_wrapper.paramwise.multipliers["head"]["lr"] == pytest.approx(0.2)

@@ -21,6 +21,7 @@ from core.config.composition import CONFIGS, compose, get, to_dict
 from core.config.files import read_yaml
 from core.config.fingerprint import first_difference
 from core.engine.keys.check import stage_config
+from core.engine.run.stages import stage_files
 from core.errors import ConfigError, nearest
 
 # What a stored config says of its own run, and means nothing to another one.
@@ -73,6 +74,8 @@ def configured(
         cfg = stage_for(composed, newest, stage)
         if stored is not None:
             _tell_difference(folder, stored, cfg)
+    if stage_of(newest) is not None:  # files of earlier stages lie beside this one's folder, wherever the run is now
+        cfg = {**cfg, "model": stage_files(cfg["model"], folder.parent)}
     if not best or path.is_file():
         return cfg, newest
     return cfg, find_checkpoint(folder, best=best, selection=cfg["checkpoint"])

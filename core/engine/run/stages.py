@@ -38,16 +38,17 @@ def with_files(cfg: dict[str, Any]) -> dict[str, Any]:
     """
     if not cfg.get("stage_of") or not cfg.get("model"):
         return cfg
-    return {**cfg, "model": _with_files(cfg["model"], Path(cfg["run_dir"]).parent)}
+    return {**cfg, "model": stage_files(cfg["model"], Path(cfg["run_dir"]).parent)}
 
 
-def _with_files(value: Any, folder: Path) -> Any:
+def stage_files(value: Any, folder: Path) -> Any:
+    """A part of a config with ``{stage: NAME, file: FILE}`` as paths of the files that are there in a run's folder."""
     if isinstance(value, Mapping):
         if value.keys() == {"stage", "file"}:
             found = sorted(folder.glob(f"stage_*_{value['stage']}/{value['file']}"))
             return str(found[0]) if found else value
-        return {key: _with_files(inner, folder) for key, inner in value.items()}
-    return [_with_files(inner, folder) for inner in value] if isinstance(value, list) else value
+        return {key: stage_files(inner, folder) for key, inner in value.items()}
+    return [stage_files(inner, folder) for inner in value] if isinstance(value, list) else value
 
 
 def from_stage(load_from: Any, earlier: Mapping[str, str], *, goes_on: bool) -> Any:
