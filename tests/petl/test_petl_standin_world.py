@@ -102,3 +102,16 @@ def test_the_rows_name_their_source_by_one_key():
     assert cfg["model"]["network"]["backbone"]["source"] == "data/cue_swap/source_4.safetensors"
     bare = to_dict(compose(["experiment=petl/cue_two_stage", "vars.source=null"]))
     assert bare["model"]["network"]["backbone"]["source"] is None
+
+
+def test_chosen_channels_are_counted_by_the_colour_they_read(tmp_path, capsys):
+    from petl.standin.chosen import carried, main
+
+    assert carried([0, 115, 116, 121, 122, 127]) == (2, 2) and carried([]) == (0, 0)
+    run = tmp_path / "runs" / "one"
+    (run / "stage_1_choose").mkdir(parents=True)
+    scores = petl.Scores({"": [torch.arange(128.0)] * 2}, "attn", {"score": "taylor"})
+    petl.save_choice(run / "stage_1_choose" / "channels.safetensors", scores.select(8), scores)
+    (run / "result.json").write_text('{"seed": 4, "overrides": ["vars.k=8", "runtime=cpu"]}')
+    main([str(tmp_path / "runs")])
+    assert "taylor" in (said := capsys.readouterr().out) and "seed   4  2 old 6 new  2 old 6 new  vars.k=8" in said
