@@ -41,5 +41,5 @@ SUBJECTS = {
     "swin": subject("swin", "ttc", ("export",), ("legacy", *REST)),
     "convnext": subject("convnext", "sct_block", ("export",), ("legacy", *REST)),
 }
-# Parts of the networks above, or no networks of their own.
-ELSEWHERE: tuple[str, ...] = ("ChannelTuning",)
+# A part of the networks above; and several of them in one, which test_petl_packing.py holds against each alone.
+ELSEWHERE: tuple[str, ...] = ("ChannelTuning", "PackedModel")
