@@ -38,9 +38,11 @@ def modules(paper: str) -> Iterator[ModuleType]:
 def parameters(test: Any) -> Iterator[str]:
     """The experiments, without their paper, that a parametrised test is run with."""
     for mark in getattr(test, "pytestmark", ()):
+        if mark.name != "parametrize":
+            continue
         names, cases = mark.args[:2]
         first = names.split(",")[0] if isinstance(names, str) else names[0]
-        if mark.name == "parametrize" and first == "name":
+        if first == "name":
             for case in cases:
                 value = getattr(case, "values", case)  # of pytest.param
                 yield (value if isinstance(value, str) else value[0]).rpartition("/")[2]
