@@ -47,7 +47,7 @@ class Figures:
         self._lazy_macs: dict[str, Any] = {}
 
     def of(self, cfg: Any, name: str) -> Figure:
-        """The figure `name` of a resolved config; of one with stages, its last stage's, as its metrics are.
+        """The figure `name` of a resolved config; the last stage's where a stage computes what it is built from.
 
         Raises:
             ConfigError: nothing computes that figure for this experiment; names the nearest that exist.
@@ -57,7 +57,7 @@ class Figures:
         from core.engine.keys.check import stage_config
 
         cfg = to_dict(cfg)
-        if cfg.get("stages"):
+        if any(stage.get("compute") for stage in cfg.get("stages") or ()):
             cfg = stage_config(cfg, cfg["stages"][-1])
         key = digest(cfg)  # not the fingerprint: what changes no result, as an input's shape, changes counts
         if key not in self._cache:

@@ -304,6 +304,7 @@ def adapted(sd_folder, monkeypatch):
     names = ("peft", "peft.tuners")
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["peft"].PeftModel = type("PeftModel", (), {})  # diffusers asks for it where PEFT is installed
     monkeypatch.setitem(sys.modules, peft.__name__, peft)
     monkeypatch.setattr("tune_a_video.inference.text.USE_PEFT_BACKEND", True)
     torch.manual_seed(5)
